@@ -1,0 +1,1 @@
+"""Direct-Align and SRPO for FLUX in JAX."""

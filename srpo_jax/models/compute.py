@@ -1,0 +1,77 @@
+"""How a network is executed, apart from what it computes: dtypes, attention backend, rematerialisation, sharding hooks.
+
+Networks are Flax NNX modules. Outside of ``models/`` their parameters are pure nested dicts of arrays, so that optimisers,
+checkpoints and the sharding table see nothing but paths and arrays; ``build``, ``abstract`` and ``bind`` cross that border.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+Params = dict[str, Any]
+
+
+def _unconstrained(x: jax.Array, name: str) -> jax.Array:
+    """Leaves an activation where the compiler puts it."""
+    del name
+    return x
+
+
+@dataclasses.dataclass(frozen=True)
+class Compute:
+    """Execution options, the same for every network.
+
+    Attributes:
+      dtype: of matrix products, convolutions and the activations between them. Norms, softmax, rotary tables, sinusoidal
+        embeddings and losses are float32 whatever this says.
+      param_dtype: of the stored parameters.
+      attention: backend name, see ``attention.attention``.
+      remat: which intermediate values of a repeated block are kept for the backward pass: "none" keeps all, "full" keeps
+        only the block's input, "dots" keeps the results of matrix products.
+      scan_unroll: how many repeated blocks one iteration of the scan holds.
+      constrain: called as ``constrain(x, name)`` on activations at block borders, with the names "tokens" [B, T, D], "heads"
+        [B, T, H, Dh] and "image" [B, H, W, C]; returns x, perhaps with a sharding constraint.
+    """
+
+    dtype: Any = jnp.float32
+    param_dtype: Any = jnp.float32
+    attention: str = "xla"
+    remat: str = "none"
+    scan_unroll: int = 1
+    constrain: Callable[[jax.Array, str], jax.Array] = _unconstrained
+
+    def checkpoint(self, function: Callable) -> Callable:
+        """Wraps a block's function by the ``remat`` option. Raises ValueError for an unknown one."""
+        if self.remat == "none":
+            return function
+        policies = {"full": None, "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable}
+        if self.remat not in policies:
+            raise ValueError(f"remat={self.remat!r} is unknown; choose one of none, {', '.join(policies)}")
+        # Inside a scan the loop itself keeps the compiler from merging the recomputation with the forward pass.
+        return jax.checkpoint(function, policy=policies[self.remat], prevent_cse=False)
+
+
+def build(constructor: Callable[[nnx.Rngs], nnx.Module], seed: int = 0) -> tuple[nnx.GraphDef, Params]:
+    """Makes a network with random parameters: ``build(lambda rngs: Flux(config, compute, rngs=rngs))``."""
+    graphdef, state = nnx.split(constructor(nnx.Rngs(seed)))
+    return graphdef, nnx.to_pure_dict(state)
+
+
+def abstract(constructor: Callable[[nnx.Rngs], nnx.Module]) -> tuple[nnx.GraphDef, Params]:
+    """As ``build``, with ``jax.ShapeDtypeStruct`` leaves: no memory is used, whatever the network's size."""
+    graphdef, state = nnx.split(nnx.eval_shape(lambda: constructor(nnx.Rngs(0))))
+    return graphdef, nnx.to_pure_dict(state)
+
+
+def bind(graphdef: nnx.GraphDef, params: Params) -> Any:
+    """The callable module of a graph definition and its parameters."""
+    return nnx.merge(graphdef, params)
+
+
+def path_name(path: tuple) -> str:
+    """A parameter's dotted path, ``double_blocks.img_attn.qkv.kernel``, from a key path of ``jax.tree_util``."""
+    return ".".join(str(entry.key) for entry in path)
