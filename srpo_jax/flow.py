@@ -1,0 +1,146 @@
+"""Rectified flow: noise levels, the Euler sampler, and FLUX's packing of latents into tokens.
+
+Notation: ``sigma`` in [0, 1] is the noise level of ``x = (1 - sigma) * x0 + sigma * eps``; a network predicts the velocity
+``v = eps - x0``. Schedules are small host-side float32 arrays that a compiled step holds as constants. Everything here works
+on arrays and callables, so that a velocity field can be a network or a formula.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+PATCH = 2  # FLUX packs 2x2 latent positions into one token
+
+
+# --- noise levels ------------------------------------------------------------------------------------------------------
+
+
+def linspace(start: float, stop: float, count: int) -> np.ndarray:
+    """``count`` float32 values from ``start`` to ``stop``, both included, each counted from its nearer end.
+
+    The step is rounded to float32, and each value once more at the end (one fused multiply-add), which is how the released
+    recipe's tables were made. ``numpy.linspace`` differs in the last bit: enough to move ``floor(1000 * sigma)`` by one.
+    """
+    start, stop = np.float32(start), np.float32(stop)
+    if count == 1:
+        return np.array([start])
+    step = np.float64((stop - start) / np.float32(count - 1))
+    index = np.arange(count)
+    # Products of a float32 and a small integer are exact in float64, so the cast is the only rounding.
+    values = np.where(index < count // 2, start + step * index, stop - step * (count - 1 - index))
+    return values.astype(np.float32)
+
+
+def time_shift(sigma: np.ndarray | jax.Array, shift: float) -> np.ndarray | jax.Array:
+    """Moves noise levels towards 1: ``shift * s / (1 + (shift - 1) * s)``."""
+    return shift * sigma / (1 + (shift - 1) * sigma)
+
+
+def shifted_schedule(steps: int, shift: float) -> np.ndarray:
+    """The noise levels ``[steps + 1]`` of a rollout, 1 to 0, float32 (SRPO, released trainer)."""
+    return time_shift(linspace(1.0, 0.0, steps + 1), np.float32(shift)).astype(np.float32)
+
+
+def pipeline_schedule(steps: int, tokens: int, scheduler: dict) -> np.ndarray:
+    """The noise levels ``[steps + 1]`` that FLUX's inference pipeline uses for an image of ``tokens`` tokens, float32.
+
+    Args:
+      steps: Euler steps.
+      tokens: image tokens, ``(H / 16) * (W / 16)``.
+      scheduler: the values of a diffusers ``scheduler_config.json`` (FlowMatchEulerDiscreteScheduler). With
+        ``use_dynamic_shifting`` the shift is ``exp(mu)``, mu linear in the number of tokens; else it is ``shift``.
+    """
+    sigmas = np.linspace(1.0, 1.0 / steps, steps)
+    if scheduler["use_dynamic_shifting"]:
+        low, high = scheduler["base_image_seq_len"], scheduler["max_image_seq_len"]
+        slope = (scheduler["max_shift"] - scheduler["base_shift"]) / (high - low)
+        shift = np.exp(scheduler["base_shift"] + slope * (tokens - low))
+    else:
+        shift = scheduler["shift"]
+    return np.append(time_shift(sigmas, shift), 0.0).astype(np.float32)
+
+
+def truncate_time(sigma: jax.Array) -> jax.Array:
+    """The time that SRPO's trainer gives to the network: whole thousandths, rounded down, the product taken in float32."""
+    return jnp.floor(sigma.astype(jnp.float32) * 1000.0) / 1000.0
+
+
+# --- sampling ----------------------------------------------------------------------------------------------------------
+
+
+def add_noise(x0: jax.Array, noise: jax.Array, sigma: jax.Array) -> jax.Array:
+    """``(1 - sigma) * x0 + sigma * noise``; ``sigma`` is a scalar or one value a sample, ``[B]``."""
+    sigma = per_sample(sigma, x0.ndim)
+    return (1 - sigma) * x0 + sigma * noise
+
+
+def euler_step(x: jax.Array, velocity: jax.Array, sigma_from: jax.Array, sigma_to: jax.Array) -> jax.Array:
+    """One step along ``velocity`` from one noise level to another, in float32; levels are scalars or ``[B]``."""
+    delta = per_sample(jnp.asarray(sigma_to) - jnp.asarray(sigma_from), x.ndim)
+    return x + delta * velocity.astype(jnp.float32)
+
+
+def per_sample(value: jax.Array, ndim: int) -> jax.Array:
+    """Appends axes to ``[B]`` so that it multiplies a batch of ``ndim`` axes; scalars pass."""
+    value = jnp.asarray(value)
+    return value if value.ndim == 0 else value.reshape(value.shape + (1,) * (ndim - value.ndim))
+
+
+def euler_sample(
+    velocity: Callable[[jax.Array, jax.Array], jax.Array],
+    noise: jax.Array,
+    sigmas: np.ndarray,
+    stop: jax.Array | None = None,
+) -> jax.Array:
+    """Integrates a velocity field over a schedule of noise levels.
+
+    Args:
+      velocity: ``velocity(x, sigma)`` with a scalar ``sigma``.
+      noise: the state at ``sigmas[0]``, float32, any shape with a leading batch axis.
+      sigmas: noise levels ``[S + 1]``.
+      stop: optional number of steps ``[B]`` after which a sample stays as it is (0 .. S).
+
+    Returns:
+      The state after the last step, or after ``stop`` steps of each sample.
+    """
+
+    def body(x: jax.Array, inputs: tuple) -> tuple[jax.Array, None]:
+        index, sigma, sigma_next = inputs
+        stepped = euler_step(x, velocity(x, sigma), sigma, sigma_next)
+        if stop is not None:
+            stepped = jnp.where(per_sample(index < stop, x.ndim), stepped, x)
+        return stepped, None
+
+    steps = len(sigmas) - 1
+    return jax.lax.scan(body, noise, (jnp.arange(steps), jnp.asarray(sigmas[:-1]), jnp.asarray(sigmas[1:])))[0]
+
+
+# --- tokens ------------------------------------------------------------------------------------------------------------
+
+
+def pack(latents: jax.Array) -> jax.Array:
+    """Latents ``[B, h, w, C]`` to tokens ``[B, (h/2)*(w/2), 4*C]``, channel-major within a token as in FLUX's checkpoints."""
+    batch, height, width, channels = latents.shape
+    x = latents.reshape(batch, height // PATCH, PATCH, width // PATCH, PATCH, channels)
+    return x.transpose(0, 1, 3, 5, 2, 4).reshape(batch, (height // PATCH) * (width // PATCH), channels * PATCH**2)
+
+
+def unpack(tokens: jax.Array, height: int, width: int) -> jax.Array:
+    """The inverse of ``pack``; ``height`` and ``width`` are those of the latents (an eighth of the image's)."""
+    batch, _, features = tokens.shape
+    channels = features // PATCH**2
+    x = tokens.reshape(batch, height // PATCH, width // PATCH, channels, PATCH, PATCH)
+    return x.transpose(0, 1, 4, 2, 5, 3).reshape(batch, height, width, channels)
+
+
+def image_ids(height: int, width: int) -> np.ndarray:
+    """Position ids ``[(h/2)*(w/2), 3]`` of image tokens, (0, row, column), float32; latents are ``height`` x ``width``."""
+    rows, columns = np.mgrid[0 : height // PATCH, 0 : width // PATCH]
+    return np.stack([np.zeros_like(rows), rows, columns], axis=-1).reshape(-1, 3).astype(np.float32)
+
+
+def text_ids(length: int) -> np.ndarray:
+    """Position ids ``[length, 3]`` of text tokens: all zero."""
+    return np.zeros((length, 3), np.float32)
