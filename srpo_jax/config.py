@@ -1,0 +1,234 @@
+"""The configuration of a training run: every key with its meaning, and the checks that need no file and no device.
+
+A recipe in ``configs/`` starts from ``default()`` and sets what differs. The dictionary is locked: a key that is not below is
+an error, in a recipe and on the command line.
+"""
+
+import difflib
+import json
+from typing import Any
+
+from ml_collections import ConfigDict, config_dict
+
+from srpo_jax.errors import UserError
+
+METHODS = ("srpo", "direct_align", "refl", "draft_lv")
+REWARDS = ("hps", "pickscore", "clip")
+BRANCHES = ("denoise", "inversion")
+
+# A run may be resumed with other values of these: they change where and how fast it runs, not what it computes.
+RESUMABLE = ("steps", "checkpoint", "sample", "mesh", "remat", "compilation_cache", "model.scan_unroll")
+
+
+def default() -> ConfigDict:
+    """The recipe of SRPO with HPS-v2.1 on FLUX.1-dev; paths are left open."""
+    c = ConfigDict()
+    c.method = "srpo"  # srpo | direct_align | refl | draft_lv (see step.py)
+    c.steps = 19  # updates; a resumed run may name more
+    c.seed = 0  # of everything random: noise, grid positions, the order of prompts
+    # Folder of compiled programs, kept between runs; "" compiles every time.
+    c.compilation_cache = "~/.cache/srpo_jax/xla"
+
+    # --- the model ---
+    c.model = ConfigDict()
+    c.model.path = config_dict.placeholder(str)  # a pipeline folder written by `python -m srpo_jax.convert`
+    c.model.dtype = "bfloat16"  # of matrix products and frozen weights: bfloat16 | float32. Trained weights are float32.
+    c.model.attention = "xla"  # attention backend, see models/attention.py
+    c.model.scan_unroll = 1  # transformer blocks in one iteration of the scan
+
+    # What is kept for the backward pass: none (keep all) | dots (keep matrix products) | full (recompute all), block by block.
+    c.remat = ConfigDict()
+    c.remat.transformer = "full"
+    c.remat.autoencoder = "full"
+    c.remat.reward = "full"
+
+    # --- the data ---
+    c.data = ConfigDict()
+    c.data.prompts = config_dict.placeholder(str)  # text file, UTF-8, one prompt a line
+    c.data.batch_size = 32  # samples in one update, over all devices
+    c.data.text_length = 512  # T5 tokens of a prompt
+    c.data.height = 720  # of the images, in pixels; multiples of 16
+    c.data.width = 720
+
+    # --- the rollout that makes the images to be improved ---
+    c.rollout = ConfigDict()
+    c.rollout.steps = 25
+    c.rollout.guidance = 1.0  # distilled guidance given to the transformer
+    c.rollout.shift = 3.0  # time shift of the noise schedule, here and of the training grid
+    c.rollout.noise = "shared"  # shared: one noise for the whole batch, as released | per_sample
+
+    # --- Direct-Align: the training grid and the step that carries the gradient ---
+    c.align = ConfigDict()
+    c.align.branches = ("denoise", "inversion")  # of method srpo; without "inversion" nothing guards against reward hacking
+    c.align.guidance = 3.5  # distilled guidance of the step
+    c.align.schedule_steps = 50  # the inference schedule in which train_timestep counts
+    c.align.train_timestep = (5, 25)  # noisiest and cleanest index that are trained
+    c.align.length = 1000  # points of the grid between them
+    c.align.groundtruth_ratio = 0.9  # share of the grid covered by known noise; the rest is the step
+    c.align.discount_positive = (0.1, 0.25)  # k at the (lowest, highest) noise level of the grid, denoising branch
+    c.align.discount_negative = (0.3, 0.01)  # the same of the inversion branch
+
+    # --- rewards ---
+    c.reward = ConfigDict()
+    c.reward.weights = ConfigDict({name: 0.0 for name in REWARDS})  # the mixture; 0 leaves a reward out
+    c.reward.weights.hps = 1.0
+    # Converted CLIP folders, one for each reward that is used.
+    c.reward.paths = ConfigDict({name: config_dict.placeholder(str) for name in REWARDS})
+    c.reward.form = "released"  # (1 + k) g+ - g-: released | k g+ + (1 - k) g-: paper
+    c.reward.margin = 0.7  # the loss is relu(margin - reward)
+    # Control words; update n takes word n modulo the list's length.
+    c.reward.positive = ("Natural-lighting", "Detail", "Detailed", "Real")
+    c.reward.negative = ("Concept art", "Painting", "Anime", "Flat", "Oil")
+
+    # --- the optimiser: AdamW ---
+    c.optim = ConfigDict()
+    c.optim.learning_rate = 5e-6
+    c.optim.warmup_steps = 0  # updates over which the learning rate rises linearly
+    c.optim.b1 = 0.9
+    c.optim.b2 = 0.999
+    c.optim.eps = 1e-8
+    c.optim.weight_decay = 1e-4  # decoupled, on every parameter
+    c.optim.clip_norm = 0.1  # of the gradient's global norm
+    c.optim.accumulation = 1  # parts of a batch that pass one after the other; same update, less memory
+    c.optim.ema_decay = 0.0  # of the moving average of the weights; 0 keeps none
+
+    # --- what is written to the workdir ---
+    c.checkpoint = ConfigDict()
+    c.checkpoint.every = 10  # updates between checkpoints; the last update is always saved
+    c.checkpoint.keep = 3  # newest checkpoints that are kept
+    c.sample = ConfigDict()
+    c.sample.every = 10  # updates between sample grids, the first before training; 0 draws none
+    c.sample.prompts = config_dict.placeholder(str)  # text file of held-out prompts
+    c.sample.count = 8  # prompts taken from the head of that file
+    c.sample.seed = 1  # of the samples' noise: the same at every grid
+    c.sample.steps = 50
+    c.sample.guidance = 3.5
+
+    # --- devices along each axis of the mesh; -1 takes the rest ---
+    c.mesh = ConfigDict()
+    c.mesh.data = 1  # splits the batch
+    c.mesh.fsdp = -1  # splits the batch, and parameters and optimiser state with it
+    c.mesh.tensor = 1  # splits attention heads and hidden features
+    return c.lock()
+
+
+# --- views -------------------------------------------------------------------------------------------------------------
+
+
+def flatten(config: ConfigDict) -> dict[str, Any]:
+    """``{"optim.b1": 0.9, ...}`` in a fixed order, tuples as lists: what JSON would give back."""
+    flat = {}
+
+    def walk(node: dict, prefix: str) -> None:
+        for key in sorted(node):
+            if isinstance(node[key], dict):
+                walk(node[key], f"{prefix}{key}.")
+            else:
+                flat[prefix + key] = node[key]
+
+    walk(json.loads(to_json(config)), "")
+    return flat
+
+
+def to_json(config: ConfigDict) -> str:
+    """The configuration as an indented JSON object."""
+    return json.dumps(config.to_dict(), indent=2, sort_keys=True)
+
+
+def differing_keys(config: ConfigDict, other: dict[str, Any]) -> list[str]:
+    """Keys that forbid resuming a run: ``flatten`` values that differ from ``other``, apart from ``RESUMABLE`` ones."""
+    mine = flatten(config)
+    keys = [key for key in sorted(mine.keys() | other.keys()) if mine.get(key) != other.get(key)]
+    return [key for key in keys if not any(key == free or key.startswith(free + ".") for free in RESUMABLE)]
+
+
+# --- checks ------------------------------------------------------------------------------------------------------------
+
+
+def validate(config: ConfigDict) -> None:
+    """Checks everything that needs no file and no device. Raises UserError that names the key, its value and the remedy."""
+    _check_keys(config)
+
+    def require(key: str, good: Any, remedy: str) -> None:
+        if not good:
+            raise UserError(f"config.{key}={flat[key]!r}: {remedy}")
+
+    flat = flatten(config)
+    for key, choices in (
+        ("method", METHODS),
+        ("model.dtype", ("bfloat16", "float32")),
+        ("remat.transformer", ("none", "dots", "full")),
+        ("remat.autoencoder", ("none", "dots", "full")),
+        ("remat.reward", ("none", "dots", "full")),
+        ("rollout.noise", ("shared", "per_sample")),
+        ("reward.form", ("released", "paper")),
+    ):
+        require(key, flat[key] in choices, f"choose one of {', '.join(choices)}")
+    for key in ("model.path", "data.prompts"):
+        require(key, flat[key], f"give a path: --config.{key}=...")
+    for key in (
+        *("steps", "model.scan_unroll", "data.batch_size", "data.text_length", "rollout.steps", "align.schedule_steps"),
+        *("optim.accumulation", "checkpoint.every", "checkpoint.keep", "sample.count", "sample.steps"),
+    ):
+        require(key, flat[key] >= 1, "must be at least 1")
+    for key in ("seed", "optim.warmup_steps", "optim.weight_decay", "sample.every", "sample.seed"):
+        require(key, flat[key] >= 0, "must not be negative")
+    for key in ("rollout.shift", "optim.learning_rate", "optim.eps", "optim.clip_norm"):
+        require(key, flat[key] > 0, "must be greater than 0")
+    for key in ("optim.b1", "optim.b2", "optim.ema_decay"):
+        require(key, 0 <= flat[key] < 1, "must be at least 0 and less than 1")
+    for key in ("data.height", "data.width"):
+        require(key, flat[key] > 0 and flat[key] % 16 == 0, "must be a positive multiple of 16")
+    require(
+        "optim.accumulation",
+        flat["data.batch_size"] % flat["optim.accumulation"] == 0,
+        f"must divide data.batch_size={flat['data.batch_size']}",
+    )
+    require("sample.prompts", flat["sample.prompts"] or not flat["sample.every"],
+            "give a file of held-out prompts, or set --config.sample.every=0")  # fmt: skip
+
+    _check_align(flat, require)
+    _check_rewards(flat, require)
+    for key in ("mesh.data", "mesh.fsdp", "mesh.tensor"):
+        require(key, flat[key] >= 1 or flat[key] == -1, "must be at least 1, or -1 for the rest of the devices")
+    if sum(flat[f"mesh.{axis}"] == -1 for axis in ("data", "fsdp", "tensor")) > 1:
+        raise UserError("config.mesh: only one of data, fsdp and tensor can be -1 (the rest of the devices)")
+
+
+def _check_keys(config: ConfigDict) -> None:
+    known, given = set(flatten(default())), set(flatten(config))
+    for key in sorted(given - known):
+        group, _, name = key.rpartition(".")
+        if group in ("reward.weights", "reward.paths"):
+            raise UserError(f"config.{key}: the reward {name!r} is unknown; choose one of {', '.join(REWARDS)}")
+        near = difflib.get_close_matches(key, known, n=1)
+        raise UserError(f"config.{key} is unknown" + (f"; do you mean config.{near[0]}?" if near else ""))
+    for key in sorted(known - given):
+        raise UserError(f"config.{key} is missing; start the config from srpo_jax.config.default()")
+
+
+def _check_align(flat: dict[str, Any], require: Any) -> None:
+    branches = flat["align.branches"]
+    require("align.branches", branches and len(set(branches)) == len(branches) and set(branches) <= set(BRANCHES),
+            f"name one or both of {', '.join(BRANCHES)}")  # fmt: skip
+    require("align.length", flat["align.length"] >= 10, "must be at least 10")
+    require("align.groundtruth_ratio", 0 <= flat["align.groundtruth_ratio"] < 1, "must be at least 0 and less than 1")
+    window = flat["align.train_timestep"]
+    require("align.train_timestep", len(window) == 2 and 1 <= window[0] < window[1] <= flat["align.schedule_steps"],
+            f"must be (first, last) with 1 <= first < last <= align.schedule_steps={flat['align.schedule_steps']}")  # fmt: skip
+    for key in ("align.discount_positive", "align.discount_negative"):
+        require(key, len(flat[key]) == 2, "must be two numbers, (at the lowest noise, at the highest)")
+
+
+def _check_rewards(flat: dict[str, Any], require: Any) -> None:
+    used = [name for name in REWARDS if flat[f"reward.weights.{name}"]]
+    for name in REWARDS:
+        require(f"reward.weights.{name}", flat[f"reward.weights.{name}"] >= 0, "must not be negative")
+    if not used:
+        raise UserError(f"config.reward.weights: all are 0; give one of {', '.join(REWARDS)} a weight")
+    for name in used:
+        require(f"reward.paths.{name}", flat[f"reward.paths.{name}"], f"give a path: --config.reward.paths.{name}=...")
+    for key in ("reward.positive", "reward.negative"):
+        words = flat[key]
+        require(key, words and all(isinstance(word, str) and word.strip() for word in words),
+                "must be a list of one or more control words, none of them empty")  # fmt: skip
