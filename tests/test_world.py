@@ -28,7 +28,11 @@ def test_splits_are_the_data_sets_and_share_nothing():
 def test_prompts():
     apple = next(concept for concept in world.world() if concept.emoji == "\N{RED APPLE}")
     assert world.prompt(apple) == "red apple"
-    assert [world.prompt(apple, style) for style in world.STYLES] == ["3D. red apple", "Flat. red apple", "Mono. red apple"]
+    assert [world.prompt(apple, style) for style in world.STYLES] == [
+        "3D. red apple",
+        "Flat. red apple",
+        "Mono. red apple",
+    ]
     with pytest.raises(ValueError, match="'Oil' is unknown"):
         world.prompt(apple, "Oil")
 

@@ -1,9 +1,9 @@
 """The embedded world: which concepts the small models know, how they are split, and how they are prompted.
 
-The data set (``data/concepts.csv``) has 1,555 concepts, too many to be learnt well by a model that trains on two CPU cores.
-``data/world.csv`` lists the 241 that make up the world. They were chosen for one clear object each and for pictures that
-stay apart at low resolution in every style, that share their drawing between the styles, and whose "3D" picture is not
-nearly its "Flat" one; clock faces, keycaps, lettered signs, people and most smileys are out.
+The data set (``data/concepts.csv``) has 1,555 concepts, too many to be learnt well by a model that trains on two CPU
+cores. ``data/world.csv`` lists the 241 that make up the world. They were chosen for one clear object each and for
+pictures that stay apart at low resolution in every style, that share their drawing between the styles, and whose "3D"
+picture is not nearly its "Flat" one; clock faces, keycaps, lettered signs, people and most smileys are out.
 """
 
 import csv

@@ -1,0 +1,36 @@
+# Each target makes .venv by itself, from nothing but python3 (3.11 or newer) and a network, and installs only what it needs.
+
+PYTHON ?= python3
+OUT ?= demo
+VENV := .venv
+PIP := $(VENV)/bin/pip --disable-pip-version-check --quiet
+
+.PHONY: demo test lint clean
+
+demo: $(VENV)/.installed
+	$(VENV)/bin/python -m srpo_jax.emoji.demo --out $(OUT)
+
+test: $(VENV)/.installed-test
+	$(VENV)/bin/python -m pytest
+
+lint: $(VENV)/.installed-lint
+	$(VENV)/bin/ruff check .
+
+# A stamp per set of packages: present means installed, older than setup.py means install again.
+$(VENV)/.installed: setup.py | $(VENV)/bin/python
+	$(PIP) install --editable .
+	@touch $@
+
+$(VENV)/.installed-test: setup.py | $(VENV)/bin/python
+	$(PIP) install --editable '.[test]'
+	@touch $@
+
+$(VENV)/.installed-lint: setup.py | $(VENV)/bin/python
+	$(PIP) install --editable '.[lint]'
+	@touch $@
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+
+clean:
+	rm -rf $(VENV) $(OUT) build *.egg-info
