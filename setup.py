@@ -16,6 +16,7 @@ setuptools.setup(
     packages=setuptools.find_packages(include=["srpo_jax", "srpo_jax.*"]),
     # The demo needs no download: pictures, their licences, and the trained networks travel with the package.
     package_data={
+        "srpo_jax": ["*.css"],
         "srpo_jax.emoji": [
             "data/*.zip",
             "data/*.csv",
@@ -24,7 +25,7 @@ setuptools.setup(
             "pipeline/**/*",
             "reward/**/*",
             "judge/**/*",
-        ]
+        ],
     },
     install_requires=[
         "absl-py",
