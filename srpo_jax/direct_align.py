@@ -1,8 +1,8 @@
 """Direct-Align (arXiv 2509.06942, section 3): noise that is known, one step, exact recovery by interpolation.
 
-An image ``x0`` is mixed with noise ``eps`` that we keep. The network takes one step between two noise levels of a training
-grid, and the image is recovered from where it lands with the same ``eps``. If the network's velocity were exact, the
-recovered image would be ``x0`` itself at every noise level. Arrays only: this page knows no networks.
+An image ``x0`` is mixed with noise ``eps`` that we keep. The network takes one step between two noise levels of a
+training grid, and the image is recovered from where it lands with the same ``eps``. If the network's velocity were
+exact, the recovered image would be ``x0`` itself at every noise level. Arrays only: this page knows no networks.
 """
 
 import dataclasses
@@ -23,7 +23,8 @@ class Grid:
 
     Attributes:
       sigmas: noise levels ``[L]``, float32.
-      discount_positive, discount_negative: the weights k of the denoising and the inversion branch ``[L]``. They are indexed by ``m``
+      discount_positive, discount_negative: the weights k of the denoising and the inversion branch ``[L]``. They are
+      indexed by ``m``
         while sigma is indexed by ``L - m``: entry 0 belongs to the LOWEST noise.
       stride: the largest distance k0 between the two noise levels of a step.
     """
@@ -96,7 +97,7 @@ def denoising_step(grid: Grid, mid: jax.Array) -> Step:
 
 
 def inversion_step(grid: Grid, mid: jax.Array) -> Step:
-    """The step from a cleaner level up to the level of ``mid`` (one index cleaner where ``mid`` is smaller than the stride)."""
+    """The step from a cleaner level up to that of ``mid`` (one index cleaner where ``mid`` is smaller than the stride)."""
     length, stride = grid.length, _stride(grid, mid)
     start = jnp.maximum(mid - stride, 1)
     sigmas = jnp.asarray(grid.sigmas)
@@ -107,7 +108,9 @@ def inversion_step(grid: Grid, mid: jax.Array) -> Step:
     )
 
 
-def recover(x_from: jax.Array, velocity: jax.Array, noise: jax.Array, sigma_from: jax.Array, sigma_to: jax.Array) -> jax.Array:
+def recover(
+    x_from: jax.Array, velocity: jax.Array, noise: jax.Array, sigma_from: jax.Array, sigma_to: jax.Array
+) -> jax.Array:
     """The image that a step implies: step to ``sigma_to``, take the known noise out, undo the mixture's scale.
 
     With ``sigma_to = 0`` this is the ordinary one-step prediction ``x - sigma * v``.

@@ -1,8 +1,8 @@
 """Rectified flow: noise levels, the Euler sampler, and FLUX's packing of latents into tokens.
 
-Notation: ``sigma`` in [0, 1] is the noise level of ``x = (1 - sigma) * x0 + sigma * eps``; a network predicts the velocity
-``v = eps - x0``. Schedules are small host-side float32 arrays that a compiled step holds as constants. Everything here works
-on arrays and callables, so that a velocity field can be a network or a formula.
+Notation: ``sigma`` in [0, 1] is the noise level of ``x = (1 - sigma) * x0 + sigma * eps``; a network predicts the
+velocity ``v = eps - x0``. Schedules are small host-side float32 arrays that a compiled step holds as constants.
+Everything here works on arrays and callables, so that a velocity field can be a network or a formula.
 """
 
 from collections.abc import Callable
@@ -14,14 +14,15 @@ import numpy as np
 PATCH = 2  # FLUX packs 2x2 latent positions into one token
 
 
-# --- noise levels ------------------------------------------------------------------------------------------------------
+# --- noise levels ---------------------------------------------------------------------------------------------------
 
 
 def linspace(start: float, stop: float, count: int) -> np.ndarray:
     """``count`` float32 values from ``start`` to ``stop``, both included, each counted from its nearer end.
 
-    The step is rounded to float32, and each value once more at the end (one fused multiply-add), which is how the released
-    recipe's tables were made. ``numpy.linspace`` differs in the last bit: enough to move ``floor(1000 * sigma)`` by one.
+    The step is rounded to float32, and each value once more at the end (one fused multiply-add), which is how the
+    released recipe's tables were made. ``numpy.linspace`` differs in the last bit: enough to move ``floor(1000 *
+    sigma)`` by one.
     """
     start, stop = np.float32(start), np.float32(stop)
     if count == 1:
@@ -63,11 +64,11 @@ def pipeline_schedule(steps: int, tokens: int, scheduler: dict) -> np.ndarray:
 
 
 def truncate_time(sigma: jax.Array) -> jax.Array:
-    """The time that SRPO's trainer gives to the network: whole thousandths, rounded down, the product taken in float32."""
+    """The time that SRPO's trainer gives to the network: whole thousandths, rounded down from a float32 product."""
     return jnp.floor(sigma.astype(jnp.float32) * 1000.0) / 1000.0
 
 
-# --- sampling ----------------------------------------------------------------------------------------------------------
+# --- sampling -------------------------------------------------------------------------------------------------------
 
 
 def add_noise(x0: jax.Array, noise: jax.Array, sigma: jax.Array) -> jax.Array:
@@ -117,11 +118,11 @@ def euler_sample(
     return jax.lax.scan(body, noise, (jnp.arange(steps), jnp.asarray(sigmas[:-1]), jnp.asarray(sigmas[1:])))[0]
 
 
-# --- tokens ------------------------------------------------------------------------------------------------------------
+# --- tokens ---------------------------------------------------------------------------------------------------------
 
 
 def pack(latents: jax.Array) -> jax.Array:
-    """Latents ``[B, h, w, C]`` to tokens ``[B, (h/2)*(w/2), 4*C]``, channel-major within a token as in FLUX's checkpoints."""
+    """Latents ``[B, h, w, C]`` to tokens ``[B, (h/2)*(w/2), 4*C]``, channel-major in a token as FLUX has them."""
     batch, height, width, channels = latents.shape
     x = latents.reshape(batch, height // PATCH, PATCH, width // PATCH, PATCH, channels)
     return x.transpose(0, 1, 3, 5, 2, 4).reshape(batch, (height // PATCH) * (width // PATCH), channels * PATCH**2)
@@ -136,7 +137,7 @@ def unpack(tokens: jax.Array, height: int, width: int) -> jax.Array:
 
 
 def image_ids(height: int, width: int) -> np.ndarray:
-    """Position ids ``[(h/2)*(w/2), 3]`` of image tokens, (0, row, column), float32; latents are ``height`` x ``width``."""
+    """Position ids ``[(h/2)*(w/2), 3]`` of image tokens, (0, row, column), float32, for latents of that size."""
     rows, columns = np.mgrid[0 : height // PATCH, 0 : width // PATCH]
     return np.stack([np.zeros_like(rows), rows, columns], axis=-1).reshape(-1, 3).astype(np.float32)
 

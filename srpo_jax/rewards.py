@@ -1,7 +1,7 @@
 """Differentiable rewards of CLIP's kind, and SRPO's semantic relative preference over them.
 
-A reward is an inner product of unit-norm image and text features. HPS-v2.1, PickScore and CLIP differ in weights and in a
-scale only. Images enter in [0, 1], NHWC, at any size.
+A reward is an inner product of unit-norm image and text features. HPS-v2.1, PickScore and CLIP differ in weights and
+in a scale only. Images enter in [0, 1], NHWC, at any size.
 """
 
 import dataclasses
@@ -62,7 +62,8 @@ def unit(features: jax.Array) -> jax.Array:
 def preprocess(images: jax.Array, size: int) -> jax.Array:
     """CLIP's preprocessing: short side to ``size`` (bicubic, antialiased), centre crop, normalise.
 
-    Matches torchvision's ``Resize(size, BICUBIC, antialias=True)``, ``CenterCrop(size)`` and ``Normalize``, and carries gradients.
+    Matches torchvision's ``Resize(size, BICUBIC, antialias=True)``, ``CenterCrop(size)`` and ``Normalize``, and
+    carries gradients.
 
     Args:
       images: ``[B, H, W, 3]`` in [0, 1].
@@ -89,7 +90,7 @@ def preprocess(images: jax.Array, size: int) -> jax.Array:
     return (x - jnp.asarray(MEAN)) / jnp.asarray(STD)
 
 
-# --- semantic relative preference ----------------------------------------------------------------------------------------
+# --- semantic relative preference -----------------------------------------------------------------------------------
 
 
 def control_words(step: int, positive: tuple[str, ...], negative: tuple[str, ...]) -> tuple[str, str]:
@@ -108,7 +109,8 @@ def relative_target(plus: jax.Array, minus: jax.Array, discount: jax.Array, form
     Args:
       plus, minus: unit-norm text features ``[B, E]`` of the wanted and the unwanted caption.
       discount: k, ``[B]``.
-      form: "released", ``(1 + k) * plus - minus``, or "paper", ``(1 - k) * minus + k * plus`` (arXiv 2509.06942, eq. of the
+      form: "released", ``(1 + k) * plus - minus``, or "paper", ``(1 - k) * minus + k * plus`` (arXiv 2509.06942, eq.
+      of the
         semantic relative preference).
     """
     k = discount[:, None]
@@ -124,7 +126,7 @@ def hinge(reward: jax.Array, threshold: float) -> jax.Array:
     return jax.nn.relu(threshold - reward)
 
 
-# --- mixtures ------------------------------------------------------------------------------------------------------------
+# --- mixtures -------------------------------------------------------------------------------------------------------
 
 
 def embed_images(rewards: dict[str, Reward], params: dict[str, Params], images: jax.Array) -> dict[str, jax.Array]:

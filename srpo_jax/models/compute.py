@@ -1,7 +1,9 @@
-"""How a network is executed, apart from what it computes: dtypes, attention backend, rematerialisation, sharding hooks.
+"""How a network is executed, apart from what it computes: dtypes, attention backend, rematerialisation, sharding
+hooks.
 
-Networks are Flax NNX modules. Outside of ``models/`` their parameters are pure nested dicts of arrays, so that optimisers,
-checkpoints and the sharding table see nothing but paths and arrays; ``build``, ``abstract`` and ``bind`` cross that border.
+Networks are Flax NNX modules. Outside of ``models/`` their parameters are nested dicts of arrays, so that optimisers,
+checkpoints and the sharding table see nothing but paths and arrays; ``build``, ``abstract`` and ``bind`` cross that
+border.
 """
 
 import dataclasses
@@ -26,14 +28,17 @@ class Compute:
     """Execution options, the same for every network.
 
     Attributes:
-      dtype: of matrix products, convolutions and the activations between them. Norms, softmax, rotary tables, sinusoidal
+      dtype: of matrix products, convolutions and the activations between them. Norms, softmax, rotary tables,
+      sinusoidal
         embeddings and losses are float32 whatever this says.
       param_dtype: of the stored parameters.
       attention: backend name, see ``attention.attention``.
-      remat: which intermediate values of a repeated block are kept for the backward pass: "none" keeps all, "full" keeps
+      remat: which intermediate values of a repeated block are kept for the backward pass: "none" keeps all, "full"
+      keeps
         only the block's input, "dots" keeps the results of matrix products.
       scan_unroll: how many repeated blocks one iteration of the scan holds.
-      constrain: called as ``constrain(x, name)`` on activations at block borders, with the names "tokens" [B, T, D], "heads"
+      constrain: called as ``constrain(x, name)`` on activations at block borders, with the names "tokens" [B, T, D],
+      "heads"
         [B, T, H, Dh] and "image" [B, H, W, C]; returns x, perhaps with a sharding constraint.
     """
 

@@ -1,0 +1,399 @@
+"""One update: rollout -> gradient-carrying steps -> rewards -> ``jax.grad`` -> optimiser. What training compiles.
+
+    noise --Euler, no gradient--> x0 --method--> terms --transformer, recover, decode, reward--> losses --> gradient
+    --> AdamW
+
+The batch is global; it may pass in parts (gradient accumulation) with the same result up to the order of sums, since
+every random number of a sample is drawn for the whole batch first. Terms (SRPO's two branches) run one after the
+other in a scan: one compiled gradient, and the memory of one.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+
+from srpo_jax import direct_align, flow, methods, rewards
+from srpo_jax.direct_align import Grid
+from srpo_jax.methods import Term
+from srpo_jax.models.compute import Params, bind
+from srpo_jax.rewards import Reward
+
+LATENT_FACTOR = 8  # pixels of an image per latent position, along each side
+
+
+@flax.struct.dataclass
+class TrainState:
+    """All that changes in training.
+
+    Attributes:
+      step: updates done, int32 scalar.
+      params: of the transformer.
+      opt_state: of the optimiser.
+      ema: moving average of ``params`` (float32), or None.
+    """
+
+    step: jax.Array
+    params: Params
+    opt_state: Any
+    ema: Params | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Networks:
+    """The graph definitions that an update runs; parameters come as arguments.
+
+    Attributes:
+      transformer: of ``models.flux.Flux``.
+      guidance: whether that transformer has a guidance embedding.
+      autoencoder: of ``models.autoencoder.Autoencoder``.
+      rewards: the mixture, by name.
+    """
+
+    transformer: nnx.GraphDef
+    guidance: bool
+    autoencoder: nnx.GraphDef
+    rewards: dict[str, Reward]
+
+
+class Frozen(NamedTuple):
+    """Parameters that training reads and never changes."""
+
+    autoencoder: Params
+    rewards: dict[str, Params]
+
+
+class Batch(NamedTuple):
+    """What one update is conditioned on, B samples over all devices.
+
+    Attributes:
+      text: T5 features ``[B, T, C]``.
+      pooled: CLIP-L features ``[B, P]``.
+      reward_ids: by reward, int32 token ids ``[B, T']`` of the "positive" and "negative" captions (with control
+      words) and
+        of the plain "caption".
+      latents: clean packed latents of real images ``[B, N, 64]``, or None to make them by rollout.
+    """
+
+    text: jax.Array
+    pooled: jax.Array
+    reward_ids: dict[str, dict[str, jax.Array]]
+    latents: jax.Array | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """The numbers of a method and its recipe; see ``config.default`` for their meaning."""
+
+    method: str
+    height: int
+    width: int
+    rollout_steps: int
+    rollout_guidance: float
+    shift: float
+    shared_noise: bool
+    grid: Grid
+    branches: tuple[str, ...]
+    guidance: float
+    weights: tuple[float, float]
+    late_steps: int
+    renoisings: int
+    form: str
+    margin: float
+    accumulation: int
+    ema_decay: float
+    round_time: bool
+
+    @classmethod
+    def from_config(cls, config: Any) -> "Settings":
+        """Reads a training configuration that ``config.validate`` has accepted."""
+        align = config.align
+        grid = direct_align.training_grid(
+            train_timestep=tuple(align.train_timestep),
+            length=align.length,
+            schedule_steps=align.schedule_steps,
+            shift=config.rollout.shift,
+            groundtruth_ratio=align.groundtruth_ratio,
+            discount_positive=tuple(align.discount_positive),
+            discount_negative=tuple(align.discount_negative),
+        )
+        return cls(
+            method=config.method,
+            height=config.data.height,
+            width=config.data.width,
+            rollout_steps=config.rollout.steps,
+            rollout_guidance=config.rollout.guidance,
+            shift=config.rollout.shift,
+            shared_noise=config.rollout.noise == "shared",
+            grid=grid,
+            branches=tuple(align.branches),
+            guidance=align.guidance,
+            weights=tuple(align.weights),
+            late_steps=config.refl.late_steps,
+            renoisings=config.draft_lv.renoisings,
+            form=config.reward.form,
+            margin=config.reward.margin,
+            accumulation=config.optim.accumulation,
+            ema_decay=config.optim.ema_decay,
+            round_time=config.model.round_time,
+        )
+
+    @property
+    def latent_height(self) -> int:
+        """Rows of latent positions."""
+        return self.height // LATENT_FACTOR
+
+    @property
+    def latent_width(self) -> int:
+        """Columns of latent positions."""
+        return self.width // LATENT_FACTOR
+
+    @property
+    def tokens(self) -> int:
+        """Image tokens, N."""
+        return self.latent_height * self.latent_width // flow.PATCH**2
+
+    @property
+    def term_names(self) -> tuple[str, ...]:
+        """What the method's terms are called in the metrics; several re-noisings share one name."""
+        return self.branches if self.method == "srpo" else methods.TERM_NAMES[self.method]
+
+
+# --- randomness: one key per purpose, drawn for the whole batch -----------------------------------------------------
+
+
+class Draws(NamedTuple):
+    """The random numbers of an update: ``noise`` [B, N, 64], grid positions ``mid`` [B], rollout steps before a late
+    stop ``stop`` [B] (ReFL), and ``renoise`` [B, n, N, 64] (DRaFT-LV). What a method does not use is None."""
+
+    noise: jax.Array
+    mid: jax.Array | None
+    stop: jax.Array | None
+    renoise: jax.Array | None
+
+
+def draw(settings: Settings, key: jax.Array, batch: int) -> Draws:
+    """Draws an update's random numbers for ``batch`` samples from the update's key."""
+    noise_key, mid_key, stop_key, renoise_key = (jax.random.fold_in(key, purpose) for purpose in range(4))
+    shape = (settings.tokens, 4 * 16)
+    count = 1 if settings.shared_noise else batch
+    noise = jnp.broadcast_to(jax.random.normal(noise_key, (count, *shape)), (batch, *shape))
+    mid = stop = renoise = None
+    if settings.method in ("srpo", "direct_align"):
+        mid = direct_align.sample_mid(mid_key, batch, settings.grid.length)
+    elif settings.method == "refl":
+        first = settings.rollout_steps - settings.late_steps
+        stop = jax.random.randint(stop_key, (batch,), first, settings.rollout_steps)
+    elif settings.method == "draft_lv":
+        renoise = jax.random.normal(renoise_key, (batch, settings.renoisings, *shape))
+    return Draws(noise, mid, stop, renoise)
+
+
+# --- the transformer ------------------------------------------------------------------------------------------------
+
+
+def velocity(
+    networks: Networks,
+    settings: Settings,
+    params: Params,
+    batch: Batch,
+    x: jax.Array,
+    sigma: jax.Array,
+    guidance: float,
+) -> jax.Array:
+    """The transformer's velocity, float32, at latents ``x`` [B, N, 64] and noise level ``sigma`` (scalar or [B])."""
+    count = x.shape[0]
+    time = jnp.broadcast_to(flow.truncate_time(jnp.asarray(sigma)), (count,))
+    scale = jnp.full((count,), guidance, jnp.float32)
+    if settings.round_time:
+        # The released script's autocast rounds what enters the sinusoids: 822 becomes 820, 3500 becomes 3504.
+        time, scale = ((1000 * value).astype(jnp.bfloat16).astype(jnp.float32) / 1000 for value in (time, scale))
+    transformer = bind(networks.transformer, params)
+    return transformer(
+        x,
+        batch.text,
+        batch.pooled,
+        time,
+        scale if networks.guidance else None,
+        jnp.asarray(flow.image_ids(settings.latent_height, settings.latent_width)),
+        jnp.asarray(flow.text_ids(batch.text.shape[1])),
+    ).astype(jnp.float32)
+
+
+def rollout(
+    networks: Networks,
+    settings: Settings,
+    params: Params,
+    batch: Batch,
+    noise: jax.Array,
+    stop: jax.Array | None = None,
+) -> jax.Array:
+    """Latents [B, N, 64] made from ``noise`` by Euler steps without gradient; ``stop`` as in ``flow.euler_sample``."""
+
+    def field(x: jax.Array, sigma: jax.Array) -> jax.Array:
+        return velocity(networks, settings, params, batch, x, sigma, settings.rollout_guidance)
+
+    sigmas = flow.shifted_schedule(settings.rollout_steps, settings.shift)
+    return jax.lax.stop_gradient(flow.euler_sample(field, noise, sigmas, stop))
+
+
+def decode(networks: Networks, settings: Settings, params: Params, tokens: jax.Array) -> jax.Array:
+    """Packed latents [B, N, 64] to the decoder's raw output [B, H, W, 3], about -1 .. 1 and not clipped."""
+    autoencoder = bind(networks.autoencoder, params)
+    latents = flow.unpack(tokens, settings.latent_height, settings.latent_width)
+    return autoencoder.decode(autoencoder.unscale_latents(latents))
+
+
+def to_unit_range(decoded: jax.Array) -> jax.Array:
+    """The decoder's output to an image in [0, 1]; no gradient where it is clipped."""
+    return jnp.clip(decoded / 2 + 0.5, 0.0, 1.0)
+
+
+# --- terms ----------------------------------------------------------------------------------------------------------
+
+
+class Outcome(NamedTuple):
+    """Everything that happens in one term, in order: velocity and recovered latents [B, N, 64], the decoder's output
+    [B, H, W, 3], image features by reward [B, E], reward [B]. A compiled update keeps what its metrics use."""
+
+    velocity: jax.Array
+    recovered: jax.Array
+    decoded: jax.Array
+    features: dict[str, jax.Array]
+    reward: jax.Array
+
+
+def run_term(
+    networks: Networks, settings: Settings, params: Params, frozen: Frozen, batch: Batch, term: Term
+) -> Outcome:
+    """Takes a term's transformer step, recovers, decodes and scores the image."""
+    v = velocity(networks, settings, params, batch, term.noisy, term.sigma_from, settings.guidance)
+    recovered = direct_align.recover(term.noisy, v, term.noise, term.sigma_from, term.sigma_to)
+    decoded = decode(networks, settings, frozen.autoencoder, recovered)
+    features = rewards.embed_images(networks.rewards, frozen.rewards, to_unit_range(decoded))
+    reward = rewards.mixture(networks.rewards, frozen.rewards, features, term.targets)
+    return Outcome(v, recovered, decoded, features, reward)
+
+
+def embed_captions(networks: Networks, frozen: Frozen, batch: Batch) -> methods.Embeddings:
+    """Unit-norm text features [B, E] of every caption variant, by reward."""
+    return {
+        name: {
+            variant: reward.embed_text(frozen.rewards[name], ids) for variant, ids in batch.reward_ids[name].items()
+        }
+        for name, reward in networks.rewards.items()
+    }
+
+
+def make_terms(
+    networks: Networks, settings: Settings, params: Params, batch: Batch, draws: Draws, text: methods.Embeddings
+) -> Term:
+    """Rolls out (or takes the batch's latents) and lays out the method's terms, a stack."""
+    sigmas = flow.shifted_schedule(settings.rollout_steps, settings.shift)
+    if settings.method == "refl":
+        state = rollout(networks, settings, params, batch, draws.noise, draws.stop)
+        return methods.refl(state, jnp.asarray(sigmas)[draws.stop], text)
+    x0 = batch.latents
+    if x0 is None:
+        x0 = rollout(networks, settings, params, batch, draws.noise)
+    if settings.method == "draft_lv":
+        return methods.draft_lv(x0, draws.renoise.swapaxes(0, 1), float(sigmas[-2]), text)
+    if settings.method == "direct_align":
+        return methods.direct_align_only(x0, draws.noise, draws.mid, settings.grid, text, settings.weights)
+    return methods.srpo(
+        x0, draws.noise, draws.mid, settings.grid, text, form=settings.form, branches=settings.branches
+    )
+
+
+def term_loss(
+    networks: Networks,
+    settings: Settings,
+    params: Params,
+    frozen: Frozen,
+    batch: Batch,
+    term: Term,
+    captions: dict[str, jax.Array],
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """A term's loss, ``mean(weight * relu(margin - reward))``, and its metrics (means over the samples).
+
+    The metric ``caption_reward`` is the reward of the image under its plain caption, without control words.
+    """
+    outcome = run_term(networks, settings, params, frozen, batch, term)
+    loss = jnp.mean(term.weight * rewards.hinge(outcome.reward, settings.margin))
+    plain = rewards.mixture(networks.rewards, frozen.rewards, outcome.features, captions)
+    return loss, {"loss": loss, "reward": jnp.mean(outcome.reward), "caption_reward": jnp.mean(plain)}
+
+
+def gradient(
+    networks: Networks, settings: Settings, params: Params, frozen: Frozen, batch: Batch, draws: Draws
+) -> tuple[Params, dict[str, jax.Array]]:
+    """The gradient of one part of a batch, summed over the method's terms, and metrics ``[terms]`` by name."""
+    text = embed_captions(networks, frozen, batch)
+    terms = make_terms(networks, settings, params, batch, draws, text)
+    captions = {name: embeddings["caption"] for name, embeddings in text.items()}
+
+    def add_term(total: Params, term: Term) -> tuple[Params, dict[str, jax.Array]]:
+        def loss(params: Params) -> tuple[jax.Array, dict[str, jax.Array]]:
+            return term_loss(networks, settings, params, frozen, batch, term, captions)
+
+        grads, metrics = jax.grad(loss, has_aux=True)(params)
+        return jax.tree.map(jnp.add, total, grads), metrics
+
+    return jax.lax.scan(add_term, jax.tree.map(jnp.zeros_like, params), terms)
+
+
+# --- the update -----------------------------------------------------------------------------------------------------
+
+
+def split_batch(tree: Any, parts: int) -> Any:
+    """``[B, ...]`` leaves to ``[parts, B / parts, ...]``. Every part takes each parts-th sample, so that a batch
+    split over devices stays where it is."""
+    return jax.tree.map(lambda x: x.reshape(x.shape[0] // parts, parts, *x.shape[1:]).swapaxes(0, 1), tree)
+
+
+def make_update(
+    networks: Networks, settings: Settings, optimizer: optax.GradientTransformation
+) -> Callable[[TrainState, Frozen, Batch, jax.Array], tuple[TrainState, dict[str, jax.Array]]]:
+    """Builds ``update(state, frozen, batch, key) -> (state, metrics)``, pure and ready for ``jax.jit``.
+
+    ``key`` is the update's own (derived from the seed and the step number). Metrics are float32 scalars:
+    ``NAME/loss``, ``NAME/reward`` and ``NAME/caption_reward`` for every term NAME, ``loss`` (their sum) and
+    ``grad_norm`` (before clipping).
+    """
+
+    def update(state: TrainState, frozen: Frozen, batch: Batch, key: jax.Array) -> tuple[TrainState, dict]:
+        draws = draw(settings, key, batch.text.shape[0])
+        parts = settings.accumulation
+
+        def add_part(total: Params, part: tuple[Batch, Draws]) -> tuple[Params, dict[str, jax.Array]]:
+            grads, metrics = gradient(networks, settings, state.params, frozen, *part)
+            return jax.tree.map(jnp.add, total, grads), metrics
+
+        if parts == 1:
+            grads, metrics = gradient(networks, settings, state.params, frozen, batch, draws)
+        else:
+            zeros = jax.tree.map(jnp.zeros_like, state.params)
+            grads, metrics = jax.lax.scan(add_part, zeros, split_batch((batch, draws), parts))
+            grads = jax.tree.map(lambda g: g / parts, grads)
+            metrics = jax.tree.map(lambda m: m.mean(0), metrics)
+
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        ema = state.ema
+        if ema is not None:
+            decay = settings.ema_decay
+            ema = jax.tree.map(lambda old, new: decay * old + (1 - decay) * new.astype(jnp.float32), ema, params)
+        summary = {"loss": metrics["loss"].sum(), "grad_norm": optax.global_norm(grads)}
+        for index, name in enumerate(settings.term_names):
+            for metric, values in metrics.items():
+                # Several re-noisings share one name: their mean stands for them.
+                chosen = values[index] if len(settings.term_names) == len(values) else values.mean()
+                summary[f"{name}/{metric}"] = chosen
+        return TrainState(state.step + 1, params, opt_state, ema), summary
+
+    return update
