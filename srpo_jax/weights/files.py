@@ -1,0 +1,229 @@
+"""Safetensors files, read and written tensor by tensor, so that memory holds a tensor and never a model.
+
+The format (https://github.com/huggingface/safetensors#format): 8 bytes with the header's length, little endian; a JSON
+header ``{name: {"dtype", "shape", "data_offsets"}, "__metadata__": {str: str}}``; then the tensors' bytes, C order.
+"""
+
+import dataclasses
+import json
+import math
+import os
+import pathlib
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from srpo_jax.errors import UserError
+
+CODES = {
+    "F64": np.float64,
+    "F32": np.float32,
+    "F16": np.float16,
+    "BF16": ml_dtypes.bfloat16,
+    "F8_E4M3": ml_dtypes.float8_e4m3fn,
+    "F8_E5M2": ml_dtypes.float8_e5m2,
+    "I64": np.int64,
+    "I32": np.int32,
+    "I16": np.int16,
+    "I8": np.int8,
+    "U64": np.uint64,
+    "U32": np.uint32,
+    "U16": np.uint16,
+    "U8": np.uint8,
+    "BOOL": np.bool_,
+}
+DTYPES = {code: np.dtype(dtype) for code, dtype in CODES.items()}
+_CODE_OF = {dtype: code for code, dtype in DTYPES.items()}
+_LARGEST_HEADER = 100_000_000  # bytes; the reference implementation's own limit
+_CHUNK = 64 << 20  # bytes copied at once when an array has to be rearranged or cast on its way to the disk
+
+
+@dataclasses.dataclass(frozen=True)
+class Spec:
+    """Shape and dtype of a tensor that is not in memory."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+
+    @property
+    def size(self) -> int:
+        """Number of elements."""
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Number of bytes."""
+        return self.size * self.dtype.itemsize
+
+
+def foreign_kind(path: pathlib.Path) -> str | None:
+    """What a file that should hold weights is instead, in words, or None if its first bytes do not tell."""
+    with open(path, "rb") as file:
+        head = file.read(512)
+    text = head.lstrip().lower()
+    if not head:
+        return "an empty file"
+    if head.startswith(b"version https://git-lfs.github.com"):
+        return "a git-lfs pointer, not the file itself: run `git lfs pull` or download the file"
+    if text.startswith((b"<!doctype", b"<html", b"<?xml")):
+        return "a web page, probably a login or an error page: download the file again"
+    if head.startswith(b"GGUF"):
+        return "a GGUF file, which is quantised: use the original weights"
+    return None
+
+
+class SafetensorsFile:
+    """A safetensors file. Its header is read and checked at once, its tensors when they are asked for.
+
+    Attributes:
+      path: the file.
+      specs: ``{name: Spec}`` in the order of the file's bytes.
+      metadata: the header's ``__metadata__``.
+
+    Raises UserError if the file is not one, is cut short, or contradicts itself; FileNotFoundError if there is none.
+    """
+
+    def __init__(self, path: str | os.PathLike):
+        self.path = pathlib.Path(path)
+        kind = foreign_kind(self.path)
+        if kind:
+            raise UserError(f"{self.path} is {kind}")
+        header, start = self._read_header()
+        self.metadata: dict[str, str] = header.pop("__metadata__", {})
+        self.specs: dict[str, Spec] = {}
+        self._offsets: dict[str, int] = {}
+        end = 0
+        try:
+            for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"][0]):
+                if entry["dtype"] not in DTYPES:
+                    raise UserError(f"{self.path}: tensor {name} has dtype {entry['dtype']}, which is not supported")
+                spec = Spec(tuple(entry["shape"]), DTYPES[entry["dtype"]])
+                first, last = entry["data_offsets"]
+                if first != end or last - first != spec.nbytes:
+                    raise UserError(f"{self.path} is damaged: the place of tensor {name} contradicts its shape")
+                self.specs[name] = spec
+                self._offsets[name] = start + first
+                end = last
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise UserError(f"{self.path} is not a safetensors file: its header has another layout") from error
+        size = self.path.stat().st_size
+        if size != start + end:
+            what = "cut short" if size < start + end else "longer than its header says"
+            raise UserError(f"{self.path} is {what} ({size} bytes instead of {start + end}): download it again")
+
+    def _read_header(self) -> tuple[dict[str, Any], int]:
+        with open(self.path, "rb") as file:
+            prefix = file.read(8)
+            length = int.from_bytes(prefix, "little")
+            if len(prefix) < 8 or not 2 <= length <= _LARGEST_HEADER:
+                raise UserError(f"{self.path} is not a safetensors file")
+            text = file.read(length)
+        if len(text) < length and text.startswith(b"{"):
+            raise UserError(f"{self.path} is cut short inside its header: download it again")
+        try:
+            header = json.loads(text)
+        except ValueError as error:
+            raise UserError(f"{self.path} is not a safetensors file") from error
+        if not isinstance(header, dict):
+            raise UserError(f"{self.path} is not a safetensors file")
+        return header, 8 + length
+
+    def read(self, name: str) -> np.ndarray:
+        """A tensor as a read-only view of the file; its pages leave memory with the last reference to the array."""
+        spec = self.specs[name]
+        if not spec.size:
+            return np.empty(spec.shape, spec.dtype)
+        return np.memmap(self.path, dtype=spec.dtype, mode="r", offset=self._offsets[name], shape=spec.shape)
+
+
+class SafetensorsWriter:
+    """Writes a safetensors file whose tensors arrive one by one, or slice by slice, in any order.
+
+    Use as a context manager. The bytes go to a temporary name beside ``path``; the file takes its place only when the
+    block ends without an exception and every tensor was written completely (ValueError otherwise), else it is removed.
+
+    Args:
+      path: the file to make; an existing one is replaced.
+      specs: all tensors with their shapes and dtypes.
+      metadata: strings for the header.
+      progress: called with the number of bytes after each piece that was written.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike,
+        specs: Mapping[str, Spec],
+        metadata: Mapping[str, str] | None = None,
+        progress: Callable[[int], object] = lambda count: None,
+    ):
+        self.path = pathlib.Path(path)
+        self.specs = dict(specs)
+        self._temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}.partial")
+        self._progress = progress
+        self._missing = {name: spec.nbytes for name, spec in self.specs.items()}
+        self._offsets: dict[str, int] = {}
+        header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+        end = 0
+        # Larger elements first, so that every tensor starts at a multiple of its element size.
+        for name in sorted(self.specs, key=lambda name: -self.specs[name].dtype.itemsize):
+            spec = self.specs[name]
+            first, end = end, end + spec.nbytes
+            header[name] = {"dtype": _CODE_OF[spec.dtype], "shape": list(spec.shape), "data_offsets": [first, end]}
+            self._offsets[name] = first
+        text = json.dumps(header, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)
+        self._prefix = len(text).to_bytes(8, "little") + text
+
+    def __enter__(self) -> "SafetensorsWriter":
+        self._file = open(self._temporary, "wb")
+        try:
+            self._file.write(self._prefix)
+        except BaseException:
+            self._discard()
+            raise
+        return self
+
+    def write(self, name: str, array: np.ndarray, index: int | None = None) -> None:
+        """Writes a tensor, or with ``index`` the slice ``tensor[index]``; casts to the tensor's dtype.
+
+        Raises ValueError if the shape is not the announced one.
+        """
+        spec = self.specs[name]
+        shape = spec.shape if index is None else spec.shape[1:]
+        if array.shape != shape:
+            raise ValueError(f"{name}: got {array.shape} for {shape}")
+        nbytes = math.prod(shape) * spec.dtype.itemsize
+        self._file.seek(len(self._prefix) + self._offsets[name] + (index or 0) * nbytes)
+        for piece in _pieces(array):
+            flat = np.ascontiguousarray(piece, dtype=spec.dtype).reshape(-1)
+            self._file.write(flat.view(np.uint8))
+            self._progress(flat.nbytes)
+        self._missing[name] -= nbytes
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        incomplete = [name for name, missing in self._missing.items() if missing]
+        if kind is not None or incomplete:
+            self._discard()
+            if kind is None:
+                raise ValueError(f"{self.path}: tensors not written completely: {', '.join(incomplete)}")
+            return
+        try:
+            self._file.close()
+            os.replace(self._temporary, self.path)
+        except BaseException:
+            self._discard()
+            raise
+
+    def _discard(self) -> None:
+        self._file.close()
+        self._temporary.unlink(missing_ok=True)
+
+
+def _pieces(array: np.ndarray) -> list[np.ndarray]:
+    """Cuts a large array along its first axis, so that a rearranged copy of it never exists as a whole."""
+    if array.nbytes <= _CHUNK or not array.ndim:
+        return [array]
+    rows = max(1, _CHUNK * array.shape[0] // array.nbytes)
+    return [array[start : start + rows] for start in range(0, array.shape[0], rows)]

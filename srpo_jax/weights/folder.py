@@ -1,0 +1,195 @@
+"""Our own files: a folder per network with ``config.json`` and ``weights.safetensors``.
+
+    config.json           {"format": "srpo_jax/1", "network": "flux", "config": {...}}   the network's config dataclass
+    weights.safetensors   parameters by dotted path, shapes as in the network (blocks stacked on a leading axis)
+
+Loading maps the file into memory and hands every device the slice that its sharding asks for, so a host reads what its
+devices hold, once.
+"""
+
+import dataclasses
+import importlib
+import json
+import os
+import pathlib
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from srpo_jax.errors import UserError
+from srpo_jax.models import compute as models_compute
+from srpo_jax.models.compute import Compute, Params
+from srpo_jax.weights import engine
+from srpo_jax.weights.files import SafetensorsFile, SafetensorsWriter, Spec
+
+FORMAT = "srpo_jax/1"
+CONFIG, WEIGHTS = "config.json", "weights.safetensors"
+DEFAULT = Compute()
+# network: (module of srpo_jax.models, class of its config, class of the network)
+NETWORKS = {
+    "flux": ("flux", "FluxConfig", "Flux"),
+    "autoencoder": ("autoencoder", "AutoencoderConfig", "Autoencoder"),
+    "clip": ("clip", "ClipConfig", "Clip"),
+    "clip_text": ("clip", "ClipTextConfig", "ClipText"),
+    "t5": ("t5", "T5Config", "T5Encoder"),
+}
+
+
+def classes(network: str) -> tuple[Any, Any]:
+    """(config class, network class) by the network's name. Raises ValueError for an unknown one."""
+    if network not in NETWORKS:
+        raise ValueError(f"network {network!r} is unknown; known: {', '.join(NETWORKS)}")
+    module, config, constructor = NETWORKS[network]
+    module = importlib.import_module(f"srpo_jax.models.{module}")
+    return getattr(module, config), getattr(module, constructor)
+
+
+def abstract(network: str, config: Any, compute: Compute = DEFAULT) -> tuple[nnx.GraphDef, Params]:
+    """Graph definition and ``ShapeDtypeStruct`` parameters of a network. Uses no memory."""
+    _, constructor = classes(network)
+    return models_compute.abstract(lambda rngs: constructor(config, compute, rngs=rngs))
+
+
+def is_ours(path: str | os.PathLike) -> bool:
+    """Whether a folder is in our format."""
+    try:
+        marker = json.loads((pathlib.Path(path) / CONFIG).read_text())
+    except (OSError, ValueError):
+        return False
+    return isinstance(marker, dict) and str(marker.get("format", "")).startswith("srpo_jax/")
+
+
+def read_json(path: pathlib.Path) -> dict[str, Any]:
+    """A JSON object from a file. Raises UserError if the file is missing, is no JSON or holds something else."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise UserError(f"{path} does not exist") from error
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read as JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path} holds no JSON object")
+    return content
+
+
+def make_config(network: str, values: dict[str, Any], where: Any) -> Any:
+    """A network's config from the values of a file. Raises UserError naming ``where`` if they do not fit."""
+    try:
+        return classes(network)[0].from_dict(values)
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{where}: {error}") from error
+
+
+def read_config(path: str | os.PathLike) -> tuple[str, Any]:
+    """(network, its config) of a folder in our format. Raises UserError if the folder is not one."""
+    path = pathlib.Path(path)
+    if not path.is_dir():
+        raise UserError(f"{path} is not a folder; expected one made by `python -m srpo_jax.convert import`")
+    content = read_json(path / CONFIG)
+    if content.get("format") != FORMAT:
+        raise UserError(
+            f"{path} is not in the format {FORMAT} (its {CONFIG} says {content.get('format')!r}); "
+            "convert it with `python -m srpo_jax.convert import`"
+        )
+    if content.get("network") not in NETWORKS:
+        raise UserError(f"{path / CONFIG}: network {content.get('network')!r} is unknown")
+    return content["network"], make_config(content["network"], content.get("config", {}), path / CONFIG)
+
+
+def write_config(path: pathlib.Path, network: str, config: Any) -> None:
+    """Writes ``config.json`` of a folder in our format, at once or not at all."""
+    content = {"format": FORMAT, "network": network, "config": dataclasses.asdict(config)}
+    temporary = path / f".{CONFIG}.{os.getpid()}.partial"
+    temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    os.replace(temporary, path / CONFIG)
+
+
+def writer(path: pathlib.Path, specs: dict[str, Spec], progress: Callable[[int], object]) -> SafetensorsWriter:
+    """The writer of a folder's ``weights.safetensors``."""
+    return SafetensorsWriter(path / WEIGHTS, specs, {"format": FORMAT}, progress)
+
+
+def save(path: str | os.PathLike, network: str, config: Any, params: Params, dtype: Any = None) -> None:
+    """Writes a folder in our format; files of an earlier save are replaced.
+
+    Args:
+      path: the folder, made if there is none.
+      network: its name, see ``NETWORKS``.
+      config: the network's config.
+      params: nested parameters, numpy or fully addressable jax arrays.
+      dtype: to store in; None keeps each parameter's own.
+
+    Raises ValueError if the parameters are not those of the network.
+    """
+    path = pathlib.Path(path)
+    leaves = engine.flatten(params)
+    expected = {name: tuple(leaf.shape) for name, leaf in engine.flatten(abstract(network, config)[1]).items()}
+    found = {name: tuple(leaf.shape) for name, leaf in leaves.items()}
+    if found != expected:
+        wrong = sorted(name for name in found.keys() | expected.keys() if found.get(name) != expected.get(name))
+        raise ValueError(f"these are not the parameters of this {network} network: {', '.join(wrong[:6])}")
+    specs = {name: Spec(found[name], np.dtype(dtype or leaf.dtype)) for name, leaf in leaves.items()}
+    path.mkdir(parents=True, exist_ok=True)
+    with writer(path, specs, lambda count: None) as out:
+        for name, leaf in leaves.items():
+            out.write(name, np.asarray(leaf))
+    write_config(path, network, config)
+
+
+def open_weights(path: str | os.PathLike, network: str | None = None) -> tuple[str, Any, SafetensorsFile]:
+    """(network, config, parameters as a lazy source) of a folder in our format, checked against the network's shapes.
+
+    Raises UserError if the folder is not in our format, is not the ``network`` asked for, or its weights do not fit it.
+    """
+    path = pathlib.Path(path)
+    found, config = read_config(path)
+    if network is not None and found != network:
+        raise UserError(f"{path} holds a {found} network; expected {network}")
+    if not (path / WEIGHTS).exists():
+        raise UserError(f"{path / WEIGHTS} does not exist; convert the weights again")
+    source = SafetensorsFile(path / WEIGHTS)
+    shapes = {name: tuple(leaf.shape) for name, leaf in engine.flatten(abstract(found, config)[1]).items()}
+    stored = {name: spec.shape for name, spec in source.specs.items()}
+    wrong = sorted(name for name in shapes.keys() | stored.keys() if shapes.get(name) != stored.get(name))
+    if wrong:
+        raise UserError(f"{source.path} does not fit its {CONFIG}: {len(wrong)} parameters differ, as {wrong[0]}")
+    return found, config, source
+
+
+def load(
+    path: str | os.PathLike,
+    network: str | None = None,
+    compute: Compute = DEFAULT,
+    sharding: Callable[[str, tuple[int, ...]], jax.sharding.Sharding] | None = None,
+) -> tuple[Any, nnx.GraphDef, Params]:
+    """Reads a network in our format.
+
+    Args:
+      path: the folder.
+      network: the expected one; None takes any.
+      compute: execution options; parameters are cast to ``compute.param_dtype``.
+      sharding: called with (dotted path, shape) for where each parameter goes, each device reading its slice only; None
+        puts whole arrays on the default device.
+
+    Returns:
+      (config, graph definition, nested parameters as jax arrays).
+
+    Raises UserError as ``open_weights`` does.
+    """
+    network, config, source = open_weights(path, network)
+    graphdef, like = abstract(network, config, compute)
+    dtype = np.dtype(compute.param_dtype)
+
+    def read(key_path: tuple, leaf: jax.ShapeDtypeStruct) -> jax.Array:
+        name = models_compute.path_name(key_path)
+        if sharding is None:
+            return jnp.array(source.read(name), dtype)
+        return jax.make_array_from_callback(
+            leaf.shape, sharding(name, leaf.shape), lambda index: np.asarray(source.read(name)[index], dtype)
+        )
+
+    return config, graphdef, jax.tree_util.tree_map_with_path(read, like)
