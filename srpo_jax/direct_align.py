@@ -97,7 +97,7 @@ def denoising_step(grid: Grid, mid: jax.Array) -> Step:
 
 
 def inversion_step(grid: Grid, mid: jax.Array) -> Step:
-    """The step from a cleaner level up to that of ``mid`` (one index cleaner where ``mid`` is smaller than the stride)."""
+    """The step from a cleaner level up to that of ``mid`` (one index cleaner if ``mid`` is below the stride)."""
     length, stride = grid.length, _stride(grid, mid)
     start = jnp.maximum(mid - stride, 1)
     sigmas = jnp.asarray(grid.sigmas)

@@ -2,9 +2,9 @@
 they follow.
 
 SRPO, Direct-Align, ReFL and DRaFT-LV share one formula (``direct_align.recover``): step from ``sigma_from`` to
-``sigma_to``, recover an image, score it against a text direction. With ``sigma_to = 0`` the recovery is the ordinary one-step
-prediction, so the relatives are other choices of the same few arrays. A method is a function that makes a stack of
-``Term``; the step runs them one after the other and adds their gradients.
+``sigma_to``, recover an image, score it against a text direction. With ``sigma_to = 0`` the recovery is the ordinary
+one-step prediction, so the relatives are other choices of the same few arrays. A method is a function that makes a
+stack of ``Term``; the step runs them one after the other and adds their gradients.
 """
 
 from typing import NamedTuple
