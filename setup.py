@@ -32,6 +32,7 @@ setuptools.setup(
         "array_record",
         "flax>=0.12.8",
         "grain>=0.2.18",
+        "importlib_resources",  # tensorflow-datasets imports it and does not ask for it
         "jax>=0.10",
         "ml_collections>=1.1",
         "ml_dtypes",
