@@ -1,0 +1,139 @@
+"""Dot-product attention behind one call; the backends differ in where they run and in the memory they take.
+
+| backend | where | attention matrix in memory | dtypes |
+|---|---|---|---|
+| xla | everywhere | yes | any; softmax in float32 |
+| cudnn | NVIDIA GPUs from Ampere on | no | bfloat16 |
+| splash | TPUs (a Pallas kernel) | no | any |
+"""
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+
+CUDNN_MULTIPLE = 64
+SPLASH_MULTIPLE = 128
+SPLASH_BLOCKS = (512, 256, 128)
+# The one mesh axis that divides heads; every other axis of a mesh divides the batch.
+HEAD_AXIS = "tensor"
+
+
+def attention(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    *,
+    backend: str,
+    scale: float | None = None,
+    bias: jax.Array | None = None,
+    causal: bool = False,
+) -> jax.Array:
+    """softmax(scale * q k^T + bias) v, per head.
+
+    Args:
+      query: [B, T, H, D].
+      key, value: [B, S, H, D].
+      backend: "xla", "cudnn" or "splash".
+      scale: of the logits; None means 1 / sqrt(D).
+      bias: added to the logits, broadcastable to [B, H, T, S]. Not supported by splash.
+      causal: a query sees the keys of its own and of earlier positions only.
+
+    Returns:
+      [B, T, H, D], dtype of the query.
+
+    Raises:
+      ValueError: the backend is unknown or cannot do what is asked.
+    """
+    if scale is None:
+        scale = query.shape[-1] ** -0.5
+    if backend == "xla":
+        return jax.nn.dot_product_attention(
+            query, key, value, bias, scale=scale, is_causal=causal, implementation="xla"
+        )
+    if backend == "cudnn":
+        return _padded(query, key, value, scale, bias, causal, implementation="cudnn")
+    if backend == "splash":
+        if bias is not None:
+            raise ValueError("attention backend 'splash' takes no bias; use 'xla' for this network")
+        return _splash(query, key, value, scale, causal)
+    raise ValueError(f"attention backend {backend!r} is unknown; choose one of xla, cudnn, splash")
+
+
+# --- cuDNN ---
+
+
+def _padded(query, key, value, scale, bias, causal, implementation):
+    """Attention with lengths padded to a multiple of 64: cuDNN's backward pass refuses odd ones (2537 at 720x720)."""
+    batch, length = query.shape[:2]
+    source = key.shape[1]
+    pad_query, pad_key = -length % CUDNN_MULTIPLE, -source % CUDNN_MULTIPLE
+    if not (pad_query or pad_key):
+        return jax.nn.dot_product_attention(
+            query, key, value, bias, scale=scale, is_causal=causal, implementation=implementation
+        )
+    query = _pad_length(query, pad_query)
+    key, value = _pad_length(key, pad_key), _pad_length(value, pad_key)
+    if bias is not None:
+        bias = jnp.broadcast_to(bias, (*bias.shape[:2], length, source))
+        bias = jnp.pad(bias, ((0, 0), (0, 0), (0, pad_query), (0, pad_key)))
+    out = jax.nn.dot_product_attention(
+        query,
+        key,
+        value,
+        bias,
+        scale=scale,
+        is_causal=causal,
+        query_seq_lengths=jnp.full((batch,), length, jnp.int32),
+        key_value_seq_lengths=jnp.full((batch,), source, jnp.int32),
+        implementation=implementation,
+    )
+    return out[:, :length]
+
+
+def _pad_length(x: jax.Array, amount: int) -> jax.Array:
+    """Zeros after the tokens of [B, T, H, D]."""
+    return jnp.pad(x, ((0, 0), (0, amount), (0, 0), (0, 0)))
+
+
+# --- splash ---
+
+
+def _splash(query, key, value, scale, causal, interpret=False):
+    """The TPU kernel; under the mesh of ``jax.set_mesh``, if one is set, on each device's own samples and heads."""
+    # The import initialises Pallas for TPU, which other platforms need not have.
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernels
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
+
+    if query.shape[1] != key.shape[1]:
+        raise ValueError(f"attention backend 'splash' needs equal lengths, got {query.shape[1]} and {key.shape[1]}")
+    length = query.shape[1]
+    pad = -length % SPLASH_MULTIPLE
+    padded = length + pad
+    block = next(size for size in SPLASH_BLOCKS if padded % size == 0)
+    mask = (masks.CausalMask if causal else masks.FullMask)((padded, padded))
+
+    def local(query, key, value):
+        kernel = kernels.make_splash_mha(
+            masks.MultiHeadMask([mask] * query.shape[2]),
+            block_sizes=kernels.BlockSizes(*[block] * 8),
+            head_shards=1,
+            q_seq_shards=1,
+            interpret=interpret,
+        )
+        # Padding is a segment of its own, so that no token attends to it.
+        segments = (jnp.arange(padded) >= length).astype(jnp.int32)
+        segments = kernels.SegmentIds(q=segments, kv=segments)
+        heads_first = [_pad_length(x, pad).swapaxes(1, 2) for x in (query * scale, key, value)]
+        out = jax.vmap(kernel, in_axes=(0, 0, 0, None))(*heads_first, segments)
+        return out.swapaxes(1, 2)[:, :length].astype(query.dtype)
+
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return local(query, key, value)
+    spec = PartitionSpec(
+        tuple(axis for axis in mesh.axis_names if axis != HEAD_AXIS),
+        None,
+        HEAD_AXIS if HEAD_AXIS in mesh.axis_names else None,
+        None,
+    )
+    return jax.shard_map(local, mesh=mesh, in_specs=(spec,) * 3, out_specs=spec, check_vma=False)(query, key, value)

@@ -1,0 +1,328 @@
+"""The FLUX.1 transformer: the velocity field of a rectified flow over packed latents, conditioned on text.
+
+Black Forest Labs published it as weights and code (github.com/black-forest-labs/flux); its blocks are those of MM-DiT
+(Esser et al., arXiv 2403.03206), the parallel single-stream blocks those of ViT-22B (arXiv 2302.05442).
+Widths in comments: B batch, N image tokens, T text tokens, D model width, H heads of width Dh, D = H * Dh.
+"""
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from srpo_jax.models.attention import attention
+from srpo_jax.models.compute import Compute
+from srpo_jax.models.stack import scan_blocks, stack
+
+TIME_CHANNELS = 256  # of the sinusoids of time and guidance
+TIME_FACTOR = 1000.0  # the network was trained with times and guidances in thousandths
+THETA = 10_000  # base of the frequencies, rotary and sinusoidal
+EPSILON = 1e-6  # of every norm
+MLP_RATIO = 4
+
+
+@dataclasses.dataclass(frozen=True)
+class FluxConfig:
+    """Sizes, named as in the ``config.json`` of diffusers' ``FluxTransformer2DModel``.
+
+    Attributes:
+      in_channels: of a packed token in, 2 * 2 * 16.
+      out_channels: of a packed token out.
+      num_layers: double-stream blocks.
+      num_single_layers: single-stream blocks.
+      attention_head_dim: Dh.
+      num_attention_heads: H.
+      joint_attention_dim: width of the text encoder's tokens.
+      pooled_projection_dim: width of the pooled text vector.
+      guidance_embeds: whether the guidance scale is an input (FLUX.1-dev) or not (FLUX.1-schnell).
+      axes_dims_rope: how many of the Dh channels each of the three position axes rotates; they sum to Dh.
+    """
+
+    in_channels: int
+    num_layers: int
+    num_single_layers: int
+    attention_head_dim: int
+    num_attention_heads: int
+    joint_attention_dim: int
+    pooled_projection_dim: int
+    guidance_embeds: bool
+    axes_dims_rope: tuple[int, ...]
+    out_channels: int
+
+    def __post_init__(self):
+        if sum(self.axes_dims_rope) != self.attention_head_dim or any(d % 2 for d in self.axes_dims_rope):
+            raise ValueError(
+                f"axes_dims_rope {self.axes_dims_rope} must be even numbers whose sum is "
+                f"attention_head_dim {self.attention_head_dim}"
+            )
+
+    @property
+    def width(self) -> int:
+        """D, the model's width."""
+        return self.num_attention_heads * self.attention_head_dim
+
+    @classmethod
+    def from_dict(cls, config: dict[str, Any]) -> "FluxConfig":
+        """Takes what it knows from a ``config.json``. Raises ValueError for a missing key or an unsupported value."""
+        if config.get("patch_size", 1) != 1:
+            raise ValueError(f"patch_size {config['patch_size']} is not supported; FLUX.1 has 1")
+        names = [field.name for field in dataclasses.fields(cls)]
+        # What diffusers itself leaves out of older files.
+        config = {"axes_dims_rope": (16, 56, 56), **config}
+        config["out_channels"] = config.get("out_channels") or config.get("in_channels")
+        missing = [name for name in names if config.get(name) is None]
+        if missing:
+            raise ValueError(f"the transformer's config lacks {', '.join(missing)}")
+        values = {name: config[name] for name in names}
+        return cls(**{**values, "axes_dims_rope": tuple(values["axes_dims_rope"])})
+
+
+# --- small parts ---
+
+
+class Linear(nnx.Module):
+    """y = x W + b, where the output may have several axes: [..., features_in] -> [..., *features_out]."""
+
+    def __init__(self, features_in: int, features_out: int | tuple[int, ...], compute: Compute, *, rngs: nnx.Rngs):
+        shape = features_out if isinstance(features_out, tuple) else (features_out,)
+        limit = features_in**-0.5
+        kernel = jax.random.uniform(rngs.params(), (features_in, *shape), compute.param_dtype, -limit, limit)
+        self.kernel = nnx.Param(kernel)
+        self.bias = nnx.Param(jnp.zeros(shape, compute.param_dtype))
+        self.dtype = compute.dtype
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        y = jnp.tensordot(x.astype(self.dtype), self.kernel[...].astype(self.dtype), axes=1)
+        return y + self.bias[...].astype(self.dtype)
+
+
+class Embedder(nnx.Module):
+    """Two layers with SiLU between them, from a conditioning vector to the model's width."""
+
+    def __init__(self, features_in: int, width: int, compute: Compute, *, rngs: nnx.Rngs):
+        self.in_layer = Linear(features_in, width, compute, rngs=rngs)
+        self.out_layer = Linear(width, width, compute, rngs=rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.out_layer(jax.nn.silu(self.in_layer(x)))
+
+
+class Mlp(nnx.Module):
+    """Two layers with tanh-approximated GELU between them."""
+
+    def __init__(self, width: int, compute: Compute, *, rngs: nnx.Rngs):
+        self.in_layer = Linear(width, MLP_RATIO * width, compute, rngs=rngs)
+        self.out_layer = Linear(MLP_RATIO * width, width, compute, rngs=rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.out_layer(jax.nn.gelu(self.in_layer(x), approximate=True))
+
+
+class HeadNorm(nnx.Module):
+    """RMSNorm of queries or keys over the channels of each head, in float32: [B, T, H, Dh] -> the same, float32."""
+
+    def __init__(self, head_dim: int, compute: Compute):
+        self.scale = nnx.Param(jnp.ones((head_dim,), compute.param_dtype))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        x = x.astype(jnp.float32)
+        x = x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + EPSILON)
+        return x * self.scale[...].astype(jnp.float32)
+
+
+def sinusoid(values: jax.Array) -> jax.Array:
+    """[B] -> [B, 256] float32: cosines, then sines, of 1000 * value at geometric frequencies from 1 down to 1/10000."""
+    half = TIME_CHANNELS // 2
+    # Angles reach 3,500, so that a last bit of a frequency shows: round as the reference does, the exponent to float32.
+    exponents = np.float32(-math.log(THETA)) * np.arange(half, dtype=np.float32) / half
+    frequencies = np.exp(exponents.astype(np.float64)).astype(np.float32)
+    angles = TIME_FACTOR * values.astype(jnp.float32)[:, None] * frequencies
+    return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
+
+
+def rotary_table(ids: jax.Array, axes_dims: tuple[int, ...]) -> tuple[jax.Array, jax.Array]:
+    """Cosines and sines [T, Dh / 2] float32 of positions ``ids`` [T, axes] (Su et al., arXiv 2104.09864, per axis)."""
+    angles = []
+    for axis, dim in enumerate(axes_dims):
+        frequencies = (1.0 / THETA ** (np.arange(0, dim, 2) / dim)).astype(np.float32)
+        angles.append(ids[:, axis, None].astype(jnp.float32) * frequencies)
+    angles = jnp.concatenate(angles, axis=-1)
+    return jnp.cos(angles), jnp.sin(angles)
+
+
+def rotate(x: jax.Array, table: tuple[jax.Array, jax.Array]) -> jax.Array:
+    """Rotates neighbouring channel pairs of [B, T, H, Dh] float32 by their token's angles."""
+    cos, sin = (part[None, :, None, :] for part in table)
+    even, odd = x[..., 0::2], x[..., 1::2]
+    return jnp.stack([even * cos - odd * sin, even * sin + odd * cos], axis=-1).reshape(x.shape)
+
+
+def modulate(x: jax.Array, shift: jax.Array, scale: jax.Array) -> jax.Array:
+    """Adaptive layer norm: normalises each token [B, T, D] in float32, then scales and shifts by [B, 1, D]."""
+    dtype = x.dtype
+    x = x.astype(jnp.float32)
+    x = x - x.mean(axis=-1, keepdims=True)
+    x = x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + EPSILON)
+    return (x * (1 + scale.astype(jnp.float32)) + shift.astype(jnp.float32)).astype(dtype)
+
+
+def modulation(layer: Linear, condition: jax.Array, parts: int) -> list[jax.Array]:
+    """The shifts, scales and gates [B, 1, D] that a block draws from the conditioning vector [B, D]."""
+    return jnp.split(layer(jax.nn.silu(condition))[:, None, :], parts, axis=-1)
+
+
+# --- blocks ---
+
+
+class StreamAttention(nnx.Module):
+    """One stream's projections into and out of the joint attention."""
+
+    def __init__(self, config: FluxConfig, compute: Compute, *, rngs: nnx.Rngs):
+        heads, head_dim = config.num_attention_heads, config.attention_head_dim
+        self.qkv = Linear(config.width, (3, heads, head_dim), compute, rngs=rngs)
+        self.query_norm = HeadNorm(head_dim, compute)
+        self.key_norm = HeadNorm(head_dim, compute)
+        self.proj = Linear(config.width, config.width, compute, rngs=rngs)
+
+    def queries_keys_values(self, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """[B, T, D] -> three times [B, T, H, Dh]; queries and keys are normalised and float32."""
+        query, key, value = jnp.moveaxis(self.qkv(x), 2, 0)
+        return self.query_norm(query), self.key_norm(key), value
+
+
+def joint_attention(query, key, value, table, compute: Compute) -> jax.Array:
+    """Rotary attention over one sequence: three times [B, T, H, Dh] -> [B, T, D]."""
+    query, key = (rotate(x, table).astype(compute.dtype) for x in (query, key))
+    query, key, value = (compute.constrain(x, "heads") for x in (query, key, value))
+    out = compute.constrain(attention(query, key, value, backend=compute.attention), "heads")
+    return out.reshape(*out.shape[:2], -1)
+
+
+class DoubleBlock(nnx.Module):
+    """Text and image tokens attend jointly, with weights of their own."""
+
+    def __init__(self, config: FluxConfig, compute: Compute, *, rngs: nnx.Rngs):
+        self.img_mod = Linear(config.width, 6 * config.width, compute, rngs=rngs)
+        self.txt_mod = Linear(config.width, 6 * config.width, compute, rngs=rngs)
+        self.img_attn = StreamAttention(config, compute, rngs=rngs)
+        self.txt_attn = StreamAttention(config, compute, rngs=rngs)
+        self.img_mlp = Mlp(config.width, compute, rngs=rngs)
+        self.txt_mlp = Mlp(config.width, compute, rngs=rngs)
+        self.compute = compute
+
+    def __call__(self, img: jax.Array, txt: jax.Array, condition: jax.Array, table) -> tuple[jax.Array, jax.Array]:
+        img_shift1, img_scale1, img_gate1, img_shift2, img_scale2, img_gate2 = modulation(self.img_mod, condition, 6)
+        txt_shift1, txt_scale1, txt_gate1, txt_shift2, txt_scale2, txt_gate2 = modulation(self.txt_mod, condition, 6)
+
+        img_qkv = self.img_attn.queries_keys_values(modulate(img, img_shift1, img_scale1))
+        txt_qkv = self.txt_attn.queries_keys_values(modulate(txt, txt_shift1, txt_scale1))
+        # The joint sequence is text, then image.
+        joint = [jnp.concatenate(pair, axis=1) for pair in zip(txt_qkv, img_qkv, strict=True)]
+        out = joint_attention(*joint, table, self.compute)
+        txt_out, img_out = jnp.split(out, [txt.shape[1]], axis=1)
+
+        img = img + img_gate1 * self.img_attn.proj(img_out)
+        img = img + img_gate2 * self.img_mlp(modulate(img, img_shift2, img_scale2))
+        txt = txt + txt_gate1 * self.txt_attn.proj(txt_out)
+        txt = txt + txt_gate2 * self.txt_mlp(modulate(txt, txt_shift2, txt_scale2))
+        return img, txt
+
+
+class SingleBlock(nnx.Module):
+    """Attention and MLP in parallel over the joint sequence, read from one norm and written by one projection."""
+
+    def __init__(self, config: FluxConfig, compute: Compute, *, rngs: nnx.Rngs):
+        width, heads, head_dim = config.width, config.num_attention_heads, config.attention_head_dim
+        self.mod = Linear(width, 3 * width, compute, rngs=rngs)
+        self.qkv = Linear(width, (3, heads, head_dim), compute, rngs=rngs)
+        self.query_norm = HeadNorm(head_dim, compute)
+        self.key_norm = HeadNorm(head_dim, compute)
+        self.mlp_in = Linear(width, MLP_RATIO * width, compute, rngs=rngs)
+        self.out = Linear((1 + MLP_RATIO) * width, width, compute, rngs=rngs)
+        self.compute = compute
+
+    def __call__(self, x: jax.Array, condition: jax.Array, table) -> jax.Array:
+        shift, scale, gate = modulation(self.mod, condition, 3)
+        normed = modulate(x, shift, scale)
+        query, key, value = jnp.moveaxis(self.qkv(normed), 2, 0)
+        attended = joint_attention(self.query_norm(query), self.key_norm(key), value, table, self.compute)
+        hidden = jax.nn.gelu(self.mlp_in(normed), approximate=True)
+        return x + gate * self.out(jnp.concatenate([attended, hidden], axis=-1))
+
+
+# --- the network ---
+
+
+class Flux(nnx.Module):
+    """The whole transformer."""
+
+    def __init__(self, config: FluxConfig, compute: Compute, *, rngs: nnx.Rngs):
+        width = config.width
+        self.img_in = Linear(config.in_channels, width, compute, rngs=rngs)
+        self.txt_in = Linear(config.joint_attention_dim, width, compute, rngs=rngs)
+        self.time_in = Embedder(TIME_CHANNELS, width, compute, rngs=rngs)
+        self.vector_in = Embedder(config.pooled_projection_dim, width, compute, rngs=rngs)
+        if config.guidance_embeds:
+            self.guidance_in = Embedder(TIME_CHANNELS, width, compute, rngs=rngs)
+        self.double_blocks = stack(lambda r: DoubleBlock(config, compute, rngs=r), config.num_layers, rngs)
+        self.single_blocks = stack(lambda r: SingleBlock(config, compute, rngs=r), config.num_single_layers, rngs)
+        self.final_mod = Linear(width, 2 * width, compute, rngs=rngs)
+        self.final_out = Linear(width, config.out_channels, compute, rngs=rngs)
+        self.config = config
+        self.compute = compute
+
+    def __call__(
+        self,
+        latents: jax.Array,
+        text: jax.Array,
+        pooled: jax.Array,
+        timestep: jax.Array,
+        guidance: jax.Array | None,
+        image_ids: jax.Array,
+        text_ids: jax.Array,
+    ) -> jax.Array:
+        """Predicts the velocity ``eps - x0``.
+
+        Args:
+          latents: [B, N, in_channels], packed 2x2.
+          text: [B, T, joint_attention_dim], tokens of the T5 encoder.
+          pooled: [B, pooled_projection_dim], the CLIP text encoder's vector.
+          timestep: [B] noise level in 0 .. 1.
+          guidance: [B] guidance scale such as 3.5, or None for a network without that input.
+          image_ids: [N, 3] positions (0, row, column).
+          text_ids: [T, 3] positions, all zero.
+
+        Returns:
+          [B, N, out_channels] in the compute dtype.
+
+        Raises:
+          ValueError: guidance is given and not expected, or the reverse.
+        """
+        if (guidance is not None) != self.config.guidance_embeds:
+            raise ValueError(f"guidance must {'' if self.config.guidance_embeds else 'not '}be given to this network")
+        constrain = self.compute.constrain
+
+        condition = self.time_in(sinusoid(timestep)) + self.vector_in(pooled)
+        if guidance is not None:
+            condition = condition + self.guidance_in(sinusoid(guidance))
+        img = constrain(self.img_in(latents), "tokens")
+        txt = constrain(self.txt_in(text), "tokens")
+        table = rotary_table(jnp.concatenate([text_ids, image_ids]), self.config.axes_dims_rope)
+
+        def double_step(block: DoubleBlock, streams):
+            return tuple(constrain(x, "tokens") for x in block(*streams, condition, table))
+
+        def single_step(block: SingleBlock, x):
+            return constrain(block(x, condition, table), "tokens")
+
+        img, txt = scan_blocks(self.double_blocks, (img, txt), self.compute, double_step)
+        x = constrain(jnp.concatenate([txt, img], axis=1), "tokens")
+        x = scan_blocks(self.single_blocks, x, self.compute, single_step)
+
+        img = x[:, txt.shape[1] :]
+        shift, scale = modulation(self.final_mod, condition, 2)
+        return self.final_out(modulate(img, shift, scale))
