@@ -1,0 +1,367 @@
+"""CLIP: a text and a vision transformer with a common embedding space (Radford et al., arXiv 2103.00020).
+
+One module serves the rewards (HPS-v2.1, PickScore, CLIP: ViT-H-14) and, by its text tower alone (``ClipText``), FLUX's pooled
+text embedding. Both towers are pre-norm transformers; every layer norm is computed in float32 (eps 1e-5 in all released files).
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from srpo_jax.models.attention import attention
+from srpo_jax.models.compute import Compute
+from srpo_jax.models.stack import scan_blocks, stack
+
+# Where older files keep a wrong end-of-text id (2), their models take the feature at the largest id of the sequence.
+LEGACY_EOS_TOKEN_ID = 2
+
+
+def quick_gelu(x: jax.Array) -> jax.Array:
+    """OpenAI's approximation of GELU: ``x * sigmoid(1.702 x)``."""
+    return x * jax.nn.sigmoid(1.702 * x)
+
+
+def exact_gelu(x: jax.Array) -> jax.Array:
+    """GELU by the error function, as open_clip and HF's "gelu" have it."""
+    return jax.nn.gelu(x, approximate=False)
+
+
+ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {"quick_gelu": quick_gelu, "gelu": exact_gelu}
+
+
+def _pick(cls: type, config: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """The entries of a config.json that are fields of ``cls``. Absent ones keep the defaults: HF files leave those out."""
+    picked = {f.name: config[f.name] for f in dataclasses.fields(cls) if f.name in config}
+    act = picked.get("hidden_act", "quick_gelu")
+    if act not in ACTIVATIONS:
+        raise ValueError(f"{where}: hidden_act={act!r} is not supported; known: {', '.join(ACTIVATIONS)}")
+    return picked
+
+
+@dataclasses.dataclass(frozen=True)
+class ClipTextConfig:
+    """Text tower; names and defaults of HF's ``CLIPTextConfig``."""
+
+    vocab_size: int = 49408
+    hidden_size: int = 512
+    intermediate_size: int = 2048
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 8
+    max_position_embeddings: int = 77
+    hidden_act: str = "quick_gelu"
+    layer_norm_eps: float = 1e-5
+    eos_token_id: int = 49407
+
+    @classmethod
+    def from_dict(cls, config: Mapping[str, Any]) -> "ClipTextConfig":
+        """From the config.json of a ``CLIPTextModel`` or the ``text_config`` of a ``CLIPModel``. Raises ValueError."""
+        return cls(**_pick(cls, config, "CLIP text config"))
+
+    @property
+    def end_rule(self) -> str:
+        """"argmax" or "eos", see ``end_positions``."""
+        return "argmax" if self.eos_token_id == LEGACY_EOS_TOKEN_ID else "eos"
+
+
+@dataclasses.dataclass(frozen=True)
+class ClipVisionConfig:
+    """Vision tower; names and defaults of HF's ``CLIPVisionConfig``. ``image_size`` and ``patch_size`` in pixels."""
+
+    hidden_size: int = 768
+    intermediate_size: int = 3072
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12
+    image_size: int = 224
+    patch_size: int = 32
+    hidden_act: str = "quick_gelu"
+    layer_norm_eps: float = 1e-5
+
+    @classmethod
+    def from_dict(cls, config: Mapping[str, Any]) -> "ClipVisionConfig":
+        """From the ``vision_config`` of a ``CLIPModel``. Raises ValueError for what this module does not compute."""
+        if config.get("num_channels", 3) != 3:
+            raise ValueError(f"CLIP vision config: num_channels={config['num_channels']} is not supported; expected 3")
+        picked = cls(**_pick(cls, config, "CLIP vision config"))
+        if picked.image_size % picked.patch_size:
+            raise ValueError(
+                f"CLIP vision config: image_size={picked.image_size} is not a multiple of patch_size={picked.patch_size}"
+            )
+        return picked
+
+
+@dataclasses.dataclass(frozen=True)
+class ClipConfig:
+    """Both towers and the width of their common space; names and defaults of HF's ``CLIPConfig``."""
+
+    text_config: ClipTextConfig = ClipTextConfig()
+    vision_config: ClipVisionConfig = ClipVisionConfig()
+    projection_dim: int = 512
+
+    @classmethod
+    def from_dict(cls, config: Mapping[str, Any]) -> "ClipConfig":
+        """From the config.json of a HF ``CLIPModel`` (or ``dataclasses.asdict`` of this class). Raises ValueError.
+
+        Old files have ``text_config_dict`` and ``vision_config_dict``; where present these are decisive, as in transformers.
+        """
+        towers = {}
+        for name in ("text_config", "vision_config"):
+            tower = config.get(f"{name}_dict") or config.get(name)
+            if tower is None:
+                raise ValueError(f"CLIP config: {name!r} is missing; expected the config.json of a CLIPModel")
+            towers[name] = tower
+        return cls(
+            text_config=ClipTextConfig.from_dict(towers["text_config"]),
+            vision_config=ClipVisionConfig.from_dict(towers["vision_config"]),
+            projection_dim=config.get("projection_dim", cls.projection_dim),
+        )
+
+    @classmethod
+    def from_open_clip(cls, config: Mapping[str, Any]) -> "ClipConfig":
+        """From an ``open_clip_config.json`` (its ``model_cfg``, or the whole file). Raises ValueError.
+
+        Only the plain ViT family is computed here; a config that asks for anything else (another tower, pooling, layer scale,
+        MLP ratio per tower is fine) is refused by the name of its key.
+        """
+        config = config.get("model_cfg", config)
+        for key in ("embed_dim", "vision_cfg", "text_cfg"):
+            if key not in config:
+                raise ValueError(f"open_clip config: {key!r} is missing")
+        known = {"embed_dim", "vision_cfg", "text_cfg", "quick_gelu"}
+        known_vision = {"image_size", "layers", "width", "head_width", "patch_size", "mlp_ratio"}
+        known_text = {"context_length", "vocab_size", "width", "heads", "layers", "mlp_ratio"}
+        vision, text = config["vision_cfg"], config["text_cfg"]
+        for part, keys in ((config, known), (vision, known_vision), (text, known_text)):
+            for key in sorted(set(part) - keys):
+                if part[key]:
+                    raise ValueError(f"open_clip config: {key}={part[key]!r} is not supported")
+        act = "quick_gelu" if config.get("quick_gelu") else "gelu"
+        return cls(
+            text_config=ClipTextConfig(
+                vocab_size=text.get("vocab_size", 49408),
+                hidden_size=text.get("width", 512),
+                intermediate_size=int(text.get("width", 512) * text.get("mlp_ratio", 4.0)),
+                num_hidden_layers=text.get("layers", 12),
+                num_attention_heads=text.get("heads", 8),
+                max_position_embeddings=text.get("context_length", 77),
+                hidden_act=act,
+                eos_token_id=LEGACY_EOS_TOKEN_ID,  # open_clip takes the largest id
+            ),
+            vision_config=ClipVisionConfig(
+                hidden_size=vision.get("width", 768),
+                intermediate_size=int(vision.get("width", 768) * vision.get("mlp_ratio", 4.0)),
+                num_hidden_layers=vision.get("layers", 12),
+                num_attention_heads=vision.get("width", 768) // vision.get("head_width", 64),
+                image_size=vision.get("image_size", 224),
+                patch_size=vision.get("patch_size", 16),
+                hidden_act=act,
+            ),
+            projection_dim=config["embed_dim"],
+        )
+
+
+# HPS-v2.1 is a bare state dict without a config: it is open_clip's ViT-H-14.
+VIT_H_14 = ClipConfig.from_open_clip(
+    {
+        "embed_dim": 1024,
+        "vision_cfg": {"image_size": 224, "layers": 32, "width": 1280, "head_width": 80, "patch_size": 14},
+        "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 1024, "heads": 16, "layers": 24},
+    }
+)
+
+
+def end_positions(ids: jax.Array, rule: str, eos_token_id: int) -> jax.Array:
+    """Where each text's feature is read.
+
+    Args:
+      ids: [B, T] integer token ids.
+      rule: "argmax" (position of the largest id, which is end-of-text in OpenAI's vocabulary: open_clip, and HF files whose
+        config has the legacy ``eos_token_id`` 2) or "eos" (first position of ``eos_token_id``; 0 if it does not occur).
+      eos_token_id: used by "eos" alone.
+
+    Returns:
+      [B] int32. Raises ValueError for another rule.
+    """
+    if rule == "argmax":
+        return jnp.argmax(ids, axis=-1).astype(jnp.int32)
+    if rule == "eos":
+        return jnp.argmax(ids == eos_token_id, axis=-1).astype(jnp.int32)
+    raise ValueError(f"end_rule={rule!r} is unknown; choose argmax or eos")
+
+
+def _norm(width: int, eps: float, compute: Compute, rngs: nnx.Rngs) -> nnx.LayerNorm:
+    """Layer norm in float32 whatever the input. The fast variance E[x^2] - E[x]^2 cancels, so it is off."""
+    return nnx.LayerNorm(
+        width, epsilon=eps, use_fast_variance=False, dtype=jnp.float32, param_dtype=compute.param_dtype, rngs=rngs
+    )
+
+
+def _linear(n_in: int, n_out: int, compute: Compute, rngs: nnx.Rngs, *, std: float, bias: bool = True) -> nnx.Linear:
+    """A dense layer with OpenAI CLIP's normal initialisation."""
+    return nnx.Linear(
+        n_in,
+        n_out,
+        use_bias=bias,
+        kernel_init=nnx.initializers.normal(std),
+        dtype=compute.dtype,
+        param_dtype=compute.param_dtype,
+        rngs=rngs,
+    )
+
+
+class ClipAttention(nnx.Module):
+    """Multi-head self-attention with biases."""
+
+    def __init__(self, width: int, heads: int, layers: int, causal: bool, compute: Compute, *, rngs: nnx.Rngs):
+        if width % heads:
+            raise ValueError(f"CLIP: hidden_size={width} is not a multiple of num_attention_heads={heads}")
+        self.heads, self.causal, self.compute = heads, causal, compute
+        self.q = _linear(width, width, compute, rngs, std=width**-0.5)
+        self.k = _linear(width, width, compute, rngs, std=width**-0.5)
+        self.v = _linear(width, width, compute, rngs, std=width**-0.5)
+        self.proj = _linear(width, width, compute, rngs, std=width**-0.5 * (2 * layers) ** -0.5)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """[B, T, D] -> [B, T, D]."""
+        split = (*x.shape[:2], self.heads, x.shape[2] // self.heads)
+        q, k, v = (self.compute.constrain(f(x).reshape(split), "heads") for f in (self.q, self.k, self.v))
+        out = attention(q, k, v, backend=self.compute.attention, causal=self.causal)
+        return self.proj(out.reshape(x.shape))
+
+
+class ClipMlp(nnx.Module):
+    """Dense, activation, dense."""
+
+    def __init__(self, width: int, hidden: int, layers: int, act: str, compute: Compute, *, rngs: nnx.Rngs):
+        self.act = ACTIVATIONS[act]
+        self.in_layer = _linear(width, hidden, compute, rngs, std=(2 * width) ** -0.5)
+        self.out_layer = _linear(hidden, width, compute, rngs, std=width**-0.5 * (2 * layers) ** -0.5)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """[B, T, D] -> [B, T, D]."""
+        return self.out_layer(self.act(self.in_layer(x)))
+
+
+class ClipBlock(nnx.Module):
+    """Pre-norm transformer block of either tower."""
+
+    def __init__(
+        self, config: ClipTextConfig | ClipVisionConfig, causal: bool, compute: Compute, *, rngs: nnx.Rngs
+    ):
+        width, layers, eps = config.hidden_size, config.num_hidden_layers, config.layer_norm_eps
+        self.norm1 = _norm(width, eps, compute, rngs)
+        self.attn = ClipAttention(width, config.num_attention_heads, layers, causal, compute, rngs=rngs)
+        self.norm2 = _norm(width, eps, compute, rngs)
+        self.mlp = ClipMlp(width, config.intermediate_size, layers, config.hidden_act, compute, rngs=rngs)
+        self.compute = compute
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """[B, T, D] -> [B, T, D] in ``compute.dtype``."""
+        x = self.compute.constrain(x, "tokens")
+        x = x + self.attn(self.norm1(x).astype(x.dtype))
+        x = x + self.mlp(self.norm2(x).astype(x.dtype))
+        return self.compute.constrain(x, "tokens")
+
+
+def _parameter(init: Callable, shape: tuple[int, ...], compute: Compute, rngs: nnx.Rngs) -> nnx.Param:
+    return nnx.Param(init(rngs.params(), shape, compute.param_dtype))
+
+
+class ClipTextTower(nnx.Module):
+    """Causal text transformer; its feature is the final layer norm at the end-of-text token, projected if ``projection_dim``."""
+
+    def __init__(self, config: ClipTextConfig, projection_dim: int | None, compute: Compute, *, rngs: nnx.Rngs):
+        width = config.hidden_size
+        self.config, self.compute = config, compute
+        init = nnx.initializers.normal
+        self.token_embedding = _parameter(init(0.02), (config.vocab_size, width), compute, rngs)
+        self.position_embedding = _parameter(init(0.01), (config.max_position_embeddings, width), compute, rngs)
+        self.blocks = stack(lambda r: ClipBlock(config, True, compute, rngs=r), config.num_hidden_layers, rngs)
+        self.norm_out = _norm(width, config.layer_norm_eps, compute, rngs)
+        if projection_dim is not None:
+            self.projection = _linear(width, projection_dim, compute, rngs, std=width**-0.5, bias=False)
+
+    def hidden(self, ids: jax.Array) -> jax.Array:
+        """[B, T] ids -> [B, T, D] float32, after the final layer norm. Raises ValueError if T exceeds the position table."""
+        if ids.shape[1] > self.config.max_position_embeddings:
+            raise ValueError(
+                f"CLIP text: {ids.shape[1]} tokens exceed max_position_embeddings={self.config.max_position_embeddings}"
+            )
+        dtype = self.compute.dtype
+        x = self.token_embedding[...][ids].astype(dtype) + self.position_embedding[: ids.shape[1]].astype(dtype)
+        return self.norm_out(scan_blocks(self.blocks, x, self.compute))
+
+    def __call__(self, ids: jax.Array, end_rule: str | None = None) -> jax.Array:
+        """[B, T] ids -> [B, D] or, with a projection, [B, E]; float32, not normalised. ``end_rule`` None: the config's."""
+        hidden = self.hidden(ids)
+        position = end_positions(ids, end_rule or self.config.end_rule, self.config.eos_token_id)
+        pooled = jnp.take_along_axis(hidden, position[:, None, None], axis=1)[:, 0]
+        if hasattr(self, "projection"):
+            pooled = self.projection(pooled).astype(jnp.float32)
+        return pooled
+
+
+class ClipVisionTower(nnx.Module):
+    """Vision transformer with a class token, pre-norm on the embeddings, and a projection."""
+
+    def __init__(self, config: ClipVisionConfig, projection_dim: int, compute: Compute, *, rngs: nnx.Rngs):
+        width, patch, eps = config.hidden_size, config.patch_size, config.layer_norm_eps
+        self.config, self.compute = config, compute
+        init, tokens = nnx.initializers.normal, (config.image_size // patch) ** 2 + 1
+        # The kernel has the layout of a convolution (HWIO); stride = size makes it one product over cut-out patches.
+        self.patch_embedding = nnx.Dict(
+            kernel=_parameter(init((3 * patch * patch) ** -0.5), (patch, patch, 3, width), compute, rngs)
+        )
+        self.class_embedding = _parameter(init(width**-0.5), (width,), compute, rngs)
+        self.position_embedding = _parameter(init(width**-0.5), (tokens, width), compute, rngs)
+        self.norm_in = _norm(width, eps, compute, rngs)
+        self.blocks = stack(lambda r: ClipBlock(config, False, compute, rngs=r), config.num_hidden_layers, rngs)
+        self.norm_out = _norm(width, eps, compute, rngs)
+        self.projection = _linear(width, projection_dim, compute, rngs, std=width**-0.5, bias=False)
+
+    def __call__(self, pixels: jax.Array) -> jax.Array:
+        """Normalised pixels [B, S, S, 3] -> [B, E] float32, not normalised. Raises ValueError unless S = image_size."""
+        size, patch, width = self.config.image_size, self.config.patch_size, self.config.hidden_size
+        batch, dtype = pixels.shape[0], self.compute.dtype
+        if pixels.shape[1:] != (size, size, 3):
+            raise ValueError(f"CLIP vision: expected pixels [B, {size}, {size}, 3], got {pixels.shape}")
+        pixels = self.compute.constrain(pixels.astype(dtype), "image")
+        side = size // patch
+        patches = pixels.reshape(batch, side, patch, side, patch, 3).transpose(0, 1, 3, 2, 4, 5)
+        patches = patches.reshape(batch, side * side, patch * patch * 3)
+        x = patches @ self.patch_embedding["kernel"][...].astype(dtype).reshape(-1, width)
+        first = jnp.broadcast_to(self.class_embedding[...].astype(dtype), (batch, 1, width))
+        x = jnp.concatenate([first, x], axis=1) + self.position_embedding[...].astype(dtype)
+        x = scan_blocks(self.blocks, self.norm_in(x).astype(dtype), self.compute)
+        return self.projection(self.norm_out(x[:, 0])).astype(jnp.float32)
+
+
+class ClipText(nnx.Module):
+    """The text tower alone, without projection: FLUX's pooled text embedding (HF ``CLIPTextModel``)."""
+
+    def __init__(self, config: ClipTextConfig, compute: Compute, *, rngs: nnx.Rngs):
+        self.text = ClipTextTower(config, None, compute, rngs=rngs)
+
+    def __call__(self, ids: jax.Array, end_rule: str | None = None) -> jax.Array:
+        """[B, T] ids -> pooled [B, D] float32."""
+        return self.text(ids, end_rule)
+
+
+class Clip(nnx.Module):
+    """Both towers, their projections, and the logarithm of the similarity's scale (HF ``CLIPModel``, open_clip ``CLIP``)."""
+
+    def __init__(self, config: ClipConfig, compute: Compute, *, rngs: nnx.Rngs):
+        self.text = ClipTextTower(config.text_config, config.projection_dim, compute, rngs=rngs)
+        self.vision = ClipVisionTower(config.vision_config, config.projection_dim, compute, rngs=rngs)
+        self.logit_scale = nnx.Param(jnp.asarray(2.6592, compute.param_dtype))  # log(1 / 0.07), as CLIP was trained
+
+    def encode_image(self, pixels: jax.Array) -> jax.Array:
+        """Normalised pixels [B, S, S, 3] -> [B, E] float32, not normalised to unit length."""
+        return self.vision(pixels)
+
+    def encode_text(self, ids: jax.Array, end_rule: str | None = None) -> jax.Array:
+        """[B, T] ids -> [B, E] float32, not normalised. ``end_rule``: see ``end_positions``; None means the config's."""
+        return self.text(ids, end_rule)

@@ -1,0 +1,39 @@
+"""Repeated blocks as one stacked module: parameters carry a leading layer axis, and a scan runs them.
+
+A stack of 38 blocks then compiles as one; see also ``Compute.remat`` and ``Compute.scan_unroll``.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from flax import nnx
+
+from srpo_jax.models.compute import Compute
+
+
+def stack(constructor: Callable[[nnx.Rngs], nnx.Module], layers: int, rngs: nnx.Rngs) -> nnx.Module:
+    """``layers`` blocks of the same kind, each with its own random parameters, stacked along a first axis of every leaf."""
+
+    @nnx.split_rngs(splits=layers)
+    @nnx.vmap(in_axes=(0,), transform_metadata={nnx.PARTITION_NAME: "layers"})
+    def construct(rngs: nnx.Rngs) -> nnx.Module:
+        return constructor(rngs)
+
+    return construct(rngs)
+
+
+def scan_blocks(
+    blocks: nnx.Module, carry: Any, compute: Compute, call: Callable[[nnx.Module, Any], Any] | None = None
+) -> Any:
+    """Runs stacked blocks one after another: ``carry = call(block, carry)``, by default ``block(carry)``.
+
+    The carry is a tree of arrays whose shapes and dtypes every block keeps.
+    """
+    graphdef, state = nnx.split(blocks)
+
+    def body(carry: Any, layer: nnx.State) -> tuple[Any, None]:
+        block = nnx.merge(graphdef, layer)
+        return (block(carry) if call is None else call(block, carry)), None
+
+    return jax.lax.scan(compute.checkpoint(body), carry, state, unroll=compute.scan_unroll)[0]
