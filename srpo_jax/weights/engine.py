@@ -89,7 +89,9 @@ def source_shapes(table: Table, shapes: Mapping[str, tuple[int, ...]]) -> dict[s
     return result
 
 
-def check(table: Table, source: Source, shapes: Mapping[str, tuple[int, ...]], network: str) -> dict[str, str]:
+def check(
+    table: Table, source: Source, shapes: Mapping[str, tuple[int, ...]], network: str, remark: str = ""
+) -> dict[str, str]:
     """Checks that a source holds exactly what a network's parameters need.
 
     Args:
@@ -97,6 +99,7 @@ def check(table: Table, source: Source, shapes: Mapping[str, tuple[int, ...]], n
       source: the foreign tensors.
       shapes: of all parameters, by path.
       network: what the network is called in messages.
+      remark: added to the message.
 
     Returns:
       For every foreign tensor of the table the name under which this source has it (another one only for aliases).
@@ -122,7 +125,7 @@ def check(table: Table, source: Source, shapes: Mapping[str, tuple[int, ...]], n
     faults["not used"] = [name for name in source.specs if name not in known]
     listed = "; ".join(f"{len(names)} {fault}: {_shorten(names)}" for fault, names in faults.items() if names)
     if listed:
-        raise UserError(f"{source.path} does not hold this {network} network: {listed}")
+        raise UserError(f"{source.path} does not hold this {network} network{remark}: {listed}")
     return place
 
 

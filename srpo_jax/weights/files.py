@@ -4,12 +4,15 @@ The format (https://github.com/huggingface/safetensors#format): 8 bytes with the
 header ``{name: {"dtype", "shape", "data_offsets"}, "__metadata__": {str: str}}``; then the tensors' bytes, C order.
 """
 
+import contextlib
 import dataclasses
 import json
 import math
 import os
 import pathlib
-from collections.abc import Callable, Mapping
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import ml_dtypes
@@ -56,6 +59,19 @@ class Spec:
     def nbytes(self) -> int:
         """Number of bytes."""
         return self.size * self.dtype.itemsize
+
+
+def read_json(path: pathlib.Path) -> dict[str, Any]:
+    """A JSON object from a file. Raises UserError if the file is missing, is no JSON or holds something else."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise UserError(f"{path} does not exist") from error
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read as JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path} holds no JSON object")
+    return content
 
 
 def foreign_kind(path: pathlib.Path) -> str | None:
@@ -166,8 +182,9 @@ class SafetensorsWriter:
         self._offsets: dict[str, int] = {}
         header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
         end = 0
-        # Larger elements first, so that every tensor starts at a multiple of its element size.
-        for name in sorted(self.specs, key=lambda name: -self.specs[name].dtype.itemsize):
+        # Larger elements first, so that every tensor starts at a multiple of its element size; then by name, so that
+        # equal tensors make equal files.
+        for name in sorted(self.specs, key=lambda name: (-self.specs[name].dtype.itemsize, name)):
             spec = self.specs[name]
             first, end = end, end + spec.nbytes
             header[name] = {"dtype": _CODE_OF[spec.dtype], "shape": list(spec.shape), "data_offsets": [first, end]}
@@ -227,3 +244,36 @@ def _pieces(array: np.ndarray) -> list[np.ndarray]:
         return [array]
     rows = max(1, _CHUNK * array.shape[0] // array.nbytes)
     return [array[start : start + rows] for start in range(0, array.shape[0], rows)]
+
+
+@contextlib.contextmanager
+def new_folder(target: str | os.PathLike) -> Iterator[pathlib.Path]:
+    """A folder to fill, which becomes ``target`` when the block ends well and vanishes if it does not (also on Ctrl-C).
+
+    Raises UserError if the target exists and is not an empty folder.
+    """
+    target = pathlib.Path(target).absolute()
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise UserError(f"{target} exists already; choose another target or remove it")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary = pathlib.Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".partial", dir=target.parent))
+    except OSError as error:
+        raise UserError(f"{target} cannot be made: {error.strerror}") from error
+    try:
+        yield temporary
+        temporary.chmod(0o777 & ~_umask())
+        os.replace(temporary, target)
+    except OSError as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise UserError(f"{target} cannot be written: {error}") from error
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def _umask() -> int:
+    """The process's mask of file permissions; mkdtemp ignores it."""
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

@@ -24,7 +24,7 @@ from srpo_jax.errors import UserError
 from srpo_jax.models import compute as models_compute
 from srpo_jax.models.compute import Compute, Params
 from srpo_jax.weights import engine
-from srpo_jax.weights.files import SafetensorsFile, SafetensorsWriter, Spec
+from srpo_jax.weights.files import SafetensorsFile, SafetensorsWriter, Spec, read_json
 
 FORMAT = "srpo_jax/1"
 CONFIG, WEIGHTS = "config.json", "weights.safetensors"
@@ -61,19 +61,6 @@ def is_ours(path: str | os.PathLike) -> bool:
     except (OSError, ValueError):
         return False
     return isinstance(marker, dict) and str(marker.get("format", "")).startswith("srpo_jax/")
-
-
-def read_json(path: pathlib.Path) -> dict[str, Any]:
-    """A JSON object from a file. Raises UserError if the file is missing, is no JSON or holds something else."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise UserError(f"{path} does not exist") from error
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read as JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{path} holds no JSON object")
-    return content
 
 
 def make_config(network: str, values: dict[str, Any], where: Any) -> Any:
