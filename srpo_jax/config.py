@@ -33,6 +33,7 @@ def default() -> ConfigDict:
     c.model = ConfigDict()
     c.model.path = config_dict.placeholder(str)  # a pipeline folder written by `python -m srpo_jax.convert`
     c.model.dtype = "bfloat16"  # of matrix products and frozen weights: bfloat16 | float32. Trained weights are float32.
+    c.model.round_time = False  # round 1000 * time and 1000 * guidance to bfloat16, as the released script's autocast
     c.model.attention = "xla"  # attention backend, see models/attention.py
     c.model.scan_unroll = 1  # transformer blocks in one iteration of the scan
 
@@ -67,6 +68,13 @@ def default() -> ConfigDict:
     c.align.groundtruth_ratio = 0.9  # share of the grid covered by known noise; the rest is the step
     c.align.discount_positive = (0.1, 0.25)  # k at the (lowest, highest) noise level of the grid, denoising branch
     c.align.discount_negative = (0.3, 0.01)  # the same of the inversion branch
+    c.align.weights = (0.1, 1.0)  # method direct_align: the loss's weight at the (lowest, highest) noise level of the grid
+
+    # --- relatives of SRPO ---
+    c.refl = ConfigDict()
+    c.refl.late_steps = 10  # method refl: the gradient is taken at one of this many last steps of the rollout
+    c.draft_lv = ConfigDict()
+    c.draft_lv.renoisings = 2  # method draft_lv: how often the final sample is noised again and its last step redone
 
     # --- rewards ---
     c.reward = ConfigDict()
@@ -115,7 +123,7 @@ def default() -> ConfigDict:
 # --- views -------------------------------------------------------------------------------------------------------------
 
 
-def flatten(config: ConfigDict) -> dict[str, Any]:
+def flatten(config: ConfigDict | dict) -> dict[str, Any]:
     """``{"optim.b1": 0.9, ...}`` in a fixed order, tuples as lists: what JSON would give back."""
     flat = {}
 
@@ -130,15 +138,15 @@ def flatten(config: ConfigDict) -> dict[str, Any]:
     return flat
 
 
-def to_json(config: ConfigDict) -> str:
+def to_json(config: ConfigDict | dict) -> str:
     """The configuration as an indented JSON object."""
-    return json.dumps(config.to_dict(), indent=2, sort_keys=True)
+    content = config.to_dict() if isinstance(config, ConfigDict) else config
+    return json.dumps(content, indent=2, sort_keys=True)
 
 
-def differing_keys(config: ConfigDict, other: dict[str, Any]) -> list[str]:
-    """Keys that forbid resuming a run: ``flatten`` values that differ from ``other``, apart from ``RESUMABLE`` ones."""
-    mine = flatten(config)
-    keys = [key for key in sorted(mine.keys() | other.keys()) if mine.get(key) != other.get(key)]
+def differing_keys(here: dict[str, Any], there: dict[str, Any]) -> list[str]:
+    """Keys of two ``flatten`` results that forbid to resume one run as the other; ``RESUMABLE`` keys may differ."""
+    keys = [key for key in sorted(here.keys() | there.keys()) if here.get(key) != there.get(key)]
     return [key for key in keys if not any(key == free or key.startswith(free + ".") for free in RESUMABLE)]
 
 
@@ -169,6 +177,7 @@ def validate(config: ConfigDict) -> None:
     for key in (
         *("steps", "model.scan_unroll", "data.batch_size", "data.text_length", "rollout.steps", "align.schedule_steps"),
         *("optim.accumulation", "checkpoint.every", "checkpoint.keep", "sample.count", "sample.steps"),
+        *("refl.late_steps", "draft_lv.renoisings"),
     ):
         require(key, flat[key] >= 1, "must be at least 1")
     for key in ("seed", "optim.warmup_steps", "optim.weight_decay", "sample.every", "sample.seed"):
@@ -216,8 +225,10 @@ def _check_align(flat: dict[str, Any], require: Any) -> None:
     window = flat["align.train_timestep"]
     require("align.train_timestep", len(window) == 2 and 1 <= window[0] < window[1] <= flat["align.schedule_steps"],
             f"must be (first, last) with 1 <= first < last <= align.schedule_steps={flat['align.schedule_steps']}")  # fmt: skip
-    for key in ("align.discount_positive", "align.discount_negative"):
+    for key in ("align.discount_positive", "align.discount_negative", "align.weights"):
         require(key, len(flat[key]) == 2, "must be two numbers, (at the lowest noise, at the highest)")
+    require("refl.late_steps", flat["refl.late_steps"] <= flat["rollout.steps"],
+            f"must not exceed rollout.steps={flat['rollout.steps']}")  # fmt: skip
 
 
 def _check_rewards(flat: dict[str, Any], require: Any) -> None:

@@ -1,0 +1,229 @@
+"""Checkpoints of a run, by Orbax, and the workdir that holds them.
+
+    WORKDIR/config.json                the run's configuration
+    WORKDIR/checkpoints/STEP/params    the transformer's weights
+                            /opt_state, /ema (if there is one)
+                            /run       JSON: step, random seed, position in the data, configuration
+
+Arrays are written by every process, each its shards, while training goes on; a checkpoint appears under its final name when
+all of it is there. They can be restored onto any mesh.
+"""
+
+import json
+import os
+import pathlib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+from ml_collections import ConfigDict
+
+from srpo_jax import config as config_lib
+from srpo_jax.errors import UserError
+from srpo_jax.models.compute import Params
+from srpo_jax.step import TrainState
+
+CONFIG, CHECKPOINTS = "config.json", "checkpoints"
+COMMITTED = "_CHECKPOINT_METADATA"  # the file that Orbax puts into a checkpoint
+ARRAYS = ("params", "opt_state", "ema")
+
+
+# --- the workdir -------------------------------------------------------------------------------------------------------
+
+
+def check_workdir(workdir: str | os.PathLike, config: ConfigDict) -> None:
+    """Checks that a run of ``config`` may start or go on in ``workdir``, which need not exist yet. Writes nothing.
+
+    Raises UserError if it is not a folder, or holds a run of another configuration (the message names what differs).
+    """
+    workdir = pathlib.Path(workdir)
+    if workdir.exists() and not workdir.is_dir():
+        raise UserError(f"--workdir={workdir} is a file; name a folder")
+    file = workdir / CONFIG
+    if not file.exists():
+        if (workdir / CHECKPOINTS).exists():
+            raise UserError(f"{workdir} holds checkpoints but no {CONFIG}; choose another --workdir")
+        return
+    try:
+        there = config_lib.flatten(json.loads(file.read_text(encoding="utf-8")))
+    except (ValueError, OSError) as error:
+        raise UserError(f"{file} cannot be read as JSON: {error}") from error
+    here = config_lib.flatten(config)
+    keys = config_lib.differing_keys(here, there)
+    if keys:
+        listed = "; ".join(f"{key} is {there.get(key)!r} there, {here.get(key)!r} here" for key in keys[:6])
+        more = f"; and {len(keys) - 6} more" if len(keys) > 6 else ""
+        raise UserError(f"{workdir} holds a run of another config: {listed}{more}. Choose another --workdir")
+
+
+def write_config(workdir: str | os.PathLike, config: ConfigDict) -> None:
+    """Writes ``config.json``, at once or not at all."""
+    workdir = pathlib.Path(workdir)
+    workdir.mkdir(parents=True, exist_ok=True)
+    partial = workdir / f".{CONFIG}.partial"
+    partial.write_text(config_lib.to_json(config) + "\n", encoding="utf-8")
+    os.replace(partial, workdir / CONFIG)
+
+
+def steps(workdir: str | os.PathLike) -> list[int]:
+    """The complete checkpoints of a workdir, ascending. What an interrupted save or copy left is not among them."""
+    folder = pathlib.Path(workdir) / CHECKPOINTS
+    names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
+    return sorted(int(name) for name in names if name.isdecimal() and _complete(folder / name))
+
+
+def _complete(path: pathlib.Path) -> bool:
+    items = ("params/_METADATA", "opt_state/_METADATA", "run/metadata", COMMITTED)
+    return all((path / item).exists() for item in items)
+
+
+# --- training ----------------------------------------------------------------------------------------------------------
+
+
+class Checkpoints:
+    """The checkpoints of a run that is being trained.
+
+    Args:
+      workdir: of the run; its folder of checkpoints is made.
+      keep: how many of the newest stay.
+    """
+
+    def __init__(self, workdir: str | os.PathLike, keep: int):
+        folder = pathlib.Path(workdir).absolute() / CHECKPOINTS
+        folder.mkdir(parents=True, exist_ok=True)
+        if jax.process_index() == 0:
+            for path in folder.iterdir():
+                # Orbax would count a bare numbered folder as a checkpoint, and refuse to write that step.
+                if path.name.isdecimal() and not _complete(path):
+                    path.rename(path.with_name(f"{path.name}.incomplete"))
+        self._folder = folder
+        self._workdir = workdir
+        self._manager = ocp.CheckpointManager(
+            folder,
+            options=ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True),
+            item_handlers={name: ocp.StandardCheckpointHandler() for name in ARRAYS}
+            | {"run": ocp.JsonCheckpointHandler()},
+        )
+
+    def latest(self) -> int | None:
+        """The step of the newest complete checkpoint."""
+        return max(steps(self._workdir), default=None)
+
+    def restore(self, step: int, like: TrainState) -> tuple[TrainState, dict[str, Any]]:
+        """Reads a checkpoint into the shapes, dtypes and shardings of ``like`` (``ShapeDtypeStruct`` leaves).
+
+        Returns:
+          The state, and the dictionary that ``save`` was given.
+
+        Raises UserError if the checkpoint is not of such a state or cannot be read.
+        """
+        path = self._folder / str(step)
+        wanted = {name: getattr(like, name) for name in ARRAYS if getattr(like, name) is not None}
+        try:
+            stored = self._manager.item_metadata(step)
+            for name, tree in wanted.items():
+                # Orbax casts to the dtype that is asked for and says nothing.
+                _check_same(path / name, stored[name].tree, tree)
+            args = {name: ocp.args.StandardRestore(tree) for name, tree in wanted.items()}
+            found = self._manager.restore(step, args=ocp.args.Composite(**args, run=ocp.args.JsonRestore()))
+        except (ValueError, KeyError, OSError, AttributeError) as error:
+            raise UserError(
+                f"{path} cannot be read ({str(error).splitlines()[0]}); delete it to go on from an earlier checkpoint"
+            ) from error
+        arrays = {name: found[name] for name in wanted}
+        counter = jax.device_put(np.int32(step), like.step.sharding)
+        return TrainState(step=counter, ema=arrays.pop("ema", None), **arrays), found["run"]
+
+    def save(self, step: int, state: TrainState, run: dict[str, Any]) -> None:
+        """Starts to write the state and a JSON-able dictionary; returns when training may change the state.
+
+        ``run["step"]`` is set to ``step``. A step that is already saved is left as it is.
+        """
+        if step in self._manager.all_steps():
+            return
+        arrays = {name: getattr(state, name) for name in ARRAYS if getattr(state, name) is not None}
+        args = {name: ocp.args.StandardSave(tree) for name, tree in arrays.items()}
+        run = ocp.args.JsonSave(run | {"step": step})
+        if not self._manager.save(step, args=ocp.args.Composite(**args, run=run), force=True):
+            raise RuntimeError(f"the checkpoint of step {step} was not written")
+
+    def close(self) -> None:
+        """Waits until everything is written."""
+        self._manager.wait_until_finished()
+        self._manager.close()
+
+
+def _check_same(path: pathlib.Path, stored: Any, wanted: Any) -> None:
+    there, here = _leaves(stored), _leaves(wanted)
+    for name in sorted(there.keys() | here.keys()):
+        if there.get(name) != here.get(name):
+            raise UserError(f"{path} is not of this model: {name} is {_words(there, name)} there, {_words(here, name)} here")
+
+
+def _leaves(tree: Any) -> dict[str, tuple[tuple[int, ...], str]]:
+    def name(entry: Any) -> str:
+        return str(next(getattr(entry, kind) for kind in ("key", "idx", "name") if hasattr(entry, kind)))
+
+    flat, _ = jax.tree_util.tree_flatten_with_path(tree)
+    return {".".join(map(name, path)): (tuple(leaf.shape), str(jnp.dtype(leaf.dtype))) for path, leaf in flat}
+
+
+def _words(leaves: dict[str, tuple[tuple[int, ...], str]], name: str) -> str:
+    return "{1}{0}".format(list(leaves[name][0]), leaves[name][1]) if name in leaves else "not"
+
+
+# --- sampling and export -----------------------------------------------------------------------------------------------
+
+
+class StoredArray:
+    """An array of a checkpoint that is read when ``numpy.asarray`` asks for it. ``shape`` and ``dtype`` are known before."""
+
+    def __init__(self, folder: pathlib.Path, path: tuple[str, ...], shape: tuple[int, ...], dtype: Any):
+        self._folder, self._path = folder, path
+        self.shape, self.dtype = tuple(shape), np.dtype(dtype)
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        array = self.read(ocp.RestoreArgs(restore_type=np.ndarray))
+        return array if dtype is None else array.astype(dtype, copy=False)
+
+    def read(self, how: ocp.RestoreArgs) -> Any:
+        """The array as ``how`` asks: on the host, or as a jax array on a sharding."""
+        item, restore = jax.ShapeDtypeStruct(self.shape, self.dtype), how
+        for key in reversed(self._path):
+            item, restore = {key: item}, {key: restore}
+        args = ocp.args.PyTreeRestore(item=item, restore_args=restore, partial_restore=True)
+        found = ocp.PyTreeCheckpointer().restore(self._folder, args=args)
+        for key in self._path:
+            found = found[key]
+        return found
+
+
+def load_params(workdir: str | os.PathLike, step: int | None = None, ema: bool = False) -> Params:
+    """The transformer's parameters in a checkpoint, nested, as ``StoredArray`` leaves: nothing is read yet.
+
+    Args:
+      workdir: of the run.
+      step: of the checkpoint; None takes the newest.
+      ema: the moving average instead of the weights themselves.
+
+    Raises UserError if there is no such checkpoint.
+    """
+    workdir = pathlib.Path(workdir)
+    if not workdir.is_dir():
+        raise UserError(f"{workdir} is not a folder; expected the --workdir of a training run")
+    found = steps(workdir)
+    if not found:
+        raise UserError(f"{workdir} holds no complete checkpoint; expected the --workdir of a training run")
+    if step is not None and step not in found:
+        raise UserError(f"{workdir} holds no checkpoint of step {step}; there are {', '.join(map(str, found))}")
+    folder = workdir.absolute() / CHECKPOINTS / str(found[-1] if step is None else step) / ("ema" if ema else "params")
+    if not folder.is_dir():
+        raise UserError(f"{folder.parent} holds no moving average; it was trained with optim.ema_decay=0")
+    tree = ocp.StandardCheckpointer().metadata(folder).item_metadata.tree
+
+    def leaf(path: tuple, meta: Any) -> StoredArray:
+        return StoredArray(folder, tuple(entry.key for entry in path), meta.shape, meta.dtype)
+
+    return jax.tree_util.tree_map_with_path(leaf, tree)

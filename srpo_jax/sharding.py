@@ -1,0 +1,189 @@
+"""Where arrays live: the mesh, one table of rules for the parameters of every network, and constraints on activations.
+
+Axes of the mesh:
+  data    splits the batch.
+  fsdp    splits the batch, and parameters, gradients and optimiser state with it (each layer is gathered when it runs).
+  tensor  splits attention heads and hidden features; devices along it hold the same samples.
+"""
+
+import math
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+from jax.experimental import mesh_utils
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from srpo_jax.errors import UserError
+from srpo_jax.models.compute import path_name
+
+AXES = ("data", "fsdp", "tensor")
+BATCH = ("data", "fsdp")
+
+# (pattern, axes) on "<network>.<path>"; the first that matches the whole name decides. Networks are named as in weights/folder.
+# Repeated blocks have a leading layer axis, which stays whole: the scan over layers reads one slice at a time. Within a pair
+# of layers the first is split by columns and the second by rows, so that only the second one's result crosses "tensor".
+RULES: tuple[tuple[str, P], ...] = (
+    # The transformer that is trained.
+    (r"flux\.(img_in|txt_in)\.kernel", P(None, "fsdp")),
+    (r"flux\.(time|guidance|vector)_in\.in_layer\.kernel", P(None, "fsdp")),
+    (r"flux\.(time|guidance|vector)_in\.out_layer\.kernel", P("fsdp", None)),
+    (r"flux\.\w+_blocks\.(img_|txt_|)mod\.kernel", P(None, "fsdp", "tensor")),
+    (r"flux\.\w+_blocks\.(\w+_attn\.|)qkv\.kernel", P(None, "fsdp", None, "tensor", None)),
+    (r"flux\.\w+_blocks\.(\w+_attn\.|)qkv\.bias", P(None, None, "tensor", None)),
+    (r"flux\.\w+_blocks\.(\w+_mlp\.in_layer|mlp_in)\.kernel", P(None, "fsdp", "tensor")),
+    (r"flux\.\w+_blocks\.(\w+_mlp\.in_layer|mlp_in)\.bias", P(None, "tensor")),
+    (r"flux\.\w+_blocks\.(\w+_attn\.proj|\w+_mlp\.out_layer|out)\.kernel", P(None, "tensor", "fsdp")),
+    (r"flux\.final_mod\.kernel", P("fsdp", "tensor")),
+    (r"flux\.final_out\.kernel", P("fsdp", None)),
+    (r"flux\..*(bias|scale)", P()),
+    # The autoencoder is small (84 million parameters in FLUX.1).
+    (r"autoencoder\..*", P()),
+    # Rewards (ViT-H-14: a billion parameters) and the text encoders.
+    (r"(clip|clip_text|t5)\..*blocks\.attn\.[qkv]\.kernel", P(None, "fsdp", "tensor")),
+    (r"(clip|clip_text|t5)\..*blocks\.attn\.[qkv]\.bias", P(None, "tensor")),
+    (r"(clip|clip_text|t5)\..*blocks\.mlp\.(in_layer|gate|up)\.kernel", P(None, "fsdp", "tensor")),
+    (r"(clip|clip_text|t5)\..*blocks\.mlp\.(in_layer|gate|up)\.bias", P(None, "tensor")),
+    (r"(clip|clip_text|t5)\..*blocks\.(attn\.proj|mlp\.out_layer|mlp\.down)\.kernel", P(None, "tensor", "fsdp")),
+    (r"(clip|clip_text|t5)\..*token_embedding", P(None, "fsdp")),
+    (r"clip\..*projection\.kernel", P("fsdp", None)),
+    (r"clip\.vision\.patch_embedding\.kernel|t5\.relative_bias\.embedding", P()),
+    (r"(clip|clip_text|t5)\..*(bias|scale|class_embedding|position_embedding)", P()),
+)
+
+
+# --- the mesh ----------------------------------------------------------------------------------------------------------
+
+
+def make_mesh(sizes: Any, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """The mesh of a config's ``mesh`` part (data, fsdp, tensor; one may be -1 and takes the rest of the devices).
+
+    Args:
+      sizes: anything with an attribute per axis.
+      devices: all of the job's by default; may be those of a topology that is not there.
+
+    Raises UserError if the sizes do not multiply to the number of devices.
+    """
+    devices = list(jax.devices() if devices is None else devices)
+    shape = [getattr(sizes, axis) for axis in AXES]
+    named = ", ".join(f"{axis}={size}" for axis, size in zip(AXES, shape, strict=True))
+    if -1 in shape:
+        fixed = math.prod(size for size in shape if size != -1)
+        if len(devices) % fixed:
+            raise UserError(f"config.mesh: {named} does not fit {len(devices)} devices: {fixed} does not divide them")
+        shape[shape.index(-1)] = len(devices) // fixed
+    if math.prod(shape) != len(devices):
+        raise UserError(f"config.mesh: {named} needs {math.prod(shape)} devices, here are {len(devices)}; -1 takes the rest")
+    return Mesh(mesh_utils.create_device_mesh(shape, devices=devices, allow_split_physical_axes=True), AXES)
+
+
+# --- parameters --------------------------------------------------------------------------------------------------------
+
+
+def spec(name: str) -> P:
+    """The rule for a parameter by its full name, ``flux.double_blocks.img_attn.qkv.kernel``. Raises ValueError without one."""
+    for pattern, axes in RULES:
+        if re.fullmatch(pattern, name):
+            return axes
+    raise ValueError(f"no rule of sharding.RULES matches the parameter {name}")
+
+
+def of(mesh: Mesh, network: str) -> Callable[[str, tuple[int, ...]], NamedSharding]:
+    """``sharding(path, shape)`` for the parameters of a network, as ``weights.folder.load`` takes it.
+
+    That function raises UserError for a dimension that its mesh axis does not divide, naming the parameter.
+    """
+
+    def sharding(path: str, shape: tuple[int, ...]) -> NamedSharding:
+        name = f"{network}.{path}"
+        axes = spec(name)
+        if len(axes) > len(shape):
+            raise ValueError(f"the rule {axes} for {name} has more axes than its shape {shape}")
+        for size, axis in zip(shape, axes, strict=False):
+            if axis is not None and size % mesh.shape[axis]:
+                raise UserError(
+                    f"config.mesh.{axis}={mesh.shape[axis]} does not divide the dimension {size} of {name} {shape}; "
+                    f"choose a divisor of {size}"
+                )
+        return NamedSharding(mesh, axes)
+
+    return sharding
+
+
+def of_tree(mesh: Mesh, network: str, params: Any) -> Any:
+    """The shardings of a network's parameters, a tree like ``params`` (arrays or ``ShapeDtypeStruct``)."""
+    sharding = of(mesh, network)
+    return jax.tree_util.tree_map_with_path(lambda path, leaf: sharding(path_name(path), leaf.shape), params)
+
+
+def of_optimizer(mesh: Mesh, optimizer: optax.GradientTransformation, params: Any, shardings: Any) -> Any:
+    """The shardings of an optimiser's state: what belongs to a parameter lies where it lies, counters everywhere."""
+    abstract = jax.eval_shape(optimizer.init, params)
+    return optax.tree.map_params(
+        optimizer,
+        lambda _, sharding: sharding,
+        abstract,
+        shardings,
+        transform_non_params=lambda _: replicated(mesh),
+    )
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """The same array on every device."""
+    return NamedSharding(mesh, P())
+
+
+# --- batches and activations -------------------------------------------------------------------------------------------
+
+
+def of_batch(mesh: Mesh) -> NamedSharding:
+    """Split along the first axis."""
+    return NamedSharding(mesh, P(BATCH))
+
+
+def batch_parts(mesh: Mesh) -> int:
+    """Into how many parts a batch is split."""
+    return math.prod(mesh.shape[axis] for axis in BATCH)
+
+
+def constraint(mesh: Mesh) -> Callable[[jax.Array, str], jax.Array]:
+    """The ``constrain`` of ``models.compute.Compute``: samples stay on their devices, heads on their part of "tensor".
+
+    Raises UserError while tracing for a batch or a number of heads that the mesh does not divide.
+    """
+    activations = {
+        "tokens": P(BATCH, None, None),
+        "heads": P(BATCH, None, "tensor", None),
+        "image": P(BATCH, None, None, None),
+    }
+    parts, tensor = batch_parts(mesh), mesh.shape["tensor"]
+
+    def constrain(x: jax.Array, name: str) -> jax.Array:
+        if x.shape[0] % parts:
+            raise UserError(f"config.mesh: data * fsdp = {parts} does not divide a batch of {x.shape[0]}")
+        if name == "heads" and x.shape[2] % tensor:
+            raise UserError(f"config.mesh.tensor={tensor} does not divide {x.shape[2]} attention heads")
+        return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, activations[name]))
+
+    return constrain
+
+
+def local_rows(mesh: Mesh, batch_size: int) -> list[int]:
+    """The samples of a batch that this process's devices hold, in ascending order."""
+    rows = np.arange(batch_size)
+    indices = of_batch(mesh).addressable_devices_indices_map((batch_size,))
+    return sorted(set(np.concatenate([rows[index] for index in indices.values()]).tolist()))
+
+
+def place(mesh: Mesh, batch_size: int, local: np.ndarray) -> jax.Array:
+    """A global array ``[batch_size, ...]`` split over the mesh from the ``local_rows`` of every process."""
+    position = {row: place for place, row in enumerate(local_rows(mesh, batch_size))}
+
+    def slice_of(index: tuple[slice, ...]) -> np.ndarray:
+        return local[[position[row] for row in range(*index[0].indices(batch_size))]]
+
+    return jax.make_array_from_callback((batch_size, *local.shape[1:]), of_batch(mesh), slice_of)
