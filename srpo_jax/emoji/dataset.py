@@ -7,8 +7,6 @@
 Nothing is downloaded: the pictures are part of the package.
 """
 
-import io
-import zipfile
 from collections.abc import Iterator
 from typing import Any
 
@@ -16,9 +14,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 from PIL import Image
 
-from srpo_jax.emoji import world
-
-SIZE = 64  # pixels along each side of a picture
+from srpo_jax.emoji import pictures, world
 
 
 class Emoji(tfds.core.GeneratorBasedBuilder):
@@ -43,7 +39,9 @@ class Emoji(tfds.core.GeneratorBasedBuilder):
             description=__doc__,
             features=tfds.features.FeaturesDict(
                 {
-                    "image": tfds.features.Image(shape=(SIZE, SIZE, 3), dtype=np.uint8, encoding_format="png"),
+                    "image": tfds.features.Image(
+                        shape=(pictures.SIZE, pictures.SIZE, 3), dtype=np.uint8, encoding_format="png"
+                    ),
                     "caption": tfds.features.Text(),
                     "style": tfds.features.Text(),
                     "prompt": tfds.features.Text(),
@@ -60,21 +58,18 @@ class Emoji(tfds.core.GeneratorBasedBuilder):
         return {split: self._generate_examples(split) for split in world.SPLITS}
 
     def _generate_examples(self, split: str) -> Iterator[tuple[str, dict[str, Any]]]:
-        chosen = world.world() if self.builder_config.name == "world" else world.concepts()
-        for style in world.STYLES:
-            with zipfile.ZipFile(world.DATA / f"{style.lower()}.zip") as pictures:
-                for concept in chosen:
-                    if concept.split != split:
-                        continue
-                    picture = Image.open(io.BytesIO(pictures.read(f"{concept.id}.webp"))).convert("RGB")
-                    yield (
-                        f"{style}/{concept.id}",
-                        {
-                            # A PIL image: encoding a numpy array would need TensorFlow.
-                            "image": picture,
-                            "caption": concept.caption,
-                            "style": style,
-                            "prompt": world.prompt(concept, style),
-                            "id": concept.id,
-                        },
-                    )
+        known = world.world() if self.builder_config.name == "world" else world.concepts()
+        chosen = [concept for concept in known if concept.split == split]
+        for style, images in zip(world.STYLES, pictures.load(chosen), strict=True):
+            for concept, image in zip(chosen, images, strict=True):
+                yield (
+                    f"{style}/{concept.id}",
+                    {
+                        # A PIL image: encoding a numpy array would need TensorFlow.
+                        "image": Image.fromarray(image),
+                        "caption": concept.caption,
+                        "style": style,
+                        "prompt": world.prompt(concept, style),
+                        "id": concept.id,
+                    },
+                )
