@@ -233,7 +233,7 @@ def _index(source: pathlib.Path, parts: list[str]) -> dict[str, Any]:
     return index
 
 
-def _trained(params: Params, weights: engine.Source) -> engine.Source:
+def _trained(params: Params, weights: engine.ParameterSource) -> engine.ParameterSource:
     """The trained parameters as a source. Raises UserError if they are not of the network that they are to replace."""
     trained = engine.MemorySource(engine.flatten(params), "the checkpoint")
     shapes, expected = ({name: spec.shape for name, spec in s.specs.items()} for s in (trained, weights))
@@ -245,7 +245,7 @@ def _trained(params: Params, weights: engine.Source) -> engine.Source:
 def _export_network(
     network: str,
     config: Any,
-    weights: engine.Source,
+    weights: engine.ParameterSource,
     out: pathlib.Path,
     part: str,
     style: str,

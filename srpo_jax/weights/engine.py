@@ -29,17 +29,34 @@ class Source(Protocol):
         """One tensor, perhaps a view of a file."""
 
 
+class ParameterSource(Source, Protocol):
+    """Our parameters by path; those of stacked blocks can be had layer by layer."""
+
+    def read_layer(self, name: str, layer: int) -> np.ndarray:
+        """``read(name)[layer]``, without the other layers where these need not be read."""
+
+
 class MemorySource:
-    """A source of arrays that are in memory already."""
+    """Arrays, or what ``numpy.asarray`` makes arrays of: a stack is made once and let go with its last layer."""
 
     def __init__(self, tensors: Mapping[str, Any], path: str = "the tensors in memory"):
         self.path = path
         self._tensors = tensors
+        self._stacks: dict[str, np.ndarray] = {}
         self.specs = {name: Spec(tuple(a.shape), np.dtype(a.dtype)) for name, a in tensors.items()}
 
     def read(self, name: str) -> np.ndarray:
         """One tensor on the host."""
         return np.asarray(self._tensors[name])
+
+    def read_layer(self, name: str, layer: int) -> np.ndarray:
+        """One layer of a stack. Layers are expected in order."""
+        stack = self._stacks.pop(name, None)
+        if stack is None:
+            stack = self.read(name)
+        if layer + 1 < len(stack):
+            self._stacks[name] = stack
+        return stack[layer]
 
 
 def flatten(params: Params) -> dict[str, Any]:
@@ -179,12 +196,14 @@ def imported(table: Table, source: Source, place: Mapping[str, str]) -> Iterator
                 yield target, index, array
 
 
-def exported(table: Table, source: Source) -> Iterator[tuple[str, np.ndarray]]:
+def exported(table: Table, source: ParameterSource) -> Iterator[tuple[str, np.ndarray]]:
     """Yields (foreign name, array) for all foreign tensors; ``source`` holds our parameters by path."""
     for rule in table.rules:
         for layer in _layers(rule):
-            stacks = [source.read(name) for name in rule.targets]
-            arrays = stacks if rule.layers is None else [stack[layer] for stack in stacks]
+            if rule.layers is None:
+                arrays = [source.read(name) for name in rule.targets]
+            else:
+                arrays = [source.read_layer(name, layer) for name in rule.targets]
             yield from zip(rule.layer_sources(layer), rule.transform.inverse(_agreeing(arrays)), strict=True)
 
 

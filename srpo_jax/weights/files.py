@@ -153,6 +153,10 @@ class SafetensorsFile:
             return np.empty(spec.shape, spec.dtype)
         return np.memmap(self.path, dtype=spec.dtype, mode="r", offset=self._offsets[name], shape=spec.shape)
 
+    def read_layer(self, name: str, layer: int) -> np.ndarray:
+        """``read(name)[layer]``: of the file, only these pages are touched."""
+        return self.read(name)[layer]
+
 
 class SafetensorsWriter:
     """Writes a safetensors file whose tensors arrive one by one, or slice by slice, in any order.
