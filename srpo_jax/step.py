@@ -212,7 +212,9 @@ def velocity(
     scale = jnp.full((count,), guidance, jnp.float32)
     if settings.round_time:
         # The released script's autocast rounds what enters the sinusoids: 822 becomes 820, 3500 becomes 3504.
-        time, scale = ((1000 * value).astype(jnp.bfloat16).astype(jnp.float32) / 1000 for value in (time, scale))
+        time, scale = (
+            (value.astype(jnp.bfloat16) * jnp.bfloat16(1000)).astype(jnp.float32) / 1000 for value in (time, scale)
+        )
     transformer = bind(networks.transformer, params)
     return transformer(
         x,
@@ -388,7 +390,7 @@ def make_update(
         if ema is not None:
             decay = settings.ema_decay
             ema = jax.tree.map(lambda old, new: decay * old + (1 - decay) * new.astype(jnp.float32), ema, params)
-        summary = {"loss": metrics["loss"].sum(), "grad_norm": optax.global_norm(grads)}
+        summary = {"loss": metrics["loss"].sum(), "grad_norm": optax.tree.norm(grads)}
         for index, name in enumerate(settings.term_names):
             for metric, values in metrics.items():
                 # Several re-noisings share one name: their mean stands for them.

@@ -62,8 +62,10 @@ class Compute:
 
 def build(constructor: Callable[[nnx.Rngs], nnx.Module], seed: int = 0) -> tuple[nnx.GraphDef, Params]:
     """Makes a network with random parameters: ``build(lambda rngs: Flux(config, compute, rngs=rngs))``."""
-    graphdef, state = nnx.split(constructor(nnx.Rngs(seed)))
-    return graphdef, nnx.to_pure_dict(state)
+    graphdef, _ = abstract(constructor)
+    # Compiled as one program: thousands of small dispatches take longer.
+    params = jax.jit(lambda: nnx.to_pure_dict(nnx.split(constructor(nnx.Rngs(seed)))[1]))()
+    return graphdef, params
 
 
 def abstract(constructor: Callable[[nnx.Rngs], nnx.Module]) -> tuple[nnx.GraphDef, Params]:

@@ -1,0 +1,204 @@
+"""The update on tiny random networks: accumulation, batching, every method, precision."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from srpo_jax import direct_align, flow, rewards, step
+from srpo_jax.config import default
+from srpo_jax.models import autoencoder, clip, flux
+from srpo_jax.models.compute import Compute, build
+
+BATCH, TEXT = 4, 5
+FLUX = flux.FluxConfig(
+    in_channels=64, out_channels=64, num_layers=1, num_single_layers=2, attention_head_dim=16, num_attention_heads=2,
+    joint_attention_dim=24, pooled_projection_dim=20, guidance_embeds=True, axes_dims_rope=(4, 6, 6),
+)  # fmt: skip
+VAE = autoencoder.AutoencoderConfig(block_out_channels=(8, 8, 8, 8), layers_per_block=1, norm_num_groups=4)
+CLIP = clip.ClipConfig(
+    clip.ClipTextConfig(50, 16, 32, 1, 2, 8, "gelu", 49),
+    clip.ClipVisionConfig(16, 32, 1, 2, 32, 16, "gelu"),
+    projection_dim=12,
+)
+
+
+def settings(**changes):
+    """A small recipe: 32x48 images, 3 rollout steps."""
+    config = default()
+    config.data.height, config.data.width = 32, 48
+    config.rollout.steps, config.rollout.noise = 3, "per_sample"
+    config.refl.late_steps = 2
+    return dataclasses.replace(step.Settings.from_config(config), **changes)
+
+
+def make_networks(compute):
+    flux_graph, params = build(lambda rngs: flux.Flux(FLUX, compute, rngs=rngs), seed=1)
+    vae_graph, vae = build(lambda rngs: autoencoder.Autoencoder(VAE, compute, rngs=rngs), seed=2)
+    clip_graph, clip_params = build(lambda rngs: clip.Clip(CLIP, compute, rngs=rngs), seed=3)
+    networks = step.Networks(flux_graph, True, vae_graph, {"clip": rewards.Reward(clip_graph, 32, "clip", 1.0)})
+    return networks, params, step.Frozen(vae, {"clip": clip_params})
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    return make_networks(Compute())
+
+
+@pytest.fixture(scope="module")
+def batch():
+    keys = iter(jax.random.split(jax.random.key(7), 5))
+    ids = {name: jax.random.randint(next(keys), (BATCH, 8), 0, 50) for name in ("positive", "negative", "caption")}
+    text = jax.random.normal(next(keys), (BATCH, TEXT, 24))
+    return step.Batch(text, jax.random.normal(next(keys), (BATCH, 20)), {"clip": ids})
+
+
+def gradient(tiny, settings, batch, draws):
+    networks, params, frozen = tiny
+    return jax.jit(functools.partial(step.gradient, networks, settings))(params, frozen, batch, draws)
+
+
+def distance(a, b):
+    """Relative distance of two parameter trees."""
+    difference = optax.tree.norm(jax.tree.map(lambda x, y: x - y, a, b))
+    return float(difference / optax.tree.norm(b))
+
+
+def run_update(tiny, settings, batch, key=0):
+    networks, params, frozen = tiny
+    optimizer = optax.sgd(1.0)
+    state = step.TrainState(jnp.int32(0), params, optimizer.init(params), params if settings.ema_decay else None)
+    return jax.jit(step.make_update(networks, settings, optimizer))(state, frozen, batch, jax.random.key(key))
+
+
+def test_the_batch_gradient_is_the_mean_over_samples(tiny, batch):
+    recipe = settings()
+    draws = step.draw(recipe, jax.random.key(0), BATCH)
+    whole, metrics = gradient(tiny, recipe, batch, draws)
+    one = jax.jit(functools.partial(step.gradient, tiny[0], recipe))
+    singles = [
+        one(tiny[1], tiny[2], *jax.tree.map(lambda x, i=i: x[i : i + 1], (batch, draws))) for i in range(BATCH)
+    ]
+    mean = jax.tree.map(lambda *g: sum(g) / BATCH, *[g for g, _ in singles])
+    assert distance(whole, mean) < 1e-5
+    np.testing.assert_allclose(metrics["reward"], np.mean([m["reward"] for _, m in singles], axis=0), rtol=1e-4)
+
+
+@pytest.mark.parametrize("method", ["srpo", "draft_lv"])
+@pytest.mark.parametrize("parts", [2, 4])
+def test_accumulation_changes_nothing(tiny, batch, parts, method):
+    whole, metrics = run_update(tiny, settings(method=method), batch)
+    parted, parted_metrics = run_update(tiny, settings(method=method, accumulation=parts), batch)
+    moved = jax.tree.map(lambda a, b: a - b, whole.params, tiny[1])
+    parted_moved = jax.tree.map(lambda a, b: a - b, parted.params, tiny[1])
+    assert distance(parted_moved, moved) < 1e-4
+    assert metrics.keys() == parted_metrics.keys()
+    for name, value in metrics.items():
+        np.testing.assert_allclose(parted_metrics[name], value, rtol=1e-4, atol=1e-6, err_msg=name)
+
+
+def test_split_batch_takes_every_nth_sample():
+    parts = step.split_batch(jnp.arange(6), 2)
+    np.testing.assert_array_equal(parts, [[0, 2, 4], [1, 3, 5]])
+
+
+def test_noise_is_shared_or_per_sample():
+    shared = step.draw(settings(shared_noise=True), jax.random.key(0), BATCH).noise
+    own = step.draw(settings(), jax.random.key(0), BATCH).noise
+    assert (shared == shared[:1]).all()
+    assert not (own == own[:1]).all(axis=(1, 2))[1:].any()
+
+
+def test_keys_give_other_numbers_and_the_same_key_the_same():
+    first, again, other = (step.draw(settings(), jax.random.key(k), BATCH) for k in (0, 0, 1))
+    assert (first.noise == again.noise).all() and (first.mid == again.mid).all()
+    assert not (first.noise == other.noise).any()
+
+
+@pytest.mark.parametrize("method", ["srpo", "direct_align", "refl", "draft_lv"])
+def test_every_method_moves_every_parameter_and_raises_its_reward(tiny, batch, method):
+    """A small step along the gradient raises the objective: same noise, recomputed terms held fixed."""
+    recipe = settings(method=method, margin=10.0)
+    networks, params, frozen = tiny
+    draws = step.draw(recipe, jax.random.key(0), BATCH)
+    embeddings = step.embed_captions(networks, frozen, batch)
+    terms = step.make_terms(networks, recipe, params, batch, draws, embeddings)
+    captions = {"clip": embeddings["clip"]["caption"]}
+
+    @jax.jit
+    def total(params):
+        count = terms.weight.shape[0]
+        picked = [jax.tree.map(lambda x, i=i: x[i], terms) for i in range(count)]
+        return sum(step.term_loss(networks, recipe, params, frozen, batch, t, captions)[0] for t in picked)
+
+    grads, _ = gradient(tiny, recipe, batch, draws)
+    assert distance(grads, jax.jit(jax.grad(total))(params)) < 1e-4
+    still = [jax.tree_util.keystr(p) for p, g in jax.tree_util.tree_leaves_with_path(grads) if not g.any()]
+    assert not still
+    norm = optax.tree.norm(grads)
+    moved = jax.tree.map(lambda p, g: p - 1e-2 * g / norm, params, grads)
+    predicted = -1e-2 * float(norm)
+    np.testing.assert_allclose(total(moved) - total(params), predicted, rtol=0.1)
+
+
+def test_refl_starts_from_a_late_state_of_the_rollout(tiny, batch):
+    recipe = settings(method="refl")
+    networks, params, frozen = tiny
+    draws = step.draw(recipe, jax.random.key(3), BATCH)
+    assert set(np.asarray(draws.stop)) <= {1, 2}
+    terms = step.make_terms(networks, recipe, params, batch, draws, step.embed_captions(networks, frozen, batch))
+    sigmas = flow.shifted_schedule(3, recipe.shift)
+    np.testing.assert_array_equal(terms.sigma_from[0], sigmas[np.asarray(draws.stop)])
+    z = draws.noise
+    for i in range(3):
+        here = np.asarray(draws.stop) == i
+        np.testing.assert_allclose(terms.noisy[0][here], z[here], atol=1e-5)
+        z = flow.euler_step(
+            z, step.velocity(networks, recipe, params, batch, z, sigmas[i], 1.0), sigmas[i], sigmas[i + 1]
+        )
+
+
+def test_direct_align_weighs_noise_levels(tiny, batch):
+    recipe = settings(method="direct_align", weights=(0.25, 1.0))
+    draws = step.draw(recipe, jax.random.key(0), BATCH)._replace(mid=jnp.array([5, 500, 995, 995]))
+    embeddings = step.embed_captions(tiny[0], tiny[2], batch)
+    terms = step.make_terms(tiny[0], recipe, tiny[1], batch, draws, embeddings)
+    np.testing.assert_allclose(terms.weight[0], np.linspace(0.25, 1.0, 1000)[[5, 500, 995, 995]], rtol=1e-5)
+    np.testing.assert_array_equal(terms.targets["clip"][0], embeddings["clip"]["caption"])
+
+
+def test_latents_of_the_batch_replace_the_rollout(tiny, batch):
+    recipe = settings()
+    latents = jax.random.normal(jax.random.key(5), (BATCH, recipe.tokens, 64))
+    draws = step.draw(recipe, jax.random.key(0), BATCH)
+    embeddings = step.embed_captions(tiny[0], tiny[2], batch)
+    terms = step.make_terms(tiny[0], recipe, tiny[1], batch._replace(latents=latents), draws, embeddings)
+    levels = direct_align.denoising_step(recipe.grid, draws.mid)
+    np.testing.assert_allclose(terms.noisy[0], flow.add_noise(latents, draws.noise, levels.sigma_from), atol=1e-6)
+
+
+def test_moving_average(tiny, batch):
+    state, _ = run_update(tiny, settings(ema_decay=0.75), batch)
+    expected = jax.tree.map(lambda old, new: 0.75 * old + 0.25 * new, tiny[1], state.params)
+    assert distance(state.ema, expected) < 1e-6
+
+
+def test_rounded_times_are_bfloat16s(tiny, batch):
+    """822 becomes 820 and 3500 becomes 3504, as under the released script's autocast."""
+    seen = []
+
+    def spy(latents, text, pooled, time, guidance, *_):
+        seen.append((float(time[0]) * 1000, float(guidance[0]) * 1000))
+        return latents
+
+    networks = dataclasses.replace(tiny[0], transformer=None)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(step, "bind", lambda graphdef, params: spy)
+        x = jnp.zeros((BATCH, 6, 64))
+        for rounded in (False, True):
+            step.velocity(networks, settings(round_time=rounded), {}, batch, x, jnp.float32(0.8221), 3.5)
+    np.testing.assert_allclose(seen, [(822, 3500), (820, 3504)], rtol=1e-6)
