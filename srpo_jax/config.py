@@ -16,6 +16,10 @@ METHODS = ("srpo", "direct_align", "refl", "draft_lv")
 REWARDS = ("hps", "pickscore", "clip")
 BRANCHES = ("denoise", "inversion")
 
+DTYPES = ("bfloat16", "float32")
+ATTENTION = ("xla", "cudnn", "splash")
+REMAT = ("none", "dots", "full")
+
 # A run may be resumed with other values of these: they change where and how fast it runs, not what it computes.
 RESUMABLE = ("steps", "checkpoint", "sample", "mesh", "remat", "compilation_cache", "model.scan_unroll")
 
@@ -34,7 +38,7 @@ def default() -> ConfigDict:
     c.model.path = config_dict.placeholder(str)  # a pipeline folder written by `python -m srpo_jax.convert`
     c.model.dtype = "bfloat16"  # of matrix products and frozen weights: bfloat16 | float32. Trained weights are float32.
     c.model.round_time = False  # round 1000 * time and 1000 * guidance to bfloat16, as the released script's autocast
-    c.model.attention = "xla"  # attention backend, see models/attention.py
+    c.model.attention = "xla"  # xla (everywhere) | cudnn (NVIDIA) | splash (TPU), see models/attention.py
     c.model.scan_unroll = 1  # transformer blocks in one iteration of the scan
 
     # What is kept for the backward pass: none (keep all) | dots (keep matrix products) | full (recompute all), block by block.
@@ -120,7 +124,7 @@ def default() -> ConfigDict:
     return c.lock()
 
 
-# --- views -------------------------------------------------------------------------------------------------------------
+# --- views ------------------------------------------------------------------------------------------------------------
 
 
 def flatten(config: ConfigDict | dict) -> dict[str, Any]:
@@ -150,7 +154,7 @@ def differing_keys(here: dict[str, Any], there: dict[str, Any]) -> list[str]:
     return [key for key in keys if not any(key == free or key.startswith(free + ".") for free in RESUMABLE)]
 
 
-# --- checks ------------------------------------------------------------------------------------------------------------
+# --- checks -----------------------------------------------------------------------------------------------------------
 
 
 def validate(config: ConfigDict) -> None:
@@ -164,14 +168,17 @@ def validate(config: ConfigDict) -> None:
     flat = flatten(config)
     for key, choices in (
         ("method", METHODS),
-        ("model.dtype", ("bfloat16", "float32")),
-        ("remat.transformer", ("none", "dots", "full")),
-        ("remat.autoencoder", ("none", "dots", "full")),
-        ("remat.reward", ("none", "dots", "full")),
+        ("model.dtype", DTYPES),
+        ("model.attention", ATTENTION),
+        ("remat.transformer", REMAT),
+        ("remat.autoencoder", REMAT),
+        ("remat.reward", REMAT),
         ("rollout.noise", ("shared", "per_sample")),
         ("reward.form", ("released", "paper")),
     ):
         require(key, flat[key] in choices, f"choose one of {', '.join(choices)}")
+    if flat["model.attention"] == "cudnn":
+        require("model.dtype", flat["model.dtype"] == "bfloat16", "model.attention=cudnn needs bfloat16")
     for key in ("model.path", "data.prompts"):
         require(key, flat[key], f"give a path: --config.{key}=...")
     for key in (
@@ -204,16 +211,25 @@ def validate(config: ConfigDict) -> None:
         raise UserError("config.mesh: only one of data, fsdp and tensor can be -1 (the rest of the devices)")
 
 
+def check_key(key: str) -> None:
+    """Raises UserError, with a suggestion, if no key of a config (or group of keys) is called ``optim.b1`` like that."""
+    known = list(flatten(default()))
+    if any(name == key or name.startswith(key + ".") for name in known):
+        return
+    group, _, name = key.rpartition(".")
+    if group in ("reward.weights", "reward.paths"):
+        raise UserError(f"config.{key}: the reward {name!r} is unknown; choose one of {', '.join(REWARDS)}")
+    near = difflib.get_close_matches(key, known, n=1)
+    raise UserError(f"config.{key} is unknown; " + (f"do you mean config.{near[0]}?" if near else "see --help"))
+
+
 def _check_keys(config: ConfigDict) -> None:
-    known, given = set(flatten(default())), set(flatten(config))
-    for key in sorted(given - known):
-        group, _, name = key.rpartition(".")
-        if group in ("reward.weights", "reward.paths"):
-            raise UserError(f"config.{key}: the reward {name!r} is unknown; choose one of {', '.join(REWARDS)}")
-        near = difflib.get_close_matches(key, known, n=1)
-        raise UserError(f"config.{key} is unknown" + (f"; do you mean config.{near[0]}?" if near else ""))
-    for key in sorted(known - given):
-        raise UserError(f"config.{key} is missing; start the config from srpo_jax.config.default()")
+    known, given = flatten(default()), flatten(config)
+    for key in given:
+        check_key(key)
+    for key in known:
+        if key not in given:
+            raise UserError(f"config.{key} is missing; start the config from srpo_jax.config.default()")
 
 
 def _check_align(flat: dict[str, Any], require: Any) -> None:

@@ -56,7 +56,7 @@ RULES: tuple[tuple[str, P], ...] = (
 )
 
 
-# --- the mesh ----------------------------------------------------------------------------------------------------------
+# --- the mesh ---------------------------------------------------------------------------------------------------------
 
 
 def make_mesh(sizes: Any, devices: Sequence[jax.Device] | None = None) -> Mesh:
@@ -81,7 +81,7 @@ def make_mesh(sizes: Any, devices: Sequence[jax.Device] | None = None) -> Mesh:
     return Mesh(mesh_utils.create_device_mesh(shape, devices=devices, allow_split_physical_axes=True), AXES)
 
 
-# --- parameters --------------------------------------------------------------------------------------------------------
+# --- parameters -------------------------------------------------------------------------------------------------------
 
 
 def spec(name: str) -> P:
@@ -137,7 +137,7 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, P())
 
 
-# --- batches and activations -------------------------------------------------------------------------------------------
+# --- batches and activations ------------------------------------------------------------------------------------------
 
 
 def of_batch(mesh: Mesh) -> NamedSharding:
@@ -182,8 +182,10 @@ def local_rows(mesh: Mesh, batch_size: int) -> list[int]:
 def place(mesh: Mesh, batch_size: int, local: np.ndarray) -> jax.Array:
     """A global array ``[batch_size, ...]`` split over the mesh from the ``local_rows`` of every process."""
     position = {row: place for place, row in enumerate(local_rows(mesh, batch_size))}
-
-    def slice_of(index: tuple[slice, ...]) -> np.ndarray:
-        return local[[position[row] for row in range(*index[0].indices(batch_size))]]
-
-    return jax.make_array_from_callback((batch_size, *local.shape[1:]), of_batch(mesh), slice_of)
+    shape, split = (batch_size, *local.shape[1:]), of_batch(mesh)
+    # Device by device, since device_put is a transfer that a transfer guard takes for intended.
+    shards = [
+        jax.device_put(local[[position[row] for row in range(*index[0].indices(batch_size))]], device)
+        for device, index in split.addressable_devices_indices_map(shape).items()
+    ]
+    return jax.make_array_from_single_device_arrays(shape, split, shards)

@@ -1,0 +1,107 @@
+"""From prompts to what an update or a sample is conditioned on: text features for the transformer, token ids for rewards."""
+
+import os
+import pathlib
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from srpo_jax import program, rewards, sharding, text
+from srpo_jax.errors import UserError
+from srpo_jax.models.compute import Compute, Params, bind
+from srpo_jax.models.flux import FluxConfig
+from srpo_jax.program import Program
+from srpo_jax.step import Batch
+from srpo_jax.weights import folder
+
+
+class TextEncoders:
+    """FLUX's text encoders (T5 for tokens, CLIP-L for the pooled vector) on a mesh, compiled once per batch size.
+
+    Args:
+      path: pipeline folder.
+      compute: execution options.
+      mesh: where parameters and results live.
+      transformer: the sizes of the transformer that the features are for.
+      length: T5 tokens of a prompt.
+
+    Raises UserError if a folder is missing or the encoders do not fit the transformer.
+    """
+
+    def __init__(
+        self, path: str | os.PathLike, compute: Compute, mesh: Mesh, transformer: FluxConfig, length: int
+    ) -> None:
+        path = pathlib.Path(path)
+        self._mesh = mesh
+        self._tokenizers = text.load_tokenizer(path / "tokenizer"), text.load_tokenizer(path / "tokenizer_2")
+        clip_config, clip, clip_params = folder.load(
+            path / "text_encoder", "clip_text", compute, sharding.of(mesh, "clip_text")
+        )
+        t5_config, t5, t5_params = folder.load(path / "text_encoder_2", "t5", compute, sharding.of(mesh, "t5"))
+        for name, found, wanted in (
+            ("text_encoder", clip_config.hidden_size, transformer.pooled_projection_dim),
+            ("text_encoder_2", t5_config.d_model, transformer.joint_attention_dim),
+        ):
+            if found != wanted:
+                raise UserError(f"{path / name} has width {found}; the transformer beside it expects {wanted}")
+        self._lengths = min(clip_config.max_position_embeddings, self._tokenizers[0].model_max_length), length
+        self._params = clip_params, t5_params
+
+        def encode(params: tuple[Params, Params], clip_ids: jax.Array, t5_ids: jax.Array) -> tuple[jax.Array, jax.Array]:
+            features, pooled = bind(t5, params[1])(t5_ids), bind(clip, params[0])(clip_ids)
+            return features.astype(compute.dtype), pooled.astype(compute.dtype)
+
+        self._encode = jax.jit(encode, out_shardings=sharding.of_batch(mesh))
+
+    def __call__(self, prompts: Sequence[str], batch_size: int) -> tuple[jax.Array, jax.Array]:
+        """Features [B, T, C] and pooled vectors [B, P] in the compute dtype, split over the mesh.
+
+        ``prompts`` are this process's share (``sharding.local_rows``) of the ``batch_size`` = B prompts.
+        """
+        ids = (text.tokenize(*pair) for pair in zip(self._tokenizers, [prompts] * 2, self._lengths, strict=True))
+        pooled_ids, ids = (sharding.place(self._mesh, batch_size, array) for array in ids)
+        return self._encode(self._params, pooled_ids, ids)
+
+
+class Conditioner:
+    """Makes the batches of a training run."""
+
+    def __init__(self, config: ConfigDict, built: Program, architecture: program.Architecture):
+        self._mesh, self._batch_size = built.mesh, config.data.batch_size
+        self._words = tuple(config.reward.positive), tuple(config.reward.negative)
+        self.encode = TextEncoders(
+            config.model.path, built.computes.text, built.mesh, architecture.transformer, config.data.text_length
+        )
+        self._rewards = {
+            name: (
+                text.load_tokenizer(pathlib.Path(path) / "tokenizer"),
+                architecture.rewards[name].text_config.max_position_embeddings,
+                # HPS-v2.1 was trained with open_clip's tokenizer, which pads with 0.
+                0 if name == "hps" else "own",
+            )
+            for name, (path, _) in program.used_rewards(config).items()
+        }
+
+    def batch(self, prompts: Sequence[str], step: int) -> Batch:
+        """The batch of update ``step`` (counted from 1) from this process's prompts."""
+        positive, negative = rewards.control_words(step, *self._words)
+        captions = {
+            "positive": [rewards.prefixed(positive, prompt) for prompt in prompts],
+            "negative": [rewards.prefixed(negative, prompt) for prompt in prompts],
+            "caption": prompts,
+        }
+        features, pooled = self.encode(prompts, self._batch_size)
+        reward_ids = {
+            name: {
+                caption: self._place(text.tokenize(tokenizer, captions[caption], length, pad))
+                for caption in program.CAPTIONS
+            }
+            for name, (tokenizer, length, pad) in self._rewards.items()
+        }
+        return Batch(features, pooled, reward_ids)
+
+    def _place(self, ids: np.ndarray) -> jax.Array:
+        return sharding.place(self._mesh, self._batch_size, ids)

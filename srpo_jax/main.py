@@ -1,0 +1,61 @@
+"""Trains.
+
+    python -m srpo_jax.main --config=configs/flux_dev_hps.py --workdir=runs/hps [--config.optim.learning_rate=1e-5 ...]
+
+  --config   recipe, a Python file; --config.KEY=VALUE overrides one of its keys
+  --workdir  folder of the run, made if there is none
+
+The same command again goes on from the newest checkpoint. After Ctrl-C or SIGTERM the current update is finished and saved.
+"""
+
+import re
+import sys
+
+from absl import flags, logging
+from ml_collections import ConfigDict, config_flags
+
+from srpo_jax import config as config_lib
+from srpo_jax import errors, train
+from srpo_jax.errors import UserError
+
+
+def parse(argv: list[str]) -> tuple[ConfigDict, str]:
+    """(config, workdir) of a command line, ``argv[0]`` being the program. Raises UserError for what is wrong with it."""
+    # The recipe has to be known before its overrides are read.
+    argv = argv[:1] + sorted(argv[1:], key=lambda word: not re.match(r"--?config=", word))
+    for word in argv[1:]:
+        if override := re.match(r"--?config\.([\w.]+)", word):
+            config_lib.check_key(override[1])
+    values = flags.FlagValues()
+    config = config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=argv)
+    workdir = flags.DEFINE_string("workdir", None, "", flag_values=values)
+    try:
+        rest = values(argv)
+        if len(rest) > 1:
+            raise UserError(f"{rest[1]!r} is not understood; flags are written --name=value")
+        for flag in (config, workdir):
+            if not flag.value:
+                raise UserError(f"--{flag.name} is missing; see python -m srpo_jax.main --help")
+        # A file that could not be read raises when its config is touched.
+        return config.value.copy_and_resolve_references(), workdir.value
+    except UserError:
+        raise
+    except Exception as error:  # a recipe is a program: it can fail in any way
+        raise UserError(" ".join(f"{error}".split()) + f" ({type(error).__name__}); see --help") from error
+
+
+def main() -> None:
+    """Trains by the process's command line."""
+    if {"--help", "-h"} & set(sys.argv[1:]):
+        print(__doc__ + "\nKeys of a config and their defaults (srpo_jax/config.py says what they mean):\n")
+        print("\n".join(f"  {key} = {value!r}" for key, value in config_lib.flatten(config_lib.default()).items()))
+        return
+    config, workdir = parse(sys.argv)
+    logging.set_verbosity(logging.ERROR)  # Orbax tells every step of every save
+    signal = train.train(config, workdir)
+    if signal is not None:
+        sys.exit(128 + signal)
+
+
+if __name__ == "__main__":
+    sys.exit(errors.run(main))

@@ -1,0 +1,231 @@
+"""What a configuration compiles to: networks, optimiser, the layout of every array, and the jitted update.
+
+``build`` needs the networks' sizes and a mesh, no weights and no accelerator: the same program is compiled ahead of time for
+a machine that is not there (``Program.lower``) and run for real on arrays from ``initial_state`` and ``load_frozen``.
+"""
+
+import dataclasses
+import os
+import pathlib
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from srpo_jax import optim, sharding, step
+from srpo_jax.errors import UserError
+from srpo_jax.models.autoencoder import AutoencoderConfig
+from srpo_jax.models.clip import ClipConfig
+from srpo_jax.models.compute import Compute
+from srpo_jax.models.flux import FluxConfig
+from srpo_jax.rewards import Reward
+from srpo_jax.step import Batch, Frozen, Networks, Settings, TrainState
+from srpo_jax.weights import folder
+
+# Folders of a pipeline, and the networks in them.
+TRANSFORMER, AUTOENCODER = "transformer", "vae"
+CAPTIONS = ("positive", "negative", "caption")  # variants of a prompt that a reward reads
+
+
+class Architecture(NamedTuple):
+    """The sizes of the networks of a run; ``rewards`` by name, those in use."""
+
+    transformer: FluxConfig
+    autoencoder: AutoencoderConfig
+    rewards: dict[str, ClipConfig]
+
+
+def used_rewards(config: ConfigDict) -> dict[str, tuple[str, float]]:
+    """(path, weight) of every reward that has a weight, by name."""
+    weights = config.reward.weights
+    return {name: (config.reward.paths[name], weights[name]) for name in weights if weights[name]}
+
+
+def read_config(path: str | os.PathLike, network: str) -> Any:
+    """The config of the network in a folder of ours. Raises UserError if there is none or it is another network."""
+    found, config = folder.read_config(path)
+    if found != network:
+        raise UserError(f"{path} holds a {found} network; expected {network}")
+    return config
+
+
+def read_architecture(config: ConfigDict) -> Architecture:
+    """Reads the sizes from the folders that a configuration names. Raises UserError for a folder that is not right."""
+    path = pathlib.Path(config.model.path)
+    return Architecture(
+        read_config(path / TRANSFORMER, "flux"),
+        read_config(path / AUTOENCODER, "autoencoder"),
+        {name: read_config(reward, "clip") for name, (reward, _) in used_rewards(config).items()},
+    )
+
+
+class Computes(NamedTuple):
+    """Execution options of each network: only the transformer's weights are float32 masters."""
+
+    transformer: Compute
+    autoencoder: Compute
+    reward: Compute
+    text: Compute
+
+
+def computes(config: ConfigDict, mesh: Mesh) -> Computes:
+    """The execution options that a configuration asks for."""
+    frozen = Compute(
+        dtype=jnp.dtype(config.model.dtype),
+        param_dtype=jnp.dtype(config.model.dtype),
+        attention=config.model.attention,
+        scan_unroll=config.model.scan_unroll,
+        constrain=sharding.constraint(mesh),
+    )
+    return Computes(
+        transformer=dataclasses.replace(frozen, param_dtype=jnp.float32, remat=config.remat.transformer),
+        autoencoder=dataclasses.replace(frozen, remat=config.remat.autoencoder),
+        reward=dataclasses.replace(frozen, remat=config.remat.reward),
+        # T5 adds a bias to its logits, which not every backend can.
+        text=dataclasses.replace(frozen, attention="xla"),
+    )
+
+
+# --- the program ------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """A training step, ready to be compiled.
+
+    Attributes:
+      mesh: the devices.
+      networks, settings, optimizer: what ``step.make_update`` was given.
+      computes: execution options of the networks.
+      state, frozen, batch: the arguments of ``update`` as ``ShapeDtypeStruct`` with their shardings.
+      update: jitted ``update(state, frozen, batch) -> (state, metrics)``; it takes the old state's memory. Its random key is
+        derived from the seed and the step number.
+    """
+
+    mesh: Mesh
+    networks: Networks
+    settings: Settings
+    optimizer: optax.GradientTransformation
+    computes: Computes
+    state: TrainState
+    frozen: Frozen
+    batch: Batch
+    update: Callable[[TrainState, Frozen, Batch], tuple[TrainState, dict[str, jax.Array]]]
+
+    def lower(self) -> jax.stages.Lowered:
+        """The update lowered for its abstract arguments: ``.compile()`` it for the mesh's devices, here or not."""
+        return self.update.lower(self.state, self.frozen, self.batch)
+
+
+def build(config: ConfigDict, mesh: Mesh, architecture: Architecture) -> Program:
+    """Builds the program of a validated configuration. No array is made.
+
+    Raises UserError for a mesh that does not fit the batch or a parameter.
+    """
+    settings, optimizer = Settings.from_config(config), optim.make_optimizer(config.optim)
+    part, devices = config.data.batch_size // config.optim.accumulation, sharding.batch_parts(mesh)
+    if part % devices:
+        raise UserError(
+            f"config.data.batch_size / config.optim.accumulation = {part} must be a multiple of the {devices} devices "
+            "along the mesh's data and fsdp axes"
+        )
+    options = computes(config, mesh)
+    graphdef, params = _network(mesh, "flux", architecture.transformer, options.transformer)
+    autoencoder, autoencoder_params = _network(mesh, "autoencoder", architecture.autoencoder, options.autoencoder)
+    rewards, reward_params = {}, {}
+    for name, (_, weight) in used_rewards(config).items():
+        sizes = architecture.rewards[name]
+        reward, reward_params[name] = _network(mesh, "clip", sizes, options.reward)
+        rewards[name] = Reward(reward, sizes.vision_config.image_size, name, weight)
+    networks = Networks(graphdef, architecture.transformer.guidance_embeds, autoencoder, rewards)
+
+    everywhere = sharding.replicated(mesh)
+    params_sharding = jax.tree.map(lambda leaf: leaf.sharding, params)
+    opt_sharding = sharding.of_optimizer(mesh, optimizer, params, params_sharding)
+    state = TrainState(
+        step=jax.ShapeDtypeStruct((), jnp.int32, sharding=everywhere),
+        params=params,
+        opt_state=_with_sharding(jax.eval_shape(optimizer.init, params), opt_sharding),
+        ema=params if config.optim.ema_decay else None,
+    )
+    update, seed = step.make_update(networks, settings, optimizer), config.seed
+
+    def seeded_update(state: TrainState, frozen: Frozen, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
+        return update(state, frozen, batch, jax.random.fold_in(jax.random.key(seed), state.step + 1))
+
+    return Program(
+        mesh=mesh,
+        networks=networks,
+        settings=settings,
+        optimizer=optimizer,
+        computes=options,
+        state=state,
+        frozen=Frozen(autoencoder_params, reward_params),
+        batch=_abstract_batch(config, mesh, architecture),
+        update=jax.jit(
+            seeded_update,
+            donate_argnums=0,
+            out_shardings=(jax.tree.map(lambda leaf: leaf.sharding, state), everywhere),
+        ),
+    )
+
+
+def _network(mesh: Mesh, network: str, sizes: Any, compute: Compute) -> tuple[Any, Any]:
+    graphdef, params = folder.abstract(network, sizes, compute)
+    return graphdef, _with_sharding(params, sharding.of_tree(mesh, network, params))
+
+
+def _with_sharding(tree: Any, shardings: Any) -> Any:
+    return jax.tree.map(lambda leaf, s: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=s), tree, shardings)
+
+
+def _abstract_batch(config: ConfigDict, mesh: Mesh, architecture: Architecture) -> Batch:
+    count, split = config.data.batch_size, sharding.of_batch(mesh)
+    dtype, transformer = jnp.dtype(config.model.dtype), architecture.transformer
+
+    def array(shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((count, *shape), dtype, sharding=split)
+
+    return Batch(
+        text=array((config.data.text_length, transformer.joint_attention_dim), dtype),
+        pooled=array((transformer.pooled_projection_dim,), dtype),
+        reward_ids={
+            name: {caption: array((sizes.text_config.max_position_embeddings,), jnp.int32) for caption in CAPTIONS}
+            for name, sizes in architecture.rewards.items()
+        },
+    )
+
+
+# --- arrays for it ----------------------------------------------------------------------------------------------------
+
+
+def initial_state(config: ConfigDict, program: Program) -> TrainState:
+    """The state before the first update: the pipeline's transformer, each device reading its own shards of it."""
+    mesh = program.mesh
+    path = pathlib.Path(config.model.path) / TRANSFORMER
+    params = folder.load(path, "flux", program.computes.transformer, sharding.of(mesh, "flux"))[2]
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, program.state)
+    return TrainState(
+        step=jax.device_put(np.int32(0), shardings.step),
+        params=params,
+        opt_state=jax.jit(program.optimizer.init, out_shardings=shardings.opt_state)(params),
+        # A copy: the update takes the memory of both.
+        ema=None if shardings.ema is None else jax.jit(lambda p: jax.tree.map(jnp.copy, p))(params),
+    )
+
+
+def load_frozen(config: ConfigDict, program: Program) -> Frozen:
+    """The autoencoder and the rewards, in the compute dtype."""
+    mesh, options = program.mesh, program.computes
+    path = pathlib.Path(config.model.path) / AUTOENCODER
+    autoencoder = folder.load(path, "autoencoder", options.autoencoder, sharding.of(mesh, "autoencoder"))[2]
+    rewards = {
+        name: folder.load(reward, "clip", options.reward, sharding.of(mesh, "clip"))[2]
+        for name, (reward, _) in used_rewards(config).items()
+    }
+    return Frozen(autoencoder, rewards)

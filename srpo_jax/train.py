@@ -1,0 +1,182 @@
+"""The training loop, from a configuration to checkpoints.
+
+``train`` reads from top to bottom: mesh, networks, data, then step by step update, metrics, samples, checkpoints. What is
+compiled lives in ``program`` and ``step``.
+"""
+
+import os
+import pathlib
+import signal
+import threading
+import time
+from types import FrameType
+from typing import Any
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from srpo_jax import checkpoint, conditions, flow, metrics, program, sampling, sharding
+from srpo_jax import config as config_lib
+from srpo_jax.data import prompts
+from srpo_jax.errors import UserError
+from srpo_jax.step import Frozen, TrainState
+
+
+def train(config: ConfigDict, workdir: str | os.PathLike) -> int | None:
+    """Trains until ``config.steps`` updates are done, going on from the newest checkpoint of ``workdir``.
+
+    Returns:
+      None, or the number of the signal (SIGINT, SIGTERM) that ended training early, its last update saved.
+
+    Raises UserError for anything the user can mend, before anything is written if it can be known before, and if a metric
+    is not finite: the checkpoints then end before that update.
+    """
+    # === Checks that need no device =====================================================================================
+    config_lib.validate(config)
+    checkpoint.check_workdir(workdir, config)
+    workdir = pathlib.Path(workdir)
+    captions = prompts.read_prompts(config.data.prompts)
+    held_out = prompts.read_prompts(config.sample.prompts)[: config.sample.count] if config.sample.every else []
+    architecture = program.read_architecture(config)
+    if config.compilation_cache:
+        jax.config.update("jax_compilation_cache_dir", os.path.expanduser(config.compilation_cache))
+
+    # === Mesh and program ===============================================================================================
+    mesh = sharding.make_mesh(config.mesh)
+    built = program.build(config, mesh, architecture)
+    conditioner = conditions.Conditioner(config, built, architecture)
+    frozen = program.load_frozen(config, built)
+
+    # === State: new, or of the newest checkpoint ========================================================================
+    newest = max(checkpoint.steps(workdir), default=None)
+    if newest is not None and newest >= config.steps:
+        print(f"{workdir} has all of its {config.steps} updates; nothing to do")
+        return None
+    state = program.initial_state(config, built) if newest is None else None
+    checkpoint.write_config(workdir, config)  # From here on the workdir belongs to this run.
+    checkpoints = checkpoint.Checkpoints(workdir, config.checkpoint.keep)
+    stream = prompts.batches(
+        captions, config.data.batch_size, config.seed, sharding.local_rows(mesh, config.data.batch_size)
+    )
+    if newest is not None:
+        state, run = checkpoints.restore(newest, built.state)
+        stream.set_state(run["data"])
+    step = newest or 0
+    report = metrics.Metrics(workdir, step, config.steps)
+    report.say(f"{_describe(built)}; from update {step} to {config.steps} in {workdir}")
+
+    # === Compile ========================================================================================================
+    started = time.perf_counter()
+    update = built.lower().compile()
+    report.say(f"compiled the update in {time.perf_counter() - started:.1f} s")
+    samples = SampleGrid(config, built, conditioner, held_out, workdir) if held_out else None
+    if samples and step == 0:
+        samples.draw(0, state, frozen)
+
+    # === Loop ===========================================================================================================
+    try:
+        with Interruption() as interruption, jax.transfer_guard("disallow"):
+            batch = conditioner.batch(next(stream), step + 1)
+            started = time.perf_counter()
+            while step < config.steps:
+                step += 1
+                state, values = update(state, frozen, batch)
+                position = stream.get_state()
+                if step < config.steps:
+                    # The next batch is prepared while the devices are busy with this one.
+                    batch = conditioner.batch(next(stream), step + 1)
+
+                # --- metrics ---
+                values = {name: value.item() for name, value in jax.device_get(values).items()}
+                seconds = time.perf_counter() - started
+                if broken := metrics.not_finite(values):
+                    raise UserError(
+                        f"update {step}: {', '.join(broken)} not finite; the newest checkpoint is of update "
+                        f"{checkpoints.latest()}. Try a lower config.optim.learning_rate"
+                    )
+                values |= {"step_seconds": seconds, "images_per_second": config.data.batch_size / seconds}
+                report.write(step, values)
+
+                # --- checkpoint ---
+                stop = interruption.signal if step < config.steps else None
+                if stop or step == config.steps or step % config.checkpoint.every == 0:
+                    run = {"seed": config.seed, "data": position, "config": config_lib.flatten(config)}
+                    checkpoints.save(step, state, run)
+
+                # --- samples ---
+                if samples and not stop and (step == config.steps or step % config.sample.every == 0):
+                    samples.draw(step, state, frozen)
+                if stop:
+                    report.say(f"stopped after update {step}; the same command goes on from there")
+                    return stop
+                started = time.perf_counter()
+        return None
+    finally:
+        checkpoints.close()
+        report.close()
+
+
+class SampleGrid:
+    """Draws the held-out prompts of a configuration, with the same noise every time, into ``WORKDIR/samples/STEP.png``."""
+
+    def __init__(
+        self,
+        config: ConfigDict,
+        built: program.Program,
+        conditioner: conditions.Conditioner,
+        held_out: list[str],
+        workdir: pathlib.Path,
+    ):
+        self._folder = workdir / "samples"
+        settings, networks, sample = built.settings, built.networks, config.sample
+        parts = sharding.batch_parts(built.mesh)
+        # At most what is known to fit: the samples that pass through an update at once.
+        batch_size = min(config.data.batch_size // config.optim.accumulation, -(-len(held_out) // parts) * parts)
+        scheduler = sampling.read_scheduler(config.model.path)
+        function = sampling.make_sampler(
+            networks.transformer,
+            networks.autoencoder,
+            height=settings.height,
+            width=settings.width,
+            sigmas=flow.pipeline_schedule(sample.steps, settings.tokens, scheduler),
+            guidance=sample.guidance if networks.guidance else None,
+        )
+        self._sampler = sampling.Sampler(built.mesh, conditioner.encode, function, settings.tokens, batch_size)
+        self._chunks = self._sampler.prepare(held_out, seed=sample.seed)
+
+    def draw(self, step: int, state: TrainState, frozen: Frozen) -> None:
+        """Draws with the moving average of the weights if there is one, and writes the grid."""
+        params = state.params if state.ema is None else state.ema
+        images = np.concatenate(list(self._sampler.draw(params, frozen.autoencoder, self._chunks)))
+        if jax.process_index() == 0:
+            sampling.save_image(sampling.grid(images), self._folder / f"{step:06d}.png")
+
+
+class Interruption:
+    """While entered, SIGINT and SIGTERM are noted in ``signal`` and wait for the loop; a second one acts at once."""
+
+    def __init__(self) -> None:
+        self.signal: int | None = None
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> "Interruption":
+        # Python lets only the main thread handle signals; elsewhere whoever started the thread has to.
+        if threading.current_thread() is threading.main_thread():
+            self._before = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self.signal = number
+        for caught, handler in self._before.items():
+            signal.signal(caught, handler)
+
+
+def _describe(built: program.Program) -> str:
+    count = sum(leaf.size for leaf in jax.tree.leaves(built.state.params))
+    axes = ", ".join(f"{axis}={size}" for axis, size in built.mesh.shape.items())
+    return f"{count / 1e6:.4g} million parameters on {built.mesh.devices.size} {jax.default_backend()} device(s) ({axes})"
