@@ -343,7 +343,7 @@ def describe(path: str | os.PathLike) -> Iterator[str]:
         yield str(config)
     kinds: dict[tuple, int] = {}
     for name, spec in weights.specs.items():
-        kind = (re.sub(r"\d+", "*", name), spec.shape, spec.dtype.name)
+        kind = (re.sub(r"(?<=\.)\d+(?=\.)", "*", name), spec.shape, spec.dtype.name)
         kinds[kind] = kinds.get(kind, 0) + 1
     for (name, shape, dtype), count in sorted(kinds.items()):
         yield f"  {count:4} x {name} {list(shape)} {dtype}"

@@ -178,7 +178,7 @@ def find_config(form: Format, path: pathlib.Path, source: Source, given: Any = N
 
 def parse_config(form: Format, content: Mapping[str, Any], where: Any) -> Any:
     """A network's config from a foreign config.json, an open_clip_config.json or our own. Raises UserError."""
-    if "model_cfg" in content and form.network == "clip":
+    if form.network == "clip" and ("model_cfg" in content or "vision_cfg" in content):
         from srpo_jax.models.clip import ClipConfig
 
         try:
