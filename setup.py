@@ -52,7 +52,14 @@ setuptools.setup(
         "tpu": ["jax[tpu]>=0.10"],
         "cuda": ["jax[cuda12]>=0.10"],
         # The reference implementations that the tests compare with. At run time only torch pickles need torch.
-        "test": ["torch==2.13.0", "diffusers==0.42.1", "transformers==5.23.0", "accelerate", "pytest>=8"],
+        "test": [
+            "diffusers==0.42.1",
+            "open_clip_torch==3.3.0",
+            "pytest>=8",
+            "torch==2.13.0",
+            "torchvision==0.28.0",
+            "transformers==5.23.0",
+        ],
         "lint": ["ruff==0.17.6"],
     },
 )
