@@ -1,7 +1,7 @@
 """CLIP: a text and a vision transformer with a common embedding space (Radford et al., arXiv 2103.00020).
 
-One module serves the rewards (HPS-v2.1, PickScore, CLIP: ViT-H-14) and, by its text tower alone (``ClipText``), FLUX's pooled
-text embedding. Both towers are pre-norm transformers; every layer norm is computed in float32 (eps 1e-5 in all released files).
+One module serves the rewards (HPS-v2.1, PickScore, CLIP: ViT-H-14) and, by its text tower alone (``ClipText``), FLUX's
+pooled text embedding. Both towers are pre-norm transformers; every layer norm is computed in float32.
 """
 
 import dataclasses
@@ -34,7 +34,7 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {"quick_gelu": quick_
 
 
 def _pick(cls: type, config: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """The entries of a config.json that are fields of ``cls``. Absent ones keep the defaults: HF files leave those out."""
+    """The entries of a config.json that are fields of ``cls``. Absent ones keep the defaults, as HF files have it."""
     picked = {f.name: config[f.name] for f in dataclasses.fields(cls) if f.name in config}
     act = picked.get("hidden_act", "quick_gelu")
     if act not in ACTIVATIONS:
@@ -88,7 +88,8 @@ class ClipVisionConfig:
         picked = cls(**_pick(cls, config, "CLIP vision config"))
         if picked.image_size % picked.patch_size:
             raise ValueError(
-                f"CLIP vision config: image_size={picked.image_size} is not a multiple of patch_size={picked.patch_size}"
+                f"CLIP vision config: image_size={picked.image_size} is not a multiple of "
+                f"patch_size={picked.patch_size}"
             )
         return picked
 
@@ -105,7 +106,7 @@ class ClipConfig:
     def from_dict(cls, config: Mapping[str, Any]) -> "ClipConfig":
         """From the config.json of a HF ``CLIPModel`` (or ``dataclasses.asdict`` of this class). Raises ValueError.
 
-        Old files have ``text_config_dict`` and ``vision_config_dict``; where present these are decisive, as in transformers.
+        Old files have ``text_config_dict`` and ``vision_config_dict``; where present these decide, as in transformers.
         """
         towers = {}
         for name in ("text_config", "vision_config"):
@@ -123,8 +124,8 @@ class ClipConfig:
     def from_open_clip(cls, config: Mapping[str, Any]) -> "ClipConfig":
         """From an ``open_clip_config.json`` (its ``model_cfg``, or the whole file). Raises ValueError.
 
-        Only the plain ViT family is computed here; a config that asks for anything else (another tower, pooling, layer scale,
-        MLP ratio per tower is fine) is refused by the name of its key.
+        Only the plain ViT family is computed here; a config that asks for anything else (another tower, pooling, layer
+        scale) is refused by the name of its key.
         """
         config = config.get("model_cfg", config)
         for key in ("embed_dim", "vision_cfg", "text_cfg"):
@@ -178,8 +179,9 @@ def end_positions(ids: jax.Array, rule: str, eos_token_id: int) -> jax.Array:
 
     Args:
       ids: [B, T] integer token ids.
-      rule: "argmax" (position of the largest id, which is end-of-text in OpenAI's vocabulary: open_clip, and HF files whose
-        config has the legacy ``eos_token_id`` 2) or "eos" (first position of ``eos_token_id``; 0 if it does not occur).
+      rule: "argmax" (position of the largest id, which is end-of-text in OpenAI's vocabulary: open_clip, and HF files
+        whose config has the legacy ``eos_token_id`` 2) or "eos" (first position of ``eos_token_id``; 0 if it does not
+        occur).
       eos_token_id: used by "eos" alone.
 
     Returns:
@@ -271,7 +273,7 @@ def _parameter(init: Callable, shape: tuple[int, ...], compute: Compute, rngs: n
 
 
 class ClipTextTower(nnx.Module):
-    """Causal text transformer; its feature is the final layer norm at the end-of-text token, projected if ``projection_dim``."""
+    """Causal text transformer; its feature is the final norm's output at the end of text, perhaps projected."""
 
     def __init__(self, config: ClipTextConfig, projection_dim: int | None, compute: Compute, *, rngs: nnx.Rngs):
         width = config.hidden_size
@@ -285,7 +287,7 @@ class ClipTextTower(nnx.Module):
             self.projection = _linear(width, projection_dim, compute, rngs, std=width**-0.5, bias=False)
 
     def hidden(self, ids: jax.Array) -> jax.Array:
-        """[B, T] ids -> [B, T, D] float32, after the final layer norm. Raises ValueError if T exceeds the position table."""
+        """[B, T] ids -> [B, T, D] float32, after the final norm. Raises ValueError if T exceeds the position table."""
         if ids.shape[1] > self.config.max_position_embeddings:
             raise ValueError(
                 f"CLIP text: {ids.shape[1]} tokens exceed max_position_embeddings={self.config.max_position_embeddings}"
@@ -295,7 +297,7 @@ class ClipTextTower(nnx.Module):
         return self.norm_out(scan_blocks(self.blocks, x, self.compute))
 
     def __call__(self, ids: jax.Array, end_rule: str | None = None) -> jax.Array:
-        """[B, T] ids -> [B, D] or, with a projection, [B, E]; float32, not normalised. ``end_rule`` None: the config's."""
+        """[B, T] ids -> [B, D] or, if projected, [B, E]; float32, not normalised. ``end_rule`` None: the config's."""
         hidden = self.hidden(ids)
         position = end_positions(ids, end_rule or self.config.end_rule, self.config.eos_token_id)
         pooled = jnp.take_along_axis(hidden, position[:, None, None], axis=1)[:, 0]
@@ -351,7 +353,7 @@ class ClipText(nnx.Module):
 
 
 class Clip(nnx.Module):
-    """Both towers, their projections, and the logarithm of the similarity's scale (HF ``CLIPModel``, open_clip ``CLIP``)."""
+    """Both towers, their projections, and the log of the similarity's scale (HF ``CLIPModel``, open_clip ``CLIP``)."""
 
     def __init__(self, config: ClipConfig, compute: Compute, *, rngs: nnx.Rngs):
         self.text = ClipTextTower(config.text_config, config.projection_dim, compute, rngs=rngs)
@@ -363,5 +365,5 @@ class Clip(nnx.Module):
         return self.vision(pixels)
 
     def encode_text(self, ids: jax.Array, end_rule: str | None = None) -> jax.Array:
-        """[B, T] ids -> [B, E] float32, not normalised. ``end_rule``: see ``end_positions``; None means the config's."""
+        """[B, T] ids -> [B, E] float32, not normalised. ``end_rule``: see ``end_positions``; None: the config's."""
         return self.text(ids, end_rule)

@@ -13,7 +13,7 @@ from srpo_jax.models.compute import Compute
 
 
 def stack(constructor: Callable[[nnx.Rngs], nnx.Module], layers: int, rngs: nnx.Rngs) -> nnx.Module:
-    """``layers`` blocks of the same kind, each with its own random parameters, stacked along a first axis of every leaf."""
+    """``layers`` blocks of one kind, each with its own random parameters, stacked along a first axis of every leaf."""
 
     @nnx.split_rngs(splits=layers)
     @nnx.vmap(in_axes=(0,), transform_metadata={nnx.PARTITION_NAME: "layers"})

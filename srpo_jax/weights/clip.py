@@ -1,4 +1,4 @@
-"""Tables for CLIP: Hugging Face ``CLIPModel`` and ``CLIPTextModel``, and open_clip's ViT family (HPS-v2.1 is one of these)."""
+"""Tables for CLIP: Hugging Face's ``CLIPModel`` and ``CLIPTextModel``, and open_clip's ViT family (so HPS-v2.1)."""
 
 from srpo_jax.models.clip import ClipConfig, ClipTextConfig
 from srpo_jax.weights.rules import Rule, Table
@@ -44,7 +44,7 @@ def _hf_text(config: ClipTextConfig) -> list[Rule]:
 def hf_text_rules(config: ClipTextConfig) -> Table:
     """HF ``CLIPTextModel`` (FLUX's ``text_encoder``) <-> ``ClipText``.
 
-    Files on the hub prefix every name with ``text_model.``; transformers 5 writes none. Both are read, the first is written.
+    Files on the hub prefix every name with ``text_model.``; transformers 5 does not. Both are read, the former written.
     """
     rules = _hf_text(config)
     names = [name for rule in rules for i in range(rule.layers or 1) for name in rule.layer_sources(i)]
@@ -54,7 +54,7 @@ def hf_text_rules(config: ClipTextConfig) -> Table:
 
 
 def hf_rules(config: ClipConfig) -> Table:
-    """HF ``CLIPModel`` (PickScore, laion's CLIP-H, OpenAI's) <-> ``Clip``. ``pre_layrnorm`` is the files' own spelling."""
+    """HF ``CLIPModel`` (PickScore, laion's CLIP-H) <-> ``Clip``. ``pre_layrnorm`` is the files' own spelling."""
     vision = "vision_model.embeddings"
     rules = [
         *_hf_text(config.text_config),

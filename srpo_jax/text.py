@@ -1,0 +1,124 @@
+"""Tokenizers, and FLUX's two text encoders (T5 for the tokens, CLIP-L for the pooled vector) as one callable.
+
+Tokenizers are read through transformers, which needs no torch for that.
+"""
+
+import os
+import pathlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from srpo_jax.errors import UserError
+from srpo_jax.models.compute import Compute, Params, bind
+from srpo_jax.weights import folder
+
+# Any of these makes a folder a tokenizer that transformers can read.
+_VOCABULARIES = ("tokenizer.json", "vocab.json", "spiece.model", "tokenizer.model")
+
+
+def load_tokenizer(path: str | os.PathLike) -> Any:
+    """A tokenizer from a folder in transformers' format (``tokenizer_config.json`` and a vocabulary).
+
+    Raises UserError if the folder or its vocabulary is missing or cannot be read.
+    """
+    path = pathlib.Path(path)
+    if not path.is_dir():
+        raise UserError(f"{path} is not a folder; expected a tokenizer in transformers' format")
+    for names in (("tokenizer_config.json",), _VOCABULARIES):
+        if not any((path / name).exists() for name in names):
+            raise UserError(f"{path} holds no tokenizer: {' or '.join(names)} is missing")
+    # Importing transformers takes seconds, and nothing else needs it.
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(path, local_files_only=True)
+    except Exception as error:  # a broken file surfaces as anything from KeyError to the Rust library's Exception
+        raise UserError(f"{path} cannot be read as a tokenizer: {error}") from error
+
+
+def tokenize(tokenizer: Any, texts: Sequence[str], length: int, pad: str | int = "own") -> np.ndarray:
+    """Token ids of texts, with the special tokens of the tokenizer, cut and padded to one length.
+
+    A text that is too long loses its last words, never its end token.
+
+    Args:
+      tokenizer: from ``load_tokenizer``.
+      texts: B texts.
+      length: T, at least 2.
+      pad: "own", the tokenizer's padding token (T5: 0; CLIP in HF's files: end of text), or an id (open_clip: 0).
+
+    Returns:
+      int32 [B, T]. Raises ValueError for a tokenizer without padding token under "own".
+    """
+    if pad == "own":
+        pad = tokenizer.pad_token_id
+        if pad is None:
+            raise ValueError("the tokenizer has no padding token; give its id as pad")
+    out = np.full((len(texts), length), pad, np.int32)
+    rows = tokenizer(list(texts), truncation=True, max_length=length)["input_ids"] if len(texts) else []
+    for row, ids in zip(out, rows, strict=True):
+        row[: len(ids)] = ids
+    return out
+
+
+class TextEncoders:
+    """FLUX's two text encoders from a converted pipeline folder.
+
+    Args:
+      path: holds ``tokenizer``, ``tokenizer_2``, ``text_encoder`` (CLIP-L) and ``text_encoder_2`` (T5).
+      compute: execution options of both.
+      sharding: where parameters go, as in ``folder.load``.
+
+    Attributes:
+      clip_config, t5_config: sizes of the two networks.
+
+    Raises UserError if one of the folders is missing or is not what it should be.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike,
+        compute: Compute = folder.DEFAULT,
+        sharding: Callable[[str, tuple[int, ...]], jax.sharding.Sharding] | None = None,
+    ):
+        path = pathlib.Path(path)
+        self._clip_tokenizer = load_tokenizer(path / "tokenizer")
+        self._t5_tokenizer = load_tokenizer(path / "tokenizer_2")
+        self.clip_config, clip, clip_params = folder.load(path / "text_encoder", "clip_text", compute, sharding)
+        self.t5_config, t5, t5_params = folder.load(path / "text_encoder_2", "t5", compute, sharding)
+        self.params = (clip_params, t5_params)
+
+        def apply(params: tuple[Params, Params], clip_ids: jax.Array, t5_ids: jax.Array) -> tuple[jax.Array, jax.Array]:
+            text, pooled = bind(t5, params[1])(t5_ids), bind(clip, params[0])(clip_ids)
+            return text, pooled.astype(compute.dtype)
+
+        self._apply = jax.jit(apply)
+
+    def encode(self, prompts: Sequence[str], length: int, batch: int = 8) -> tuple[jax.Array, jax.Array]:
+        """Encodes B prompts, ``batch`` at a time, all batches by one compiled program.
+
+        Args:
+          prompts: B texts, at least one.
+          length: T, T5 tokens of a prompt; longer ones are cut, shorter ones padded. CLIP has its own fixed length.
+          batch: prompts encoded at once.
+
+        Returns:
+          (text [B, T, C], pooled [B, P]) in ``compute.dtype``. Raises ValueError without prompts.
+        """
+        if not prompts:
+            raise ValueError("there are no prompts to encode")
+        batch = min(batch, len(prompts))
+        # What fills the last batch is cut off again.
+        filled = [*prompts, *[""] * (-len(prompts) % batch)]
+        clip_ids = tokenize(self._clip_tokenizer, filled, self.clip_config.max_position_embeddings)
+        t5_ids = tokenize(self._t5_tokenizer, filled, length)
+        parts = [
+            self._apply(self.params, clip_ids[start : start + batch], t5_ids[start : start + batch])
+            for start in range(0, len(filled), batch)
+        ]
+        text, pooled = (jnp.concatenate(group)[: len(prompts)] for group in zip(*parts, strict=True))
+        return text, pooled
