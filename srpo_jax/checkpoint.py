@@ -5,8 +5,8 @@
                             /opt_state, /ema (if there is one)
                             /run       JSON: step, random seed, position in the data, configuration
 
-Arrays are written by every process, each its shards, while training goes on; a checkpoint appears under its final name when
-all of it is there. They can be restored onto any mesh.
+Arrays are written by every process, each its shards, while training goes on; a checkpoint appears under its final name
+when all of it is there. They can be restored onto any mesh.
 """
 
 import json
@@ -30,7 +30,7 @@ COMMITTED = "_CHECKPOINT_METADATA"  # the file that Orbax puts into a checkpoint
 ARRAYS = ("params", "opt_state", "ema")
 
 
-# --- the workdir -------------------------------------------------------------------------------------------------------
+# --- the workdir ------------------------------------------------------------------------------------------------------
 
 
 def check_workdir(workdir: str | os.PathLike, config: ConfigDict) -> None:
@@ -79,7 +79,7 @@ def _complete(path: pathlib.Path) -> bool:
     return all((path / item).exists() for item in items)
 
 
-# --- training ----------------------------------------------------------------------------------------------------------
+# --- training ---------------------------------------------------------------------------------------------------------
 
 
 class Checkpoints:
@@ -159,7 +159,8 @@ def _check_same(path: pathlib.Path, stored: Any, wanted: Any) -> None:
     there, here = _leaves(stored), _leaves(wanted)
     for name in sorted(there.keys() | here.keys()):
         if there.get(name) != here.get(name):
-            raise UserError(f"{path} is not of this model: {name} is {_words(there, name)} there, {_words(here, name)} here")
+            words = f"{name} is {_words(there, name)} there, {_words(here, name)} here"
+            raise UserError(f"{path} is not of this model: {words}")
 
 
 def _leaves(tree: Any) -> dict[str, tuple[tuple[int, ...], str]]:
@@ -171,14 +172,14 @@ def _leaves(tree: Any) -> dict[str, tuple[tuple[int, ...], str]]:
 
 
 def _words(leaves: dict[str, tuple[tuple[int, ...], str]], name: str) -> str:
-    return "{1}{0}".format(list(leaves[name][0]), leaves[name][1]) if name in leaves else "not"
+    return "not" if name not in leaves else f"{leaves[name][1]}{list(leaves[name][0])}"
 
 
-# --- sampling and export -----------------------------------------------------------------------------------------------
+# --- sampling and export ----------------------------------------------------------------------------------------------
 
 
 class StoredArray:
-    """An array of a checkpoint that is read when ``numpy.asarray`` asks for it. ``shape`` and ``dtype`` are known before."""
+    """An array of a checkpoint, read when ``numpy.asarray`` asks for it; ``shape`` and ``dtype`` are known before."""
 
     def __init__(self, folder: pathlib.Path, path: tuple[str, ...], shape: tuple[int, ...], dtype: Any):
         self._folder, self._path = folder, path

@@ -1,4 +1,4 @@
-"""From prompts to what an update or a sample is conditioned on: text features for the transformer, token ids for rewards."""
+"""From prompts to what an update or a sample is conditioned on: features for the transformer, token ids for rewards."""
 
 import os
 import pathlib
@@ -11,15 +11,14 @@ from ml_collections import ConfigDict
 
 from srpo_jax import program, rewards, sharding, text
 from srpo_jax.errors import UserError
-from srpo_jax.models.compute import Compute, Params, bind
+from srpo_jax.models.compute import Compute
 from srpo_jax.models.flux import FluxConfig
 from srpo_jax.program import Program
 from srpo_jax.step import Batch
-from srpo_jax.weights import folder
 
 
 class TextEncoders:
-    """FLUX's text encoders (T5 for tokens, CLIP-L for the pooled vector) on a mesh, compiled once per batch size.
+    """``text.TextEncoders`` on a mesh, compiled once per batch size.
 
     Args:
       path: pipeline folder.
@@ -34,36 +33,25 @@ class TextEncoders:
     def __init__(
         self, path: str | os.PathLike, compute: Compute, mesh: Mesh, transformer: FluxConfig, length: int
     ) -> None:
-        path = pathlib.Path(path)
-        self._mesh = mesh
-        self._tokenizers = text.load_tokenizer(path / "tokenizer"), text.load_tokenizer(path / "tokenizer_2")
-        clip_config, clip, clip_params = folder.load(
-            path / "text_encoder", "clip_text", compute, sharding.of(mesh, "clip_text")
-        )
-        t5_config, t5, t5_params = folder.load(path / "text_encoder_2", "t5", compute, sharding.of(mesh, "t5"))
+        encoders = text.TextEncoders(path, compute, lambda network: sharding.of(mesh, network))
         for name, found, wanted in (
-            ("text_encoder", clip_config.hidden_size, transformer.pooled_projection_dim),
-            ("text_encoder_2", t5_config.d_model, transformer.joint_attention_dim),
+            ("text_encoder", encoders.clip_config.hidden_size, transformer.pooled_projection_dim),
+            ("text_encoder_2", encoders.t5_config.d_model, transformer.joint_attention_dim),
         ):
             if found != wanted:
-                raise UserError(f"{path / name} has width {found}; the transformer beside it expects {wanted}")
-        self._lengths = min(clip_config.max_position_embeddings, self._tokenizers[0].model_max_length), length
-        self._params = clip_params, t5_params
-
-        def encode(params: tuple[Params, Params], clip_ids: jax.Array, t5_ids: jax.Array) -> tuple[jax.Array, jax.Array]:
-            features, pooled = bind(t5, params[1])(t5_ids), bind(clip, params[0])(clip_ids)
-            return features.astype(compute.dtype), pooled.astype(compute.dtype)
-
-        self._encode = jax.jit(encode, out_shardings=sharding.of_batch(mesh))
+                raise UserError(
+                    f"{pathlib.Path(path) / name} has width {found}; the transformer beside it expects {wanted}"
+                )
+        self._encoders, self._mesh, self._length = encoders, mesh, length
+        self._apply = jax.jit(encoders.apply, out_shardings=sharding.of_batch(mesh))
 
     def __call__(self, prompts: Sequence[str], batch_size: int) -> tuple[jax.Array, jax.Array]:
         """Features [B, T, C] and pooled vectors [B, P] in the compute dtype, split over the mesh.
 
         ``prompts`` are this process's share (``sharding.local_rows``) of the ``batch_size`` = B prompts.
         """
-        ids = (text.tokenize(*pair) for pair in zip(self._tokenizers, [prompts] * 2, self._lengths, strict=True))
-        pooled_ids, ids = (sharding.place(self._mesh, batch_size, array) for array in ids)
-        return self._encode(self._params, pooled_ids, ids)
+        ids = self._encoders.tokens(prompts, self._length)
+        return self._apply(self._encoders.params, *(sharding.place(self._mesh, batch_size, array) for array in ids))
 
 
 class Conditioner:

@@ -1,7 +1,7 @@
 """The configuration of a training run: every key with its meaning, and the checks that need no file and no device.
 
-A recipe in ``configs/`` starts from ``default()`` and sets what differs. The dictionary is locked: a key that is not below is
-an error, in a recipe and on the command line.
+A recipe in ``configs/`` starts from ``default()`` and sets what differs. The dictionary is locked: a key that is not
+below is an error, in a recipe and on the command line.
 """
 
 import difflib
@@ -36,12 +36,14 @@ def default() -> ConfigDict:
     # --- the model ---
     c.model = ConfigDict()
     c.model.path = config_dict.placeholder(str)  # a pipeline folder written by `python -m srpo_jax.convert`
-    c.model.dtype = "bfloat16"  # of matrix products and frozen weights: bfloat16 | float32. Trained weights are float32.
+    # Of matrix products and frozen weights: bfloat16 | float32. Trained weights are float32.
+    c.model.dtype = "bfloat16"
     c.model.round_time = False  # round 1000 * time and 1000 * guidance to bfloat16, as the released script's autocast
     c.model.attention = "xla"  # xla (everywhere) | cudnn (NVIDIA) | splash (TPU), see models/attention.py
     c.model.scan_unroll = 1  # transformer blocks in one iteration of the scan
 
-    # What is kept for the backward pass: none (keep all) | dots (keep matrix products) | full (recompute all), block by block.
+    # What a block keeps for the backward pass: none (everything) | dots (matrix products) | full (its input alone).
+    # "none" is fastest and takes the most memory.
     c.remat = ConfigDict()
     c.remat.transformer = "full"
     c.remat.autoencoder = "full"
@@ -64,7 +66,8 @@ def default() -> ConfigDict:
 
     # --- Direct-Align: the training grid and the step that carries the gradient ---
     c.align = ConfigDict()
-    c.align.branches = ("denoise", "inversion")  # of method srpo; without "inversion" nothing guards against reward hacking
+    # Of method srpo; without "inversion" nothing guards against reward hacking.
+    c.align.branches = ("denoise", "inversion")
     c.align.guidance = 3.5  # distilled guidance of the step
     c.align.schedule_steps = 50  # the inference schedule in which train_timestep counts
     c.align.train_timestep = (5, 25)  # noisiest and cleanest index that are trained
@@ -72,7 +75,7 @@ def default() -> ConfigDict:
     c.align.groundtruth_ratio = 0.9  # share of the grid covered by known noise; the rest is the step
     c.align.discount_positive = (0.1, 0.25)  # k at the (lowest, highest) noise level of the grid, denoising branch
     c.align.discount_negative = (0.3, 0.01)  # the same of the inversion branch
-    c.align.weights = (0.1, 1.0)  # method direct_align: the loss's weight at the (lowest, highest) noise level of the grid
+    c.align.weights = (0.1, 1.0)  # method direct_align: the loss's weight at the (lowest, highest) noise level
 
     # --- relatives of SRPO ---
     c.refl = ConfigDict()
@@ -158,7 +161,7 @@ def differing_keys(here: dict[str, Any], there: dict[str, Any]) -> list[str]:
 
 
 def validate(config: ConfigDict) -> None:
-    """Checks everything that needs no file and no device. Raises UserError that names the key, its value and the remedy."""
+    """Checks all that needs no file and no device. Raises UserError that names the key, its value and the remedy."""
     _check_keys(config)
 
     def require(key: str, good: Any, remedy: str) -> None:
@@ -212,7 +215,7 @@ def validate(config: ConfigDict) -> None:
 
 
 def check_key(key: str) -> None:
-    """Raises UserError, with a suggestion, if no key of a config (or group of keys) is called ``optim.b1`` like that."""
+    """Raises UserError, with a suggestion, if a config has no key (or group of keys) of this name, as ``optim.b1``."""
     known = list(flatten(default()))
     if any(name == key or name.startswith(key + ".") for name in known):
         return
@@ -239,8 +242,9 @@ def _check_align(flat: dict[str, Any], require: Any) -> None:
     require("align.length", flat["align.length"] >= 10, "must be at least 10")
     require("align.groundtruth_ratio", 0 <= flat["align.groundtruth_ratio"] < 1, "must be at least 0 and less than 1")
     window = flat["align.train_timestep"]
-    require("align.train_timestep", len(window) == 2 and 1 <= window[0] < window[1] <= flat["align.schedule_steps"],
-            f"must be (first, last) with 1 <= first < last <= align.schedule_steps={flat['align.schedule_steps']}")  # fmt: skip
+    steps = flat["align.schedule_steps"]
+    require("align.train_timestep", len(window) == 2 and 1 <= window[0] < window[1] <= steps,
+            f"must be (first, last) with 1 <= first < last <= align.schedule_steps={steps}")  # fmt: skip
     for key in ("align.discount_positive", "align.discount_negative", "align.weights"):
         require(key, len(flat[key]) == 2, "must be two numbers, (at the lowest noise, at the highest)")
     require("refl.late_steps", flat["refl.late_steps"] <= flat["rollout.steps"],

@@ -5,7 +5,8 @@
   --config   recipe, a Python file; --config.KEY=VALUE overrides one of its keys
   --workdir  folder of the run, made if there is none
 
-The same command again goes on from the newest checkpoint. After Ctrl-C or SIGTERM the current update is finished and saved.
+The same command again goes on from the newest checkpoint. After Ctrl-C or SIGTERM the current update is finished and
+saved.
 """
 
 import re
@@ -20,7 +21,7 @@ from srpo_jax.errors import UserError
 
 
 def parse(argv: list[str]) -> tuple[ConfigDict, str]:
-    """(config, workdir) of a command line, ``argv[0]`` being the program. Raises UserError for what is wrong with it."""
+    """(config, workdir) of a command line; ``argv[0]`` is the program. Raises UserError for what is wrong with it."""
     # The recipe has to be known before its overrides are read.
     argv = argv[:1] + sorted(argv[1:], key=lambda word: not re.match(r"--?config=", word))
     for word in argv[1:]:

@@ -73,7 +73,7 @@ def not_finite(values: dict[str, float]) -> list[str]:
 
 
 def read(workdir: str | os.PathLike) -> list[dict[str, Any]]:
-    """The metrics of a workdir, one dictionary a step, without a last line that was cut off. Empty if there are none."""
+    """The metrics of a workdir, one dictionary a step, without a last line that was cut off. [] if there are none."""
     file = pathlib.Path(workdir) / JSONL
     if not file.exists():
         return []

@@ -1,7 +1,8 @@
 """What a configuration compiles to: networks, optimiser, the layout of every array, and the jitted update.
 
-``build`` needs the networks' sizes and a mesh, no weights and no accelerator: the same program is compiled ahead of time for
-a machine that is not there (``Program.lower``) and run for real on arrays from ``initial_state`` and ``load_frozen``.
+``build`` needs the networks' sizes and a mesh, no weights and no accelerator: the same program is compiled ahead of
+time for a machine that is not there (``Program.lower``) and run for real on arrays from ``initial_state`` and
+``load_frozen``.
 """
 
 import dataclasses
@@ -103,8 +104,8 @@ class Program:
       networks, settings, optimizer: what ``step.make_update`` was given.
       computes: execution options of the networks.
       state, frozen, batch: the arguments of ``update`` as ``ShapeDtypeStruct`` with their shardings.
-      update: jitted ``update(state, frozen, batch) -> (state, metrics)``; it takes the old state's memory. Its random key is
-        derived from the seed and the step number.
+      update: jitted ``update(state, frozen, batch) -> (state, metrics)``; it takes the old state's memory. Its random
+        key is derived from the seed and the step number.
     """
 
     mesh: Mesh

@@ -1,4 +1,4 @@
-"""Images from prompts: FLUX's inference pipeline (guidance-distilled Euler sampling), compiled once for a batch size."""
+"""Images from prompts: FLUX's inference pipeline (guidance-distilled Euler sampling), compiled once per batch size."""
 
 import math
 import os
@@ -62,8 +62,8 @@ def make_sampler(
     Args:
       transformer, autoencoder: graph definitions.
       height, width: of the images, pixels, multiples of 16.
-      sigmas: noise levels ``[S + 1]``, as from ``flow.pipeline_schedule``. Times are not truncated to thousandths here: the
-        released trainer does that, the inference pipeline does not.
+      sigmas: noise levels ``[S + 1]``, as from ``flow.pipeline_schedule``. Times are not truncated to thousandths here:
+        the released trainer does that, the inference pipeline does not.
       guidance: the distilled guidance scale, None for a transformer without that input.
 
     Returns:
@@ -91,8 +91,8 @@ def make_sampler(
 
 
 def draw_noise(indices: jax.Array, seed: int, tokens: int) -> jax.Array:
-    """Initial noise [B, N, 64], float32, of the images numbered ``indices`` [B]. Each number has a key of its own, so that
-    an image does not depend on how many are made at once."""
+    """Initial noise [B, N, 64], float32, of the images numbered ``indices`` [B]. Each number has a key of its own, so
+    that an image does not depend on how many are made at once."""
     keys = jax.vmap(lambda index: jax.random.fold_in(jax.random.key(seed), index))(indices)
     return jax.vmap(lambda key: jax.random.normal(key, (tokens, 4 * 16)))(keys)
 
@@ -139,9 +139,7 @@ class Sampler:
             chunks.append(Chunk(text, pooled, start, min(size, len(prompts) - first)))
         return chunks
 
-    def draw(
-        self, transformer: Params, autoencoder: Params, chunks: Iterable[Chunk]
-    ) -> Iterable[np.ndarray]:
+    def draw(self, transformer: Params, autoencoder: Params, chunks: Iterable[Chunk]) -> Iterable[np.ndarray]:
         """Yields the images of each chunk, uint8 [count, height, width, 3]."""
         for chunk in chunks:
             images = self._sample(transformer, autoencoder, chunk.text, chunk.pooled, chunk.noise)

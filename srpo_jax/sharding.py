@@ -24,9 +24,10 @@ from srpo_jax.models.compute import path_name
 AXES = ("data", "fsdp", "tensor")
 BATCH = ("data", "fsdp")
 
-# (pattern, axes) on "<network>.<path>"; the first that matches the whole name decides. Networks are named as in weights/folder.
-# Repeated blocks have a leading layer axis, which stays whole: the scan over layers reads one slice at a time. Within a pair
-# of layers the first is split by columns and the second by rows, so that only the second one's result crosses "tensor".
+# (pattern, axes) on "<network>.<path>"; the first that matches the whole name decides. Networks are named as in
+# weights/folder. Repeated blocks have a leading layer axis, which stays whole: the scan over layers reads one slice at
+# a time. Within a pair of layers the first is split by columns and the second by rows, so that only the second one's
+# result crosses "tensor".
 RULES: tuple[tuple[str, P], ...] = (
     # The transformer that is trained.
     (r"flux\.(img_in|txt_in)\.kernel", P(None, "fsdp")),
@@ -77,7 +78,9 @@ def make_mesh(sizes: Any, devices: Sequence[jax.Device] | None = None) -> Mesh:
             raise UserError(f"config.mesh: {named} does not fit {len(devices)} devices: {fixed} does not divide them")
         shape[shape.index(-1)] = len(devices) // fixed
     if math.prod(shape) != len(devices):
-        raise UserError(f"config.mesh: {named} needs {math.prod(shape)} devices, here are {len(devices)}; -1 takes the rest")
+        raise UserError(
+            f"config.mesh: {named} needs {math.prod(shape)} devices, here are {len(devices)}; -1 takes the rest"
+        )
     return Mesh(mesh_utils.create_device_mesh(shape, devices=devices, allow_split_physical_axes=True), AXES)
 
 
@@ -85,7 +88,7 @@ def make_mesh(sizes: Any, devices: Sequence[jax.Device] | None = None) -> Mesh:
 
 
 def spec(name: str) -> P:
-    """The rule for a parameter by its full name, ``flux.double_blocks.img_attn.qkv.kernel``. Raises ValueError without one."""
+    """The rule for a parameter by its full name, as ``flux.img_in.kernel``. Raises ValueError if there is none."""
     for pattern, axes in RULES:
         if re.fullmatch(pattern, name):
             return axes

@@ -71,10 +71,13 @@ class TextEncoders:
     Args:
       path: holds ``tokenizer``, ``tokenizer_2``, ``text_encoder`` (CLIP-L) and ``text_encoder_2`` (T5).
       compute: execution options of both.
-      sharding: where parameters go, as in ``folder.load``.
+      sharding: called with a network's name ("clip_text", "t5") for where its parameters go, as in ``folder.load``;
+        None puts whole arrays on the default device.
 
     Attributes:
       clip_config, t5_config: sizes of the two networks.
+      params: of CLIP, of T5.
+      apply: pure ``apply(params, *tokens) -> (text [B, T, C], pooled [B, P])`` in ``compute.dtype``.
 
     Raises UserError if one of the folders is missing or is not what it should be.
     """
@@ -96,7 +99,14 @@ class TextEncoders:
             text, pooled = bind(t5, params[1])(t5_ids), bind(clip, params[0])(clip_ids)
             return text, pooled.astype(compute.dtype)
 
+        self.apply = apply
         self._apply = jax.jit(apply)
+
+    def tokens(self, prompts: Sequence[str], length: int) -> tuple[np.ndarray, np.ndarray]:
+        """Token ids int32 of B prompts: CLIP's [B, its own fixed length], T5's [B, ``length``]."""
+        # CLIP's files say how long its texts are; a tokenizer may cut them earlier.
+        fixed = min(self.clip_config.max_position_embeddings, self._clip_tokenizer.model_max_length)
+        return tokenize(self._clip_tokenizer, prompts, fixed), tokenize(self._t5_tokenizer, prompts, length)
 
     def encode(self, prompts: Sequence[str], length: int, batch: int = 8) -> tuple[jax.Array, jax.Array]:
         """Encodes B prompts, ``batch`` at a time, all batches by one compiled program.
@@ -114,8 +124,7 @@ class TextEncoders:
         batch = min(batch, len(prompts))
         # What fills the last batch is cut off again.
         filled = [*prompts, *[""] * (-len(prompts) % batch)]
-        clip_ids = tokenize(self._clip_tokenizer, filled, self.clip_config.max_position_embeddings)
-        t5_ids = tokenize(self._t5_tokenizer, filled, length)
+        clip_ids, t5_ids = self.tokens(filled, length)
         parts = [
             self._apply(self.params, clip_ids[start : start + batch], t5_ids[start : start + batch])
             for start in range(0, len(filled), batch)

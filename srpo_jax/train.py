@@ -1,7 +1,7 @@
 """The training loop, from a configuration to checkpoints.
 
-``train`` reads from top to bottom: mesh, networks, data, then step by step update, metrics, samples, checkpoints. What is
-compiled lives in ``program`` and ``step``.
+``train`` reads from top to bottom: mesh, networks, data, then step by step update, metrics, checkpoints, samples. What
+is compiled lives in ``program`` and ``step``.
 """
 
 import os
@@ -29,10 +29,10 @@ def train(config: ConfigDict, workdir: str | os.PathLike) -> int | None:
     Returns:
       None, or the number of the signal (SIGINT, SIGTERM) that ended training early, its last update saved.
 
-    Raises UserError for anything the user can mend, before anything is written if it can be known before, and if a metric
-    is not finite: the checkpoints then end before that update.
+    Raises UserError for anything the user can mend, before anything is written if it can be known before, and if a
+    metric is not finite: the checkpoints then end before that update.
     """
-    # === Checks that need no device =====================================================================================
+    # === Checks that need no device ===================================================================================
     config_lib.validate(config)
     checkpoint.check_workdir(workdir, config)
     workdir = pathlib.Path(workdir)
@@ -42,13 +42,13 @@ def train(config: ConfigDict, workdir: str | os.PathLike) -> int | None:
     if config.compilation_cache:
         jax.config.update("jax_compilation_cache_dir", os.path.expanduser(config.compilation_cache))
 
-    # === Mesh and program ===============================================================================================
+    # === Mesh and program =============================================================================================
     mesh = sharding.make_mesh(config.mesh)
     built = program.build(config, mesh, architecture)
     conditioner = conditions.Conditioner(config, built, architecture)
     frozen = program.load_frozen(config, built)
 
-    # === State: new, or of the newest checkpoint ========================================================================
+    # === State: new, or of the newest checkpoint ======================================================================
     newest = max(checkpoint.steps(workdir), default=None)
     if newest is not None and newest >= config.steps:
         print(f"{workdir} has all of its {config.steps} updates; nothing to do")
@@ -66,7 +66,7 @@ def train(config: ConfigDict, workdir: str | os.PathLike) -> int | None:
     report = metrics.Metrics(workdir, step, config.steps)
     report.say(f"{_describe(built)}; from update {step} to {config.steps} in {workdir}")
 
-    # === Compile ========================================================================================================
+    # === Compile ======================================================================================================
     started = time.perf_counter()
     update = built.lower().compile()
     report.say(f"compiled the update in {time.perf_counter() - started:.1f} s")
@@ -74,7 +74,7 @@ def train(config: ConfigDict, workdir: str | os.PathLike) -> int | None:
     if samples and step == 0:
         samples.draw(0, state, frozen)
 
-    # === Loop ===========================================================================================================
+    # === Loop =========================================================================================================
     try:
         with Interruption() as interruption, jax.transfer_guard("disallow"):
             batch = conditioner.batch(next(stream), step + 1)
@@ -118,7 +118,7 @@ def train(config: ConfigDict, workdir: str | os.PathLike) -> int | None:
 
 
 class SampleGrid:
-    """Draws the held-out prompts of a configuration, with the same noise every time, into ``WORKDIR/samples/STEP.png``."""
+    """Draws a configuration's held-out prompts, with the same noise every time, into ``WORKDIR/samples/STEP.png``."""
 
     def __init__(
         self,
@@ -154,7 +154,7 @@ class SampleGrid:
 
 
 class Interruption:
-    """While entered, SIGINT and SIGTERM are noted in ``signal`` and wait for the loop; a second one acts at once."""
+    """While entered, SIGINT and SIGTERM are noted in ``signal`` for the loop to see; a second one acts at once."""
 
     def __init__(self) -> None:
         self.signal: int | None = None
@@ -179,4 +179,5 @@ class Interruption:
 def _describe(built: program.Program) -> str:
     count = sum(leaf.size for leaf in jax.tree.leaves(built.state.params))
     axes = ", ".join(f"{axis}={size}" for axis, size in built.mesh.shape.items())
-    return f"{count / 1e6:.4g} million parameters on {built.mesh.devices.size} {jax.default_backend()} device(s) ({axes})"
+    devices = f"{built.mesh.devices.size} {jax.default_backend()} device(s)"
+    return f"{count / 1e6:.4g} million parameters on {devices} ({axes})"

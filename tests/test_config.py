@@ -71,7 +71,7 @@ def test_unknown_and_missing_keys():
     config = complete()
     with config.unlocked():
         config.optim.learning_rat = 1.0
-    with pytest.raises(UserError, match=r"config\.optim\.learning_rat is unknown; do you mean config\.optim\.learning_rate"):
+    with pytest.raises(UserError, match=r"optim\.learning_rat is unknown; do you mean config\.optim\.learning_rate"):
         config_lib.validate(config)
     with config.unlocked():
         del config.optim.learning_rat, config.optim.b1

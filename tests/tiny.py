@@ -24,7 +24,8 @@ FLUX = flux.FluxConfig(
 VAE = autoencoder.AutoencoderConfig(block_out_channels=(8, 8, 8, 16), layers_per_block=1, norm_num_groups=4)
 SCHEDULER = {
     "_class_name": "FlowMatchEulerDiscreteScheduler", "base_image_seq_len": 256, "base_shift": 0.5,
-    "max_image_seq_len": 4096, "max_shift": 1.15, "num_train_timesteps": 1000, "shift": 3.0, "use_dynamic_shifting": True,
+    "max_image_seq_len": 4096, "max_shift": 1.15, "num_train_timesteps": 1000, "shift": 3.0,
+    "use_dynamic_shifting": True,
 }  # fmt: skip
 
 

@@ -18,7 +18,7 @@ def read_prompts(path: str | os.PathLike) -> list[str]:
     try:
         data = path.read_bytes()
     except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}; expected a text file with one prompt a line") from error
+        raise UserError(f"{path} cannot be read: {error.strerror}; expected a text file, one prompt a line") from error
     try:
         # utf-8-sig: editors on Windows put a byte order mark in front.
         text = data.decode("utf-8-sig")

@@ -1,0 +1,276 @@
+"""Training of a tiny pipeline: what it leaves, going on, interruption, errors, and that every key counts."""
+
+import dataclasses
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+import tiny
+from ml_collections import ConfigDict
+from PIL import Image
+
+from srpo_jax import checkpoint, config, metrics, step, train
+from srpo_jax.errors import UserError
+from srpo_jax.models import clip
+from srpo_jax.weights import folder
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    return tiny.write_all(tmp_path_factory.mktemp("models"))
+
+
+@pytest.fixture(scope="module")
+def recipe(models, tmp_path_factory):
+    """A function from changes to a config; its programs are compiled once for the whole module."""
+    cache = str(tmp_path_factory.mktemp("xla"))
+    return lambda **changes: tiny.config(models, **{"compilation_cache": cache, **changes})
+
+
+@pytest.fixture(scope="module")
+def whole(recipe, tmp_path_factory):
+    """The workdir of an uninterrupted run of four updates."""
+    workdir = tmp_path_factory.mktemp("whole") / "run"
+    assert train.train(recipe(steps=4, optim__ema_decay=0.5, sample__every=2), workdir) is None
+    return workdir
+
+
+def arrays(workdir, step):
+    """Every array of a checkpoint by item and path, and its JSON part."""
+    folder = workdir / "checkpoints" / str(step)
+    found = {}
+    for item in checkpoint.ARRAYS:
+        tree = ocp.StandardCheckpointer().restore((folder / item).absolute())
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+            found[item + jax.tree_util.keystr(path)] = np.asarray(leaf)
+    return found, json.loads((folder / "run" / "metadata").read_text())
+
+
+def same(first, second):
+    """Asserts that two checkpoints are equal bit for bit."""
+    (mine, run), (other, other_run) = first, second
+    assert mine.keys() == other.keys() and run == other_run
+    different = [name for name in mine if mine[name].tobytes() != other[name].tobytes()]
+    assert not different
+
+
+def numbers(workdir):
+    """The metrics of a run without its clock."""
+    clock = {"step_seconds", "images_per_second"}
+    return [{name: value for name, value in record.items() if name not in clock} for record in metrics.read(workdir)]
+
+
+# --- what a run leaves ------------------------------------------------------------------------------------------------
+
+
+def test_a_run_leaves_metrics_samples_checkpoints_and_its_config(whole, models):
+    records = metrics.read(whole)
+    assert [record["step"] for record in records] == [1, 2, 3, 4]
+    names = {f"{term}/{name}" for term in ("denoise", "inversion") for name in ("loss", "reward", "caption_reward")}
+    assert set(records[0]) == names | {"step", "loss", "grad_norm", "step_seconds", "images_per_second"}
+    assert checkpoint.steps(whole) == [2, 4]
+    saved = json.loads((whole / "config.json").read_text())
+    assert saved["optim"]["ema_decay"] == 0.5 and saved["data"]["prompts"] == str(models / "train.txt")
+    assert any((whole / "tensorboard").iterdir())
+
+
+def test_sample_grids_show_the_held_out_prompts_with_the_same_noise(whole):
+    assert sorted(path.name for path in (whole / "samples").iterdir()) == ["000000.png", "000002.png", "000004.png"]
+    pictures = [np.asarray(Image.open(whole / "samples" / f"{n:06d}.png"), np.int32) for n in (0, 2, 4)]
+    assert all(picture.shape == (2 * 32, 2 * 48, 3) for picture in pictures)
+    assert (pictures[0][32:, 48:] == 255).all()  # three prompts fill three of four places
+    moved = [np.abs(picture - pictures[0])[:32].mean() for picture in pictures[1:]]
+    assert 0 < moved[0] < 20 and 0 < moved[1] < 20  # other weights, but not other noise
+
+
+def test_the_weights_move_and_the_average_follows(whole, models):
+    trained, average = (checkpoint.load_params(whole, 4, ema=ema) for ema in (False, True))
+    start = folder.load(models / "pipeline" / "transformer")[2]
+    start, kernel, mean = (np.asarray(tree["double_blocks"]["img_mod"]["kernel"]) for tree in (start, trained, average))
+    assert 0 < np.abs(mean - start).max() < np.abs(kernel - start).max() < 4.1e-3  # four updates of 1e-3
+
+
+# --- going on ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(whole, recipe, tmp_path):
+    workdir = tmp_path / "run"
+    changes = dict(optim__ema_decay=0.5, sample__every=2)
+    train.train(recipe(steps=2, **changes), workdir)
+    # What a crash after the checkpoint of step 2 leaves: lines of later steps, and half a checkpoint.
+    with open(workdir / "metrics.jsonl", "a") as file:
+        file.write('{"step": 3, "loss": 99.0}\n{"step": 4, "lo')
+    (workdir / "checkpoints" / "3.orbax-checkpoint-tmp").mkdir()
+    (workdir / "checkpoints" / "4" / "params").mkdir(parents=True)
+    assert checkpoint.steps(workdir) == [2]
+    train.train(recipe(steps=4, **changes), workdir)
+    assert checkpoint.steps(workdir) == [2, 4]
+    expected, run = arrays(whole, 4)
+    found, other_run = arrays(workdir, 4)
+    same((expected, run), (found, other_run))
+    assert numbers(workdir) == numbers(whole)
+    for name in ("000002.png", "000004.png"):
+        assert (workdir / "samples" / name).read_bytes() == (whole / "samples" / name).read_bytes()
+
+
+def test_a_finished_run_has_nothing_to_do(whole, recipe, capsys):
+    before = (whole / "metrics.jsonl").read_bytes()
+    assert train.train(recipe(steps=4, optim__ema_decay=0.5, sample__every=2), whole) is None
+    assert "nothing to do" in capsys.readouterr().out
+    assert (whole / "metrics.jsonl").read_bytes() == before
+
+
+def test_another_config_is_refused_by_its_keys(whole, recipe):
+    changed = recipe(steps=5, optim__ema_decay=0.5, sample__every=2, optim__b1=0.5, reward__positive=("Real",))
+    message = r"optim\.b1 is 0\.9 there, 0\.5 here; reward\.positive is \['Real', 'Detail'\] there, \['Real'\] here"
+    with pytest.raises(UserError, match=message):
+        train.train(changed, whole)
+
+
+CHILD = """
+import json, os, pathlib, signal, sys
+import tiny
+from srpo_jax import errors, main, metrics
+
+path, workdir, changes = sys.argv[1:]
+write = metrics.Metrics.write
+
+
+def write_and_kill(self, step, values):
+    write(self, step, values)
+    if step == 3:
+        os.kill(os.getpid(), signal.SIGTERM)  # in the middle of the run, at a certain moment
+
+
+metrics.Metrics.write = write_and_kill
+main.parse = lambda argv: (tiny.config(pathlib.Path(path), **json.loads(changes)), workdir)
+sys.exit(errors.run(main.main))
+"""
+
+
+def test_a_terminated_run_saves_and_goes_on(whole, recipe, models, tmp_path):
+    workdir = tmp_path / "run"
+    changes = dict(steps=4, optim__ema_decay=0.5, sample__every=2, compilation_cache=recipe().compilation_cache)
+    tests = pathlib.Path(__file__).parent
+    child = subprocess.run(
+        [sys.executable, "-c", CHILD, models, workdir, json.dumps(changes)],
+        env=os.environ | {"PYTHONPATH": f"{tests}:{tests.parent}"},
+        capture_output=True,
+        text=True,
+    )
+    assert child.returncode == 128 + signal.SIGTERM, child.stderr
+    assert "stopped after update 3" in child.stderr
+    assert checkpoint.steps(workdir) == [2, 3]
+    train.train(recipe(**changes), workdir)
+    same(arrays(whole, 4), arrays(workdir, 4))
+    assert numbers(workdir) == numbers(whole)
+
+
+# --- what stops a run -------------------------------------------------------------------------------------------------
+
+
+def test_a_step_that_is_not_finite_ends_the_run_before_it_is_saved(recipe, tmp_path, monkeypatch):
+    made = step.make_update
+
+    def poisoned(*args):
+        update = made(*args)
+
+        def poison(state, frozen, batch, key):
+            state, values = update(state, frozen, batch, key)
+            bad = jax.numpy.where(state.step == 3, jax.numpy.nan, 0.0)
+            return state, values | {"loss": values["loss"] + bad}
+
+        return poison
+
+    monkeypatch.setattr(step, "make_update", poisoned)
+    with pytest.raises(UserError, match="update 3: loss not finite; the newest checkpoint is of update 2"):
+        train.train(recipe(steps=4, checkpoint__every=1), tmp_path / "run")
+    assert checkpoint.steps(tmp_path / "run") == [1, 2]
+    assert [record["step"] for record in metrics.read(tmp_path / "run")] == [1, 2]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"data__prompts": "none.txt"}, "none.txt cannot be read"),
+        ({"model__path": "nothing"}, "nothing/transformer is not a folder"),
+        ({"reward__paths__clip": "nothing"}, "nothing is not a folder"),
+        ({"optim__accumulation": 3}, "optim.accumulation=3"),
+        ({"mesh__fsdp": 3}, "config.mesh: data=1, fsdp=3, tensor=1 needs 3 devices, here are 1"),
+        ({"data__height": 40}, "data.height=40"),
+    ],
+)
+def test_bad_input_leaves_no_workdir(recipe, tmp_path, changes, message):
+    with pytest.raises(UserError, match=message) as error:
+        train.train(recipe(**changes), tmp_path / "run")
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_reward_in_the_place_of_the_transformer(recipe, models, tmp_path):
+    broken = tmp_path / "pipeline"
+    broken.mkdir()
+    for part in (models / "pipeline").iterdir():
+        (broken / part.name).symlink_to(models / "clip" if part.name == "transformer" else part)
+    with pytest.raises(UserError, match="transformer holds a clip network; expected flux"):
+        train.train(recipe(model__path=str(broken)), tmp_path / "run")
+
+
+def test_encoders_of_another_width(recipe, models, tmp_path):
+    broken = tmp_path / "pipeline"
+    broken.mkdir()
+    for part in (models / "pipeline").iterdir():
+        (broken / part.name).symlink_to(part)
+    (broken / "text_encoder").unlink()
+    _, old = folder.read_config(models / "pipeline" / "text_encoder")
+    tiny._save(broken / "text_encoder", "clip_text", clip.ClipText, dataclasses.replace(old, hidden_size=32), 0)
+    with pytest.raises(UserError, match="text_encoder has width 32; the transformer beside it expects 16"):
+        train.train(recipe(model__path=str(broken)), tmp_path / "run")
+
+
+# --- every key is read ------------------------------------------------------------------------------------------------
+
+
+class Recording(ConfigDict):
+    """A config that notes which keys are read, apart from being checked, copied or written down."""
+
+    def note_reads(self, seen, prefix=""):
+        object.__setattr__(self, "_seen", seen)
+        object.__setattr__(self, "_prefix", prefix)
+        for key, value in self._fields.items():
+            if isinstance(value, ConfigDict):
+                child = Recording(value)
+                child.note_reads(seen, f"{prefix}{key}.")
+                self._fields[key] = child
+        return self
+
+    def __getitem__(self, key):
+        if "_seen" in self.__dict__:
+            self._seen.add(self._prefix + key)
+        return super().__getitem__(key)
+
+
+def test_every_key_is_read(recipe, tmp_path, monkeypatch):
+    """A key that the program checks and writes down but never uses would be a promise that it breaks."""
+    every = dict(
+        steps=1, sample__every=1, sample__count=1, optim__ema_decay=0.5, optim__warmup_steps=2, optim__accumulation=2,
+        reward__weights__hps=0.5, reward__weights__pickscore=0.5,
+    )  # fmt: skip
+    plain = recipe(**every)
+    plain.reward.paths.hps = plain.reward.paths.pickscore = plain.reward.paths.clip
+    seen = set()
+    recorded = Recording(plain).note_reads(seen)
+    for name in ("flatten", "to_json", "validate"):
+        function = getattr(config, name)
+        monkeypatch.setattr(config, name, lambda c, f=function: f(plain if isinstance(c, Recording) else c))
+    train.train(recorded, tmp_path / "run")
+    unread = set(config.flatten(plain)) - seen
+    assert not unread
+    assert "optim.lr" not in seen and len(seen) > 50
