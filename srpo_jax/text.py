@@ -86,13 +86,17 @@ class TextEncoders:
         self,
         path: str | os.PathLike,
         compute: Compute = folder.DEFAULT,
-        sharding: Callable[[str, tuple[int, ...]], jax.sharding.Sharding] | None = None,
+        sharding: Callable[[str], Callable[[str, tuple[int, ...]], jax.sharding.Sharding]] | None = None,
     ):
         path = pathlib.Path(path)
         self._clip_tokenizer = load_tokenizer(path / "tokenizer")
         self._t5_tokenizer = load_tokenizer(path / "tokenizer_2")
-        self.clip_config, clip, clip_params = folder.load(path / "text_encoder", "clip_text", compute, sharding)
-        self.t5_config, t5, t5_params = folder.load(path / "text_encoder_2", "t5", compute, sharding)
+
+        def load(part: str, network: str) -> tuple:
+            return folder.load(path / part, network, compute, None if sharding is None else sharding(network))
+
+        self.clip_config, clip, clip_params = load("text_encoder", "clip_text")
+        self.t5_config, t5, t5_params = load("text_encoder_2", "t5")
         self.params = (clip_params, t5_params)
 
         def apply(params: tuple[Params, Params], clip_ids: jax.Array, t5_ids: jax.Array) -> tuple[jax.Array, jax.Array]:
