@@ -26,6 +26,7 @@ def moment(share: float, accuracy: float) -> Measured:
         ((0.3, 0.90), (0.59, 0.90), [False, True]),
         ((0.5, 0.90), (0.81, 0.87), [True, True]),  # reached 80 %; three points exactly
         ((0.5, 0.90), (0.79, 0.86), [False, False]),
+        ((0.0, 0.90), (0.0, 0.95), [False, True]),
     ],
 )
 def test_targets(before, after, reached):
@@ -59,7 +60,7 @@ def test_bad_numbers_are_refused(flag, tmp_path):
 def test_shrunk_demonstration(tmp_path, monkeypatch, capsys):
     recipe = demo.load_recipe()
     recipe.data.batch_size = 4
-    recipe.rollout.steps = 2
+    recipe.rollout.steps = recipe.refl.late_steps = 2
     recipe.sample.every = 0
     recipe.checkpoint.every = 1
     monkeypatch.setattr(demo, "load_recipe", lambda: recipe)

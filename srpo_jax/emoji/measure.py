@@ -5,17 +5,16 @@ import os
 import pathlib
 from collections.abc import Sequence
 
-import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from srpo_jax import flow, sampling, text
+from srpo_jax import conditions, flow, program, sampling, sharding
 from srpo_jax.emoji import judge, pictures, world
-from srpo_jax.models.compute import Params
+from srpo_jax.models.compute import Compute, Params
 from srpo_jax.weights import folder
-from srpo_jax.weights.files import read_json
 
 WANTED = "3D"  # the style that the demonstration steers to
+BATCH = 32  # pictures drawn at once
 
 
 class Painter:
@@ -30,23 +29,34 @@ class Painter:
 
     def __init__(self, pipeline: str | os.PathLike, prompts: Sequence[str], config: ConfigDict, seeds: int):
         pipeline = pathlib.Path(pipeline)
-        self._text, self._pooled = text.TextEncoders(pipeline).encode(prompts, config.data.text_length)
-        _, graphdef, self.base = folder.load(pipeline / "transformer", "flux")
-        _, decoder, self._decoder = folder.load(pipeline / "vae", "autoencoder")
-        height, width = config.data.height, config.data.width
-        scheduler = read_json(pipeline / "scheduler" / "scheduler_config.json")
-        sigmas = flow.pipeline_schedule(config.sample.steps, sampling.tokens(height, width), scheduler)
-        sampler = sampling.make_sampler(
-            graphdef, decoder, height=height, width=width, sigmas=sigmas, guidance=config.sample.guidance
+        mesh = sharding.make_mesh(config.mesh)
+        sizes, graphdef, self.base = folder.load(
+            pipeline / program.TRANSFORMER, "flux", sharding=sharding.of(mesh, "flux")
         )
-        self._sample = jax.jit(sampler)
-        starts = range(0, seeds * len(prompts), len(prompts))
-        self._noise = [sampling.noise(config.sample.seed, start, len(prompts), height, width) for start in starts]
+        _, decoder, self._decoder = folder.load(
+            pipeline / program.AUTOENCODER, "autoencoder", sharding=sharding.of(mesh, "autoencoder")
+        )
+        height, width = config.data.height, config.data.width
+        tokens = height // 16 * (width // 16)
+        sampler = sampling.make_sampler(
+            graphdef,
+            decoder,
+            height=height,
+            width=width,
+            sigmas=flow.pipeline_schedule(config.sample.steps, tokens, sampling.read_scheduler(pipeline)),
+            guidance=config.sample.guidance,
+        )
+        encode = conditions.TextEncoders(pipeline, Compute(), mesh, sizes, config.data.text_length)
+        parts = sharding.batch_parts(mesh)
+        self._sampler = sampling.Sampler(mesh, encode, sampler, tokens, -(-BATCH // parts) * parts)
+        self._shape = len(prompts), seeds
+        repeated = [prompt for prompt in prompts for _ in range(seeds)]
+        self._chunks = self._sampler.prepare(repeated, seed=config.sample.seed)
 
     def __call__(self, params: Params) -> np.ndarray:
         """uint8 pictures ``[P, seeds, H, W, 3]`` by a transformer's parameters (``base`` holds the pipeline's own)."""
-        images = [self._sample(params, self._decoder, self._text, self._pooled, noise) for noise in self._noise]
-        return np.stack([np.asarray(image) for image in images], axis=1)
+        images = np.concatenate(list(self._sampler.draw(params, self._decoder, self._chunks)))
+        return images.reshape(*self._shape, *images.shape[1:])
 
 
 @dataclasses.dataclass(frozen=True)

@@ -70,7 +70,7 @@ class Results:
                 f"Judged {WANTED}",
                 f"the share at least doubles or reaches {SHARE_WANTED:.0%}",
                 *share,
-                reached=share[1] >= min(2 * share[0], SHARE_WANTED),
+                reached=share[1] >= SHARE_WANTED or share[1] >= 2 * share[0] > 0,
             ),
             Target(
                 "Concept right",
