@@ -193,7 +193,7 @@ def _chart(chart: Chart) -> str:
         raise ValueError(f"chart {chart.title!r} has no finite point")
     x_ticks = ticks(min(x for x, _ in points), max(x for x, _ in points))
     y_ticks = ticks(*(chart.limits or (min(y for _, y in points), max(y for _, y in points))))
-    x_low, x_high = min(x_ticks[0], points[0][0]), max(x_ticks[-1], max(x for x, _ in points))
+    x_low, x_high = x_ticks[0], x_ticks[-1]
     y_low, y_high = y_ticks[0], y_ticks[-1]
 
     def place(x: float, y: float) -> tuple[float, float]:
@@ -207,7 +207,7 @@ def _chart(chart: Chart) -> str:
         _, v = place(x_low, y)
         parts.append(f"<line class='rule' x1='{LEFT}' x2='{WIDTH - RIGHT}' y1='{v:.1f}' y2='{v:.1f}'/>")
         parts.append(f"<text x='{LEFT - 8}' y='{v + 4:.1f}' text-anchor='end'>{_number(y, chart.percent)}</text>")
-    for x in x_ticks:
+    for x in (x for x in x_ticks if x == round(x)):  # updates are counted: nothing lies between two
         h, _ = place(x, y_low)
         parts.append(f"<text x='{h:.1f}' y='{HEIGHT - BOTTOM + 16}' text-anchor='middle'>{_number(x, False)}</text>")
     parts.append(

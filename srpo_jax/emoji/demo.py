@@ -93,7 +93,7 @@ def demonstrate(
 
     curves, records = {}, {}
     for run, (name, branches) in RUNS.items():
-        own = ConfigDict(config)
+        own = config.copy_and_resolve_references()  # ConfigDict(config) would share what is nested
         own.align.branches = branches
         workdir = out / "runs" / name
         if train.train(own, workdir) is not None:
