@@ -1,5 +1,6 @@
 """Settings that hold for every test, made before JAX starts."""
 
+import importlib.util
 import os
 
 # The tests compile hundreds of small programs and run each for milliseconds: code that compiles an order of magnitude
@@ -8,15 +9,13 @@ os.environ.setdefault("XLA_FLAGS", "--xla_cpu_use_fusion_emitters=false --xla_ba
 # No test may reach for a hub.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-import pytest  # noqa: E402  (transformers reads the variables above when it is imported)
 
+def _declare_torchvision_operators() -> None:
+    """Makes torchvision importable beside a CPU build of torch.
 
-@pytest.fixture(scope="session")
-def open_clip():
-    """The open_clip package, whose import needs torchvision's.
-
-    PyPI's torchvision is compiled against the CUDA build of torch. Beside a CPU build its library of operators does not load,
-    and its import stops at the first of two whose schemas it expects from there. No test calls them: declaring them is enough.
+    open_clip needs it, and transformers and diffusers import it wherever it is installed. PyPI's torchvision is built
+    against torch for CUDA. Beside a CPU build its operators do not load, and its import stops at two whose schemas it
+    expects from there. No test calls them: declaring them is enough.
     """
     import torch
 
@@ -25,9 +24,13 @@ def open_clip():
     except RuntimeError as error:
         if "torchvision::nms does not exist" not in str(error):
             raise
-        operators = torch.library.Library("torchvision", "FRAGMENT")  # torch keeps it for as long as the process lives
+        operators = torch.library.Library("torchvision", "FRAGMENT")
         for name in ("nms", "qnms"):
             operators.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-    import open_clip
+        _KEPT.append(operators)  # torch forgets the schemas when the object goes
+        import torchvision  # noqa: F401
 
-    return open_clip
+
+_KEPT: list = []
+if importlib.util.find_spec("torchvision"):
+    _declare_torchvision_operators()
