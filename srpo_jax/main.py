@@ -11,6 +11,7 @@ saved.
 
 import re
 import sys
+from signal import SIGINT
 
 from absl import flags, logging
 from ml_collections import ConfigDict, config_flags
@@ -53,7 +54,10 @@ def main() -> None:
         return
     config, workdir = parse(sys.argv)
     logging.set_verbosity(logging.ERROR)  # Orbax tells every step of every save
-    signal = train.train(config, workdir)
+    try:
+        signal = train.train(config, workdir)
+    except KeyboardInterrupt:  # before the first update, or the second one: there is nothing to finish
+        signal = SIGINT
     if signal is not None:
         sys.exit(128 + signal)
 

@@ -87,10 +87,15 @@ def make_mesh(sizes: Any, devices: Sequence[jax.Device] | None = None) -> Mesh:
 # --- parameters -------------------------------------------------------------------------------------------------------
 
 
+def matches(pattern: str, name: str) -> bool:
+    """Whether a rule's pattern is for the parameter of this full name."""
+    return re.fullmatch(pattern, name) is not None
+
+
 def spec(name: str) -> P:
     """The rule for a parameter by its full name, as ``flux.img_in.kernel``. Raises ValueError if there is none."""
     for pattern, axes in RULES:
-        if re.fullmatch(pattern, name):
+        if matches(pattern, name):
             return axes
     raise ValueError(f"no rule of sharding.RULES matches the parameter {name}")
 

@@ -9,7 +9,6 @@ import numpy as np
 from srpo_jax import config as config_lib
 from srpo_jax.emoji import tokenizers
 from srpo_jax.models import autoencoder, clip, flux, t5
-from srpo_jax.models.compute import Compute, build
 from srpo_jax.weights import folder
 
 PROMPTS = ["red apple", "blue car", "green tree", "yellow sun", "small house", "old boat", "grey cat"]
@@ -29,16 +28,21 @@ SCHEDULER = {
 }  # fmt: skip
 
 
-def _save(path, network, constructor, config, seed):
-    _, params = build(lambda rngs: constructor(config, Compute(), rngs=rngs), seed)
+def save_random(path, network, config, seed):
+    """Writes a network with random parameters: none is 0 or 1, where mistakes would hide."""
+    generator = np.random.default_rng(seed)
 
-    def away_from_zero(path, leaf):
-        """Biases are made as zero, which hides mistakes."""
-        if path[-1].key != "bias":
-            return leaf
-        return leaf + 0.05 * np.random.default_rng(leaf.size + seed).normal(size=leaf.shape).astype(leaf.dtype)
+    def draw(path, leaf):
+        name, normal = str(path[-1].key), generator.normal(size=leaf.shape)
+        if name == "scale":
+            normal = 1 + 0.1 * normal
+        elif name == "kernel":
+            normal *= (leaf.size / leaf.shape[-1] / (leaf.shape[0] if "blocks" in str(path[0]) else 1)) ** -0.5
+        else:
+            normal *= 0.1
+        return normal.astype(np.float32)
 
-    folder.save(path, network, config, jax.tree_util.tree_map_with_path(away_from_zero, params))
+    folder.save(path, network, config, jax.tree_util.tree_map_with_path(draw, folder.abstract(network, config)[1]))
 
 
 def write_pipeline(path: pathlib.Path) -> pathlib.Path:
@@ -52,10 +56,10 @@ def write_pipeline(path: pathlib.Path) -> pathlib.Path:
         "relative_attention_num_buckets": 8, "relative_attention_max_distance": 16, "layer_norm_epsilon": 1e-6,
         "feed_forward_proj": "gated-gelu",
     })  # fmt: skip
-    _save(path / "transformer", "flux", flux.Flux, FLUX, 1)
-    _save(path / "vae", "autoencoder", autoencoder.Autoencoder, VAE, 2)
-    _save(path / "text_encoder", "clip_text", clip.ClipText, text, 3)
-    _save(path / "text_encoder_2", "t5", t5.T5Encoder, encoder, 4)
+    save_random(path / "transformer", "flux", FLUX, 1)
+    save_random(path / "vae", "autoencoder", VAE, 2)
+    save_random(path / "text_encoder", "clip_text", text, 3)
+    save_random(path / "text_encoder_2", "t5", encoder, 4)
     (path / "scheduler").mkdir()
     (path / "scheduler" / "scheduler_config.json").write_text(json.dumps(SCHEDULER))
     return path
@@ -70,7 +74,7 @@ def write_reward(path: pathlib.Path, seed: int) -> pathlib.Path:
         clip.ClipVisionConfig(32, 32, 1, 4, 32, 16, "gelu"),
         projection_dim=16,
     )
-    _save(path, "clip", clip.Clip, config, seed)
+    save_random(path, "clip", config, seed)
     return path
 
 

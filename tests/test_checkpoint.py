@@ -1,0 +1,144 @@
+"""Checkpoints of a small state, the workdir, and what export reads."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from srpo_jax import checkpoint
+from srpo_jax.config import default
+from srpo_jax.errors import UserError
+from srpo_jax.step import TrainState
+
+
+def make_state(step, ema=True, dtype=jnp.float32):
+    params = {"block": {"kernel": jnp.arange(6.0, dtype=dtype).reshape(2, 3) * (1 + step)}, "bias": jnp.ones(3, dtype)}
+    optimizer = optax.adamw(1e-3)
+    _, opt_state = optimizer.update(params, optimizer.init(params), params)
+    average = jax.tree.map(lambda x: x / 3, params) if ema else None
+    return TrainState(jax.device_put(np.int32(step)), params, opt_state, average)
+
+
+def abstract(state):
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
+
+
+@pytest.fixture
+def workdir(tmp_path):
+    """Three checkpoints were saved, two kept."""
+    checkpoints = checkpoint.Checkpoints(tmp_path, keep=2)
+    for step in (1, 2, 3):
+        checkpoints.save(step, make_state(step), {"data": {"next_index": step}})
+    checkpoints.save(3, make_state(9), {})  # a step that is there stays as it is
+    checkpoints.close()
+    return tmp_path
+
+
+def test_the_newest_are_kept_and_come_back_exactly(workdir):
+    assert checkpoint.steps(workdir) == [2, 3]
+    checkpoints = checkpoint.Checkpoints(workdir, keep=2)
+    assert checkpoints.latest() == 3
+    for step in (2, 3):
+        state, run = checkpoints.restore(step, abstract(make_state(0)))
+        assert run == {"step": step, "data": {"next_index": step}}
+        jax.tree.map(np.testing.assert_array_equal, state, make_state(step))
+        assert jax.tree.structure(state) == jax.tree.structure(make_state(step))
+    checkpoints.close()
+
+
+@pytest.mark.parametrize(
+    ("like", "message"),
+    [
+        (make_state(0, dtype=jnp.bfloat16), r"bias is float32\[3\] there, bfloat16\[3\] here"),
+        (make_state(0).replace(params={"bias": jnp.ones(4)}), r"bias is float32\[3\] there, float32\[4\] here"),
+        (make_state(0).replace(opt_state=()), "opt_state is not of this model"),
+    ],
+)
+def test_nothing_is_cast_or_cut_silently(workdir, like, message):
+    checkpoints = checkpoint.Checkpoints(workdir, keep=2)
+    with pytest.raises(UserError, match=message):
+        checkpoints.restore(3, abstract(like))
+    checkpoints.close()
+
+
+def test_a_damaged_checkpoint_is_named(workdir):
+    for path in (workdir / "checkpoints" / "3" / "params").rglob("*"):
+        if path.is_file() and path.name != "_METADATA":
+            path.write_bytes(b"")
+    checkpoints = checkpoint.Checkpoints(workdir, keep=2)
+    with pytest.raises(UserError, match=r"checkpoints/3 cannot be read .* delete it") as error:
+        checkpoints.restore(3, abstract(make_state(0)))
+    assert "\n" not in str(error.value)
+    checkpoints.close()
+
+
+def test_half_written_checkpoints_do_not_count(workdir):
+    folder = workdir / "checkpoints"
+    (folder / "4.orbax-checkpoint-tmp").mkdir()
+    (folder / "7" / "params").mkdir(parents=True)
+    assert checkpoint.steps(workdir) == [2, 3]
+    checkpoints = checkpoint.Checkpoints(workdir, keep=2)
+    assert checkpoints.latest() == 3
+    checkpoints.save(7, make_state(7), {})  # the place is free
+    checkpoints.close()
+    assert checkpoint.steps(workdir) == [3, 7]
+    assert sorted(path.name for path in folder.iterdir()) == ["3", "7", "7.incomplete"]
+
+
+# --- export -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("step", "ema"), [(None, False), (2, False), (3, True)])
+def test_parameters_are_read_one_by_one(workdir, step, ema):
+    params = checkpoint.load_params(workdir, step, ema)
+    state = make_state(step or 3)
+    expected = state.ema if ema else state.params
+    assert jax.tree.structure(params) == jax.tree.structure(expected)
+    for found, wanted in zip(jax.tree.leaves(params), jax.tree.leaves(expected), strict=True):
+        assert (found.shape, found.dtype) == (wanted.shape, wanted.dtype)
+        np.testing.assert_array_equal(np.asarray(found), wanted)
+
+
+def test_parameters_that_are_not_there(workdir, tmp_path_factory):
+    with pytest.raises(UserError, match="no checkpoint of step 1; there are 2, 3"):
+        checkpoint.load_params(workdir, 1)
+    empty = tmp_path_factory.mktemp("empty")
+    with pytest.raises(UserError, match="no complete checkpoint"):
+        checkpoint.load_params(empty)
+    with pytest.raises(UserError, match="not a folder"):
+        checkpoint.load_params(empty / "none")
+    checkpoints = checkpoint.Checkpoints(empty, keep=1)
+    checkpoints.save(1, make_state(1, ema=False), {})
+    checkpoints.close()
+    with pytest.raises(UserError, match="no moving average"):
+        checkpoint.load_params(empty, ema=True)
+
+
+# --- the workdir ------------------------------------------------------------------------------------------------------
+
+
+def test_a_workdir_belongs_to_one_config(tmp_path):
+    config = default()
+    checkpoint.check_workdir(tmp_path / "new", config)
+    assert not (tmp_path / "new").exists()
+    checkpoint.write_config(tmp_path / "new", config)
+    checkpoint.check_workdir(tmp_path / "new", config)
+    assert json.loads((tmp_path / "new" / "config.json").read_text())["steps"] == 19
+    config.seed, config.steps = 1, 99
+    with pytest.raises(UserError, match=r"another config: seed is 0 there, 1 here\. Choose another --workdir"):
+        checkpoint.check_workdir(tmp_path / "new", config)
+
+
+def test_strange_workdirs(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="is a file"):
+        checkpoint.check_workdir(tmp_path / "file", default())
+    (tmp_path / "bare" / "checkpoints").mkdir(parents=True)
+    with pytest.raises(UserError, match="no config.json"):
+        checkpoint.check_workdir(tmp_path / "bare", default())
+    (tmp_path / "bare" / "config.json").write_text("{")
+    with pytest.raises(UserError, match="cannot be read as JSON"):
+        checkpoint.check_workdir(tmp_path / "bare", default())

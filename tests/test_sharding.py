@@ -1,0 +1,207 @@
+"""The mesh, the table of rules, and the update on several devices."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+import tiny
+from jax.sharding import AbstractMesh
+from jax.sharding import PartitionSpec as P
+
+from srpo_jax import checkpoint, conditions, program, sharding
+from srpo_jax.errors import UserError
+from srpo_jax.models.autoencoder import AutoencoderConfig
+from srpo_jax.models.clip import VIT_H_14, ClipTextConfig
+from srpo_jax.models.flux import FluxConfig
+from srpo_jax.models.t5 import T5Config
+from srpo_jax.weights import engine, folder, formats
+
+FLUX_DEV = FluxConfig(
+    in_channels=64, out_channels=64, num_layers=19, num_single_layers=38, attention_head_dim=128,
+    num_attention_heads=24, joint_attention_dim=4096, pooled_projection_dim=768, guidance_embeds=True,
+    axes_dims_rope=(16, 56, 56),
+)  # fmt: skip
+FULL_SIZE = {
+    "flux": FLUX_DEV,
+    "autoencoder": AutoencoderConfig(),
+    "clip": VIT_H_14,
+    "clip_text": ClipTextConfig(hidden_size=768, intermediate_size=3072, num_attention_heads=12),
+    "t5": T5Config.from_dict(formats.T5_XXL),
+}
+
+
+class Sizes:
+    def __init__(self, data, fsdp, tensor):
+        self.data, self.fsdp, self.tensor = data, fsdp, tensor
+
+
+# --- the mesh ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [((2, -1, 1), "2 does not divide them"), ((1, 2, 1), "needs 2 devices, here are 1; -1 takes the rest")],
+)
+def test_sizes_that_do_not_fit(sizes, message):
+    with pytest.raises(UserError, match=message):
+        sharding.make_mesh(Sizes(*sizes), jax.devices()[:1])
+
+
+# --- the table --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("network", FULL_SIZE)
+@pytest.mark.parametrize("shape", [(1, 1, 1), (2, 8, 1), (1, 16, 4), (1, 64, 1), (1, 256, 1)])
+def test_every_parameter_of_full_size_has_its_place(network, shape):
+    """A v5e pod's 256 devices divide everything; what stays whole on every device is small."""
+    mesh = AbstractMesh(shape, sharding.AXES)
+    _, params = folder.abstract(network, FULL_SIZE[network])
+    places = engine.flatten(sharding.of_tree(mesh, network, params))
+    whole = sum(leaf.size for name, leaf in engine.flatten(params).items() if places[name].spec == P())
+    total = sum(leaf.size for leaf in jax.tree.leaves(params))
+    if network != "autoencoder":
+        assert whole < 0.005 * total
+
+
+def test_every_rule_is_used():
+    """By the first rule that matches, as always: a rule that an earlier one hides would be a mistake."""
+    names = [f"{n}.{path}" for n, config in FULL_SIZE.items() for path in engine.flatten(folder.abstract(n, config)[1])]
+    patterns = [pattern for pattern, _ in sharding.RULES]
+    used = {next(pattern for pattern in patterns if sharding.matches(pattern, name)) for name in names}
+    assert used == set(patterns)
+
+
+def test_a_parameter_without_a_rule():
+    with pytest.raises(ValueError, match="flux.new.kernel"):
+        sharding.spec("flux.new.kernel")
+
+
+def test_an_indivisible_dimension_names_the_parameter():
+    place = sharding.of(AbstractMesh((1, 7, 5), sharding.AXES), "flux")
+    message = r"config\.mesh\.fsdp=7 does not divide the dimension 3072 of flux\.double_blocks\.img_mod\.kernel"
+    with pytest.raises(UserError, match=message):
+        place("double_blocks.img_mod.kernel", (19, 3072, 18432))
+    with pytest.raises(UserError, match=r"config\.mesh\.tensor=5 does not divide the dimension 24"):
+        place("double_blocks.img_attn.qkv.bias", (19, 3, 24, 128))
+
+
+# --- the update on eight devices --------------------------------------------------------------------------------------
+
+MESHES = {"one": (1, 1, 1), "data": (8, 1, 1), "fsdp": (1, 8, 1), "all": (2, 2, 2)}
+
+
+def run(command, *words):
+    """A function of this file in a process with eight virtual devices."""
+    tests = pathlib.Path(__file__).parent
+    flags = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+    child = subprocess.run(
+        [sys.executable, "-c", f"import sys, test_sharding; test_sharding.{command}(*sys.argv[1:])", *map(str, words)],
+        env=os.environ | {"PYTHONPATH": f"{tests}:{tests.parent}", "XLA_FLAGS": flags},
+        capture_output=True,
+        text=True,
+    )
+    assert child.returncode == 0, child.stderr
+    return json.loads(child.stdout.splitlines()[-1])
+
+
+def update_on_every_mesh(models, out):
+    """Child: one update on every mesh from the same weights and prompts; the first three states are saved."""
+    report = {}
+    for name, shape in MESHES.items():
+        config = tiny.config(
+            pathlib.Path(models), data__batch_size=16, optim__accumulation=2, optim__ema_decay=0.5,
+            rollout__noise="shared", mesh__data=shape[0], mesh__fsdp=shape[1], mesh__tensor=shape[2],
+        )  # fmt: skip
+        mesh = sharding.make_mesh(config.mesh, jax.devices()[: int(np.prod(shape))])
+        architecture = program.read_architecture(config)
+        built = program.build(config, mesh, architecture)
+        conditioner = conditions.Conditioner(config, built, architecture)
+        batch = conditioner.batch([tiny.PROMPTS[i % 7] for i in sharding.local_rows(mesh, 16)], 1)
+        state, frozen = program.initial_state(config, built), program.load_frozen(config, built)
+        compiled = built.lower().compile()
+        state, metrics = compiled(state, frozen, batch)
+        report[name] = {key: float(value) for key, value in metrics.items()}
+        for leaf, like in zip(jax.tree.leaves(state), jax.tree.leaves(built.state), strict=True):
+            assert leaf.sharding.is_equivalent_to(like.sharding, leaf.ndim)
+        qkv = state.opt_state[1][0].mu["double_blocks"]["img_attn"]["qkv"]["kernel"]
+        report[name]["largest_shard_of_qkv"] = max(s.data.size for s in qkv.addressable_shards) / qkv.size
+        checkpoints = checkpoint.Checkpoints(pathlib.Path(out) / name, keep=1)
+        checkpoints.save(1, state, {})
+        checkpoints.close()
+    print(json.dumps(report))
+
+
+def move_between_meshes(models, out):
+    """Child: every checkpoint restored onto another mesh is the same, bit for bit."""
+    names, different = list(MESHES), []
+    for name, other in zip(names, names[1:] + names[:1], strict=True):
+        data, fsdp, tensor = MESHES[other]
+        config = tiny.config(
+            pathlib.Path(models), data__batch_size=16, optim__accumulation=2, optim__ema_decay=0.5,
+            mesh__data=data, mesh__fsdp=fsdp, mesh__tensor=tensor,
+        )  # fmt: skip
+        mesh = sharding.make_mesh(config.mesh, jax.devices()[: data * fsdp * tensor])
+        built = program.build(config, mesh, program.read_architecture(config))
+        checkpoints = checkpoint.Checkpoints(pathlib.Path(out) / name, keep=1)
+        state, _ = checkpoints.restore(1, built.state)
+        checkpoints.close()
+        for kind, tree in (("params", state.params), ("ema", state.ema)):
+            stored = checkpoint.load_params(pathlib.Path(out) / name, 1, ema=kind == "ema")
+            for path, leaf in engine.flatten(stored).items():
+                if np.asarray(leaf).tobytes() != np.asarray(engine.flatten(tree)[path]).tobytes():
+                    different.append(f"{name} -> {other}: {kind} {path}")
+    print(json.dumps(different))
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    return tiny.write_all(tmp_path_factory.mktemp("models"))
+
+
+@pytest.fixture(scope="module")
+def updated(models, tmp_path_factory):
+    """(metrics by mesh, folder with a workdir by mesh) after one update."""
+    out = tmp_path_factory.mktemp("meshes")
+    return run("update_on_every_mesh", models, out), out
+
+
+@pytest.mark.parametrize("name", list(MESHES)[1:])
+def test_every_mesh_gives_the_numbers_of_one_device(updated, name):
+    report, out = updated
+    numbers, expected = dict(report[name]), dict(report["one"])
+    data, fsdp, tensor = MESHES[name]
+    assert numbers.pop("largest_shard_of_qkv") == 1 / (fsdp * tensor) and expected.pop("largest_shard_of_qkv") == 1
+    assert numbers == pytest.approx(expected, rel=2e-4, abs=1e-6)
+    # Adam's first moment is a tenth of the clipped gradient: what there is to compare before signs are taken.
+    moments = [moment(out / which) for which in (name, "one")]
+    assert moments[0].keys() == moments[1].keys() and len(moments[0]) > 30
+    for path, value in moments[1].items():
+        distance = np.linalg.norm(moments[0][path] - value) / np.linalg.norm(value)
+        assert distance < 2e-3, path
+    everything = [np.concatenate([m[path].ravel() for path in sorted(m)]) for m in moments]
+    assert np.linalg.norm(everything[0] - everything[1]) / np.linalg.norm(everything[1]) < 2e-4
+
+
+def moment(workdir):
+    """The first moments of the checkpoint of step 1, by path."""
+    import orbax.checkpoint as ocp
+
+    tree = ocp.StandardCheckpointer().restore((workdir / "checkpoints" / "1" / "opt_state").absolute())
+    flat, _ = jax.tree_util.tree_flatten_with_path(tree)
+    named = {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in flat}
+    return {path: leaf for path, leaf in named.items() if "['mu']" in path}
+
+
+def test_checkpoints_move_between_meshes(models, updated):
+    assert run("move_between_meshes", models, updated[1]) == []
+
+
+def test_a_batch_that_the_mesh_does_not_divide(models):
+    config = tiny.config(models, data__batch_size=6, optim__accumulation=2)
+    with pytest.raises(UserError, match=r"= 3 must be a multiple of the 8 devices"):
+        program.build(config, AbstractMesh((2, 4, 1), sharding.AXES), program.read_architecture(config))
