@@ -3,14 +3,12 @@
     python -m srpo_jax.emoji.train_autoencoder --workdir=/tmp/vae
 
 The same workdir resumes. At the end the folder holds ``ours/`` (our format) and ``vae/`` (diffusers format), both in
-bfloat16, ``quality.json``, and sheets of pictures above their reconstructions. On a CPU,
-XLA_FLAGS=--xla_force_host_platform_device_count=2 shares each batch between two virtual devices: more of the work between
-convolutions then runs in parallel.
+bfloat16, ``quality.json``, and sheets of pictures above their reconstructions. On a CPU, two virtual devices
+(XLA_FLAGS=--xla_force_host_platform_device_count=2) share each batch: more of the work is then parallel.
 
 The encoder's mean is trained to be white: over pictures and positions the 16 channels of the SCALED latents have mean 0
 and covariance 1. So there is no KL term: a fixed small noise on the latents asks for a decoder that forgives the errors
-of a flow model. The loss is squared error with extra weight on colour differences, and a little absolute error for clean
-flats.
+of a flow model. The loss is squared error with extra weight on colour, and a little absolute error for clean flats.
 """
 
 import argparse

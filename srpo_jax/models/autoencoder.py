@@ -291,7 +291,7 @@ class Autoencoder(nnx.Module):
         return mean, jnp.clip(logvar, -30.0, 20.0)
 
     def decode(self, latents: jax.Array) -> jax.Array:
-        """Raw latents [B, H/8, W/8, latent_channels] -> float32 pictures [B, H, W, out_channels] around [-1, 1], unclipped."""
+        """Raw latents [B, H/8, W/8, latent_channels] -> float32 pictures [B, H, W, out_channels], not clipped."""
         return self.decoder(latents).astype(jnp.float32)
 
     def scale_latents(self, latents: jax.Array) -> jax.Array:

@@ -123,5 +123,5 @@ def diffusers_rules(config: AutoencoderConfig) -> Table:
 
 
 def bfl_rules(config: AutoencoderConfig) -> Table:
-    """BFL ``ae.safetensors`` <-> ``Autoencoder``: decoder levels count from the finest, attention is 1x1 convolutions."""
+    """BFL ``ae.safetensors`` <-> ``Autoencoder``: decoder levels count from the finest, attention is by 1x1 convs."""
     return _table(config, _BFL)
