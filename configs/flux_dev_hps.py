@@ -1,4 +1,4 @@
-"""SRPO on FLUX.1-dev with HPS-v2.1 as the reward: the released recipe, every constant of it.
+r"""SRPO on FLUX.1-dev with HPS-v2.1 as the reward: the released recipe, every constant of it.
 
     python -m srpo_jax.convert import --source=FLUX.1-dev --target=models/flux-dev
     python -m srpo_jax.convert import --source=HPS_v2.1_compressed.pt --target=models/hps \
@@ -8,9 +8,9 @@
         --config.data.prompts=prompts.txt --config.sample.prompts=held_out.txt
 
 Hardware: weight, two moments and gradient of 11.9 billion parameters take 16 bytes each in float32, 190 GB over all
-devices of the mesh's fsdp axis; the frozen networks take 12 GB more in bfloat16, most of it T5. The devices along data x
-fsdp have to divide 32 / config.optim.accumulation: on 8 of them --config.optim.accumulation=4 passes one sample a device
-at a time.
+devices of the mesh's fsdp axis; the frozen networks take 12 GB more in bfloat16, most of it T5. The devices along data
+and fsdp together have to divide 32 / config.optim.accumulation: on 8 of them --config.optim.accumulation=4 passes one
+sample a device at a time.
 
 What to expect: 19 updates, 608 rollouts of 25 steps, are the whole of it. Control words change the look (light, detail,
 texture), not the composition: compare the grids in WORKDIR/samples, drawn from the same noise. `denoise/reward` and

@@ -1,4 +1,4 @@
-"""SRPO on FLUX.1-dev with PickScore as the reward: the released recipe, every constant of it.
+r"""SRPO on FLUX.1-dev with PickScore as the reward: the released recipe, every constant of it.
 
     python -m srpo_jax.convert import --source=FLUX.1-dev --target=models/flux-dev
     python -m srpo_jax.convert import --source=PickScore_v1 --target=models/pickscore

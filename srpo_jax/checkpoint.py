@@ -59,7 +59,9 @@ def check_workdir(workdir: str | os.PathLike, config: ConfigDict) -> None:
 
 
 def write_config(workdir: str | os.PathLike, config: ConfigDict) -> None:
-    """Writes ``config.json``, at once or not at all."""
+    """Writes ``config.json``, at once or not at all; process 0 does it for a job."""
+    if jax.process_index() != 0:
+        return
     workdir = pathlib.Path(workdir)
     workdir.mkdir(parents=True, exist_ok=True)
     partial = workdir / f".{CONFIG}.partial"

@@ -16,7 +16,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from srpo_jax import checkpoint, conditions, flow, metrics, program, sampling, sharding
+from srpo_jax import checkpoint, conditions, distributed, flow, metrics, program, sampling, sharding
 from srpo_jax import config as config_lib
 from srpo_jax.data import prompts
 from srpo_jax.errors import UserError
@@ -36,6 +36,10 @@ def train(config: ConfigDict, workdir: str | os.PathLike) -> int | None:
     config_lib.validate(config)
     checkpoint.check_workdir(workdir, config)
     workdir = pathlib.Path(workdir)
+    newest = distributed.largest(max(checkpoint.steps(workdir), default=0)) or None
+    if newest is not None and newest >= config.steps:
+        print(f"{workdir} has all of its {config.steps} updates; nothing to do")
+        return None
     captions = prompts.read_prompts(config.data.prompts)
     held_out = prompts.read_prompts(config.sample.prompts)[: config.sample.count] if config.sample.every else []
     architecture = program.read_architecture(config)
@@ -48,17 +52,14 @@ def train(config: ConfigDict, workdir: str | os.PathLike) -> int | None:
     conditioner = conditions.Conditioner(config, built, architecture)
     frozen = program.load_frozen(config, built)
 
-    # === State: new, or of the newest checkpoint ======================================================================
-    newest = max(checkpoint.steps(workdir), default=None)
-    if newest is not None and newest >= config.steps:
-        print(f"{workdir} has all of its {config.steps} updates; nothing to do")
-        return None
+    samples = SampleGrid(config, built, conditioner, held_out, workdir) if held_out else None
     state = program.initial_state(config, built) if newest is None else None
-    checkpoint.write_config(workdir, config)  # From here on the workdir belongs to this run.
+
+    # === State: new, or of the newest checkpoint; from here on the workdir belongs to this run ========================
+    checkpoint.write_config(workdir, config)
     checkpoints = checkpoint.Checkpoints(workdir, config.checkpoint.keep)
-    stream = prompts.batches(
-        captions, config.data.batch_size, config.seed, sharding.local_rows(mesh, config.data.batch_size)
-    )
+    rows = sharding.local_rows(mesh, config.data.batch_size)
+    stream = prompts.batches(captions, config.data.batch_size, config.seed, rows)
     if newest is not None:
         state, run = checkpoints.restore(newest, built.state)
         stream.set_state(run["data"])
@@ -66,17 +67,16 @@ def train(config: ConfigDict, workdir: str | os.PathLike) -> int | None:
     report = metrics.Metrics(workdir, step, config.steps)
     report.say(f"{_describe(built)}; from update {step} to {config.steps} in {workdir}")
 
-    # === Compile ======================================================================================================
-    started = time.perf_counter()
-    update = built.lower().compile()
-    report.say(f"compiled the update in {time.perf_counter() - started:.1f} s")
-    samples = SampleGrid(config, built, conditioner, held_out, workdir) if held_out else None
-    if samples and step == 0:
-        samples.draw(0, state, frozen)
-
-    # === Loop =========================================================================================================
     try:
+        # === Compile ==================================================================================================
+        started = time.perf_counter()
+        update = built.lower().compile()
+        report.say(f"compiled the update in {time.perf_counter() - started:.1f} s")
+
+        # === Loop =====================================================================================================
         with Interruption() as interruption, jax.transfer_guard("disallow"):
+            if samples and step % config.sample.every == 0 and samples.lacks(step):
+                samples.draw(step, state, frozen)
             batch = conditioner.batch(next(stream), step + 1)
             started = time.perf_counter()
             while step < config.steps:
@@ -99,17 +99,18 @@ def train(config: ConfigDict, workdir: str | os.PathLike) -> int | None:
                 report.write(step, values)
 
                 # --- checkpoint ---
-                stop = interruption.signal if step < config.steps else None
+                # A signal reaches the processes of a job at different moments: all leave after the same update.
+                stop = distributed.largest(interruption.signal or 0) if step < config.steps else 0
                 if stop or step == config.steps or step % config.checkpoint.every == 0:
                     run = {"seed": config.seed, "data": position, "config": config_lib.flatten(config)}
                     checkpoints.save(step, state, run)
-
-                # --- samples ---
-                if samples and not stop and (step == config.steps or step % config.sample.every == 0):
-                    samples.draw(step, state, frozen)
                 if stop:
                     report.say(f"stopped after update {step}; the same command goes on from there")
                     return stop
+
+                # --- samples ---
+                if samples and (step == config.steps or step % config.sample.every == 0):
+                    samples.draw(step, state, frozen)
                 started = time.perf_counter()
         return None
     finally:
@@ -145,12 +146,19 @@ class SampleGrid:
         self._sampler = sampling.Sampler(built.mesh, conditioner.encode, function, settings.tokens, batch_size)
         self._chunks = self._sampler.prepare(held_out, seed=sample.seed)
 
+    def lacks(self, step: int) -> bool:
+        """Whether the grid of a step was never drawn, as before training and where a run was stopped."""
+        return bool(distributed.largest(jax.process_index() == 0 and not self._file(step).exists()))
+
     def draw(self, step: int, state: TrainState, frozen: Frozen) -> None:
         """Draws with the moving average of the weights if there is one, and writes the grid."""
         params = state.params if state.ema is None else state.ema
         images = np.concatenate(list(self._sampler.draw(params, frozen.autoencoder, self._chunks)))
         if jax.process_index() == 0:
-            sampling.save_image(sampling.grid(images), self._folder / f"{step:06d}.png")
+            sampling.save_image(sampling.grid(images), self._file(step))
+
+    def _file(self, step: int) -> pathlib.Path:
+        return self._folder / f"{step:06d}.png"
 
 
 class Interruption:

@@ -104,8 +104,9 @@ def recipe(tmp_path):
 
 def test_overrides_in_any_order(recipe):
     words = ["--config.optim.b1=0.5", "--workdir=w", recipe, "--config.reward.positive=('3D',)"]
-    config, workdir = main.parse(["main", *words])
+    config, workdir, *job = main.parse(["main", *words])
     assert (config.steps, config.optim.b1, config.reward.positive, workdir) == (7, 0.5, ("3D",), "w")
+    assert job == [None, None, None]
     with pytest.raises(AttributeError):
         config.optim.lr = 1.0
 
@@ -117,6 +118,7 @@ def test_overrides_in_any_order(recipe):
         (["--workdir=w", "RECIPE", "--config.reward.weights.foo=1"], "'foo' is unknown; choose one of hps"),
         (["--workdir=w", "RECIPE", "--config.steps=1.5"], r"--config\.steps=1\.5"),
         (["--workdir=w", "RECIPE", "--flag=1"], "'flag'"),
+        (["--workdir=w", "RECIPE", "--process_id=a"], "--process_id=a"),
         (["--workdir=w", "RECIPE", "word"], "'word' is not understood"),
         (["RECIPE"], "--workdir is missing"),
         (["--workdir=w"], "--config is missing"),

@@ -1,5 +1,6 @@
 """The mesh, the table of rules, and the update on several devices."""
 
+import functools
 import json
 import os
 import pathlib
@@ -35,6 +36,11 @@ FULL_SIZE = {
 }
 
 
+@functools.cache
+def parameters(network):
+    return folder.abstract(network, FULL_SIZE[network])[1]
+
+
 class Sizes:
     def __init__(self, data, fsdp, tensor):
         self.data, self.fsdp, self.tensor = data, fsdp, tensor
@@ -60,7 +66,7 @@ def test_sizes_that_do_not_fit(sizes, message):
 def test_every_parameter_of_full_size_has_its_place(network, shape):
     """A v5e pod's 256 devices divide everything; what stays whole on every device is small."""
     mesh = AbstractMesh(shape, sharding.AXES)
-    _, params = folder.abstract(network, FULL_SIZE[network])
+    params = parameters(network)
     places = engine.flatten(sharding.of_tree(mesh, network, params))
     whole = sum(leaf.size for name, leaf in engine.flatten(params).items() if places[name].spec == P())
     total = sum(leaf.size for leaf in jax.tree.leaves(params))
@@ -70,7 +76,7 @@ def test_every_parameter_of_full_size_has_its_place(network, shape):
 
 def test_every_rule_is_used():
     """By the first rule that matches, as always: a rule that an earlier one hides would be a mistake."""
-    names = [f"{n}.{path}" for n, config in FULL_SIZE.items() for path in engine.flatten(folder.abstract(n, config)[1])]
+    names = [f"{network}.{path}" for network in FULL_SIZE for path in engine.flatten(parameters(network))]
     patterns = [pattern for pattern, _ in sharding.RULES]
     used = {next(pattern for pattern in patterns if sharding.matches(pattern, name)) for name in names}
     assert used == set(patterns)

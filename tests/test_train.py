@@ -149,7 +149,7 @@ def write_and_kill(self, step, values):
 
 
 metrics.Metrics.write = write_and_kill
-main.parse = lambda argv: (tiny.config(pathlib.Path(path), **json.loads(changes)), workdir)
+main.parse = lambda argv: main.Command(tiny.config(pathlib.Path(path), **json.loads(changes)), workdir)
 sys.exit(errors.run(main.main))
 """
 

@@ -1,0 +1,55 @@
+"""A job of several processes: how they find each other, and what they have to agree on."""
+
+import glob
+import importlib.util
+import os
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from srpo_jax.errors import UserError
+
+# What SLURM's srun gives to each of its tasks; a shell inside an allocation has some of them.
+SLURM = ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID")
+
+
+def start(coordinator: str | None = None, process_id: int | None = None, process_count: int | None = None) -> None:
+    """Joins this process to its job, if there is one; to be called before anything else asks JAX for devices.
+
+    With the three arguments, by them. On a TPU machine, by its metadata. Under srun with several tasks (one a GPU), by
+    SLURM's variables. Else the process stays alone.
+
+    Args:
+      coordinator: HOST:PORT of process 0.
+      process_id: of this process, from 0.
+      process_count: of the job.
+
+    Raises UserError if some of the three are missing or do not fit each other.
+    """
+    given = {"--coordinator": coordinator, "--process_id": process_id, "--process_count": process_count}
+    missing = [flag for flag, value in given.items() if value is None]
+    if not missing:
+        if not 0 <= process_id < process_count:
+            raise UserError(f"--process_id={process_id} must be from 0 to --process_count={process_count} less one")
+        jax.distributed.initialize(coordinator, process_count, process_id)
+    elif len(missing) < len(given):
+        raise UserError(f"{', '.join(missing)} is missing: give all of {', '.join(given)}, or none of them")
+    elif _tpu() or (all(name in os.environ for name in SLURM) and int(os.environ["SLURM_NTASKS"]) > 1):
+        jax.distributed.initialize()
+
+
+def _tpu() -> bool:
+    """Whether this machine has TPU chips that JAX is going to use."""
+    wanted = os.environ.get("JAX_PLATFORMS", "")
+    chips = glob.glob("/dev/accel*") + glob.glob("/dev/vfio/[0-9]*")
+    return bool(chips) and importlib.util.find_spec("libtpu") is not None and (not wanted or "tpu" in wanted)
+
+
+def largest(value: int) -> int:
+    """The largest value that any process of the job has; every process has to ask at the same point."""
+    if jax.process_count() == 1:
+        return value
+    # A few bytes a step, which the library moves in ways that a transfer guard would not let pass.
+    with jax.transfer_guard("allow"):
+        return int(np.max(multihost_utils.process_allgather(np.int32(value))))
