@@ -98,7 +98,7 @@ def import_folder(
       format: which format the source must be in; None takes what it is. For folders that hold the same network twice.
       dtype: to store in; None keeps the source's.
       config: a config.json to use instead of the one beside the weights.
-      tokenizer: a tokenizer folder that goes along, for CLIP rewards; by default the tokenizer beside the weights.
+      tokenizer: a tokenizer folder that goes along with a CLIP reward; by default the tokenizer beside the weights.
 
     Raises UserError, and writes nothing, if the source is not what it should be or does not fit exactly.
     """
@@ -107,8 +107,11 @@ def import_folder(
         raise UserError(f"{source} is in our format already")
     if not (source / INDEX).is_file():
         with new_folder(target) as out:
-            _import_network(source, out, network, format, dtype, config)
-            _copy_tokenizer(source, pathlib.Path(tokenizer) if tokenizer else None, out)
+            found = _import_network(source, out, network, format, dtype, config)
+            if found == "clip":
+                _copy_tokenizer(source, pathlib.Path(tokenizer) if tokenizer else None, out)
+            elif tokenizer:
+                raise UserError(f"--tokenizer is for CLIP rewards; {source} is a {found} network")
         return
     for value, flag in ((network, "--network"), (format, "--format"), (config, "--config"), (tokenizer, "--tokenizer")):
         if value is not None:
@@ -142,8 +145,8 @@ def _import_network(
     format: str | None,
     dtype: np.dtype | None,
     config: Any,
-) -> None:
-    """Converts one network into an existing folder."""
+) -> str:
+    """Converts one network into an existing folder; returns which it is."""
     form, weights = formats.open_network(source, network, format)
     values, remark = formats.find_config(form, source, weights, config)
     table = form.table(values)
@@ -154,6 +157,7 @@ def _import_network(
         for path, layer, array in engine.imported(table, weights, place):
             file.write(path, array, layer)
     folder.write_config(out, form.network, values)
+    return form.network
 
 
 def _copy_tokenizer(source: pathlib.Path, tokenizer: pathlib.Path | None, out: pathlib.Path) -> None:
@@ -201,7 +205,9 @@ def export_folder(
     whole = not folder.is_ours(source)
     if whole and not folder.is_ours(source / "transformer"):
         raise UserError(f"{source} is not a folder made by `python -m srpo_jax.convert import`")
-    parts = [part for part in COMPONENTS if (source / part).is_dir()] if whole else [""]
+    parts = _parts_of_ours(source) if whole else [""]
+    if not whole and formats.written_as(folder.read_config(source)[0], format) is None:
+        raise UserError(f"{format} has no place for {source}; use --format diffusers")
     with new_folder(target) as out:
         for part in parts:
             network, config, weights = folder.open_weights(source / part, COMPONENTS.get(part))
@@ -218,6 +224,11 @@ def export_folder(
         elif format == "diffusers" and (source / "tokenizer").is_dir():
             for file in (source / "tokenizer").iterdir():
                 shutil.copy(file, out / file.name)
+
+
+def _parts_of_ours(source: pathlib.Path) -> list[str]:
+    """The subfolders of a pipeline of ours that are networks."""
+    return [part for part in COMPONENTS if (source / part).is_dir()]
 
 
 def _index(source: pathlib.Path, parts: list[str]) -> dict[str, Any]:
@@ -254,7 +265,7 @@ def _export_network(
 ) -> None:
     """Writes one network of ours into the folder of an export."""
     form = formats.written_as(network, style)
-    if form is None:
+    if form is None:  # of a pipeline; what is asked for by itself was refused before
         return
     table = form.table(config)
     specs = engine.exported_specs(table, weights.specs, dtype)
@@ -263,8 +274,6 @@ def _export_network(
         place.mkdir(exist_ok=True)
         (place / "config.json").write_text(json.dumps(formats.foreign_config(network, config), indent=2) + "\n")
     else:
-        if (style, network) not in PLACES:
-            raise UserError(f"{style} has no place for a {network} network; use --format diffusers")
         subfolder, stem = PLACES[style, network]
         place = out / subfolder
         place.mkdir(exist_ok=True)
@@ -312,10 +321,10 @@ def _shards(
 def describe(path: str | os.PathLike) -> Iterator[str]:
     """Lines about a file or folder: what it is, how many parameters, which dtypes and shapes. Raises UserError."""
     path = pathlib.Path(path)
-    if (path / INDEX).is_file():
-        ours = folder.is_ours(path / "transformer")
+    ours = folder.is_ours(path / "transformer")
+    if ours or (path / INDEX).is_file():
         yield f"{path}: FLUX pipeline, {'our format' if ours else 'diffusers folder'}"
-        for part in _pipeline_parts(path):
+        for part in _parts_of_ours(path) if ours else _pipeline_parts(path):
             if part in COMPONENTS:
                 yield f"{part}:"
                 yield from ("  " + line for line in describe(path / part))

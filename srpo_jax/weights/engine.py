@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any, Protocol
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from srpo_jax.errors import UserError
@@ -121,11 +122,12 @@ def check(
     Returns:
       For every foreign tensor of the table the name under which this source has it (another one only for aliases).
 
-    Raises UserError with all faults: missing, unused and mismatching tensors, tied tensors that differ.
+    Raises UserError with all faults: missing, unused, mismatching and integer tensors, tied tensors that differ.
     """
     expected = source_shapes(table, shapes)
     place = {name: name for name in expected if name in source.specs}
-    faults: dict[str, list[str]] = {"missing": [], "wrong shape": [], "tied but different": [], "not used": []}
+    kinds = ("missing", "wrong shape", "not of floating point", "tied but different", "not used")
+    faults: dict[str, list[str]] = {kind: [] for kind in kinds}
     for alias, name in table.aliases.items():
         if alias not in source.specs:
             continue
@@ -138,6 +140,8 @@ def check(
             faults["missing"].append(name)
         elif source.specs[place[name]].shape != shape:
             faults["wrong shape"].append(f"{name} {list(source.specs[place[name]].shape)} instead of {list(shape)}")
+        elif not jnp.issubdtype(source.specs[place[name]].dtype, jnp.floating):
+            faults["not of floating point"].append(f"{name} ({source.specs[place[name]].dtype.name})")
     known = set(expected) | set(table.aliases) | table.ignored
     faults["not used"] = [name for name in source.specs if name not in known]
     listed = "; ".join(f"{len(names)} {fault}: {_shorten(names)}" for fault, names in faults.items() if names)

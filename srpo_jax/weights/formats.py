@@ -135,11 +135,13 @@ def find(network: str, name: str) -> Format:
 def written_as(network: str, style: str) -> Format | None:
     """The format for a network in an export of a style ("diffusers", "bfl", "comfyui"), None if it has no place there.
 
-    Text encoders and CLIP are in transformers' names in every style; BFL's own files hold no text encoders.
+    Text encoders are in transformers' names in every style; BFL's own files hold none, ComfyUI has no use for rewards.
     """
     if network in ("flux", "autoencoder"):
         return find(network, "diffusers" if style == "diffusers" else "bfl")
-    return None if style == "bfl" else find(network, "hf")
+    if style == "bfl" or (style == "comfyui" and network == "clip"):
+        return None
+    return find(network, "hf")
 
 
 def open_network(path: pathlib.Path, network: str | None = None, name: str | None = None) -> tuple[Format, Source]:
@@ -301,4 +303,4 @@ def foreign_config(network: str, config: Any) -> dict[str, Any]:
         added = {"text_config": text, "vision_config": {"model_type": "clip_vision_model"}}
         towers = {key: more | values[key] | {"projection_dim": config.projection_dim} for key, more in added.items()}
         return {"architectures": ["CLIPModel"], "model_type": "clip"} | values | towers
-    return {"architectures": ["T5EncoderModel"], "model_type": "t5"} | values
+    return {"architectures": ["T5EncoderModel"], "model_type": "t5", "feed_forward_proj": "gated-gelu"} | values

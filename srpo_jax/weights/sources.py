@@ -131,12 +131,15 @@ def open_file(path: pathlib.Path) -> Source:
     """
     if path.name.endswith(".index.json"):
         return ShardedSource(path)
-    kind = foreign_kind(path)
+    try:
+        kind = foreign_kind(path)
+        with open(path, "rb") as file:
+            head = file.read(2)
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from error
     if kind:
         raise UserError(f"{path} is {kind}")
-    with open(path, "rb") as file:
-        head = file.read(9)
-    is_pickle = head.startswith(b"PK\x03\x04") or (head[0] == 0x80 and head[1:2] in b"\x02\x03\x04\x05")
+    is_pickle = head == b"PK" or head in (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")  # a zip, or a bare pickle
     source = TorchSource(path) if is_pickle else SafetensorsFile(path)
     return functools.reduce(_unwrapped, WRAPPERS, source)
 
