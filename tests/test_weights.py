@@ -161,6 +161,12 @@ def test_right_size_of_wrong_shape_is_refused():
     assert "emb.weight [5, 7] instead of [7, 5]" in faults(tensors)
 
 
+def test_integers_are_refused():
+    tensors = toy_tensors()
+    tensors["emb.weight"] = np.zeros((7, 5), np.int8)
+    assert "1 not of floating point: emb.weight (int8)" in faults(tensors)
+
+
 def test_long_lists_are_cut():
     assert "and 94 more" in faults(toy_tensors() | {f"extra{i}": np.zeros(1) for i in range(100)})
 
@@ -188,6 +194,25 @@ def test_mixed_dtypes_are_kept_without_loss():
     params = engine.to_params(TOY, tensors, LIKE)
     assert params["blocks"]["kv"].dtype == np.float32
     assert same(params["blocks"]["kv"][1, :4], tensors["layers.1.k"].astype(np.float32))
+
+
+def test_stacks_are_made_once_when_layers_are_written():
+    params = engine.to_params(TOY, toy_tensors(), LIKE)
+    made = []
+
+    class Stored:
+        """An array that is elsewhere until numpy asks for it, as in a checkpoint."""
+
+        def __init__(self, array):
+            self.array, self.shape, self.dtype = array, array.shape, array.dtype
+
+        def __array__(self, dtype=None, copy=None):
+            made.append(self)
+            return self.array
+
+    found = engine.from_params(TOY, jax.tree.map(Stored, params))
+    assert all(same(found[name], array) for name, array in toy_tensors().items())
+    assert len(made) == len(set(made)) == len(SHAPES)
 
 
 def test_tables_with_faults_of_their_own_are_refused():

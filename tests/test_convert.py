@@ -1,0 +1,634 @@
+"""The converter from its outside: real files of the reference packages in, real packages reading what comes out."""
+
+import json
+import os
+import pathlib
+import shutil
+import signal
+import subprocess
+import sys
+import textwrap
+import types
+
+import diffusers
+import ml_dtypes
+import numpy as np
+import pytest
+import references
+import safetensors.numpy
+import safetensors.torch
+import torch
+import transformers
+from diffusers.loaders import single_file_utils
+
+from srpo_jax import convert
+from srpo_jax.errors import UserError
+from srpo_jax.weights import engine, files, folder, formats
+from srpo_jax.weights.files import SafetensorsFile
+
+BF16 = np.dtype(ml_dtypes.bfloat16)
+COMPONENTS = ("transformer", "vae", "text_encoder", "text_encoder_2")
+
+
+def tensors(path):
+    """All tensors in a file or in the files of a folder, as raw bytes with shape and dtype."""
+    path = pathlib.Path(path)
+    found = {}
+    for file in [path] if path.is_file() else sorted(path.glob("*.safetensors")):
+        source = SafetensorsFile(file)
+        found |= {name: (spec, source.read(name).tobytes()) for name, spec in source.specs.items()}
+    return found
+
+
+def prefixed(found):
+    """CLIP text tensors under the names of the hub's files; transformers 5 leaves the prefix out."""
+    return {name if name.startswith("text_model.") else f"text_model.{name}": value for name, value in found.items()}
+
+
+def same_files(a, b):
+    """Every file of two folders, byte by byte."""
+    names = sorted(p.relative_to(a) for p in a.rglob("*") if p.is_file())
+    return names == sorted(p.relative_to(b) for p in b.rglob("*") if p.is_file()) and all(
+        (a / name).read_bytes() == (b / name).read_bytes() for name in names
+    )
+
+
+@pytest.fixture(scope="module", params=["float32", "bfloat16"])
+def dtype(request):
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def pipeline(tmp_path_factory, dtype):
+    """A diffusers pipeline folder, its transformer and autoencoder in several files."""
+    path = tmp_path_factory.mktemp("diffusers") / "pipeline"
+    references.flux_pipeline(path, getattr(torch, dtype), shard="100KB")
+    return path
+
+
+@pytest.fixture(scope="module")
+def ours(pipeline, tmp_path_factory):
+    """The same pipeline in our format."""
+    path = tmp_path_factory.mktemp("ours") / "pipeline"
+    convert.import_folder(pipeline, path)
+    return path
+
+
+# --- pipelines: round trips ---
+
+
+def test_import_keeps_the_dtype_and_takes_along_what_is_no_network(pipeline, ours, dtype):
+    assert len(list((pipeline / "transformer").glob("*.safetensors"))) > 1
+    for part in COMPONENTS:
+        assert sorted(os.listdir(ours / part)) == [folder.CONFIG, folder.WEIGHTS]
+        assert folder.read_config(ours / part)[0] == convert.COMPONENTS[part]
+        assert {spec.dtype.name for spec in SafetensorsFile(ours / part / folder.WEIGHTS).specs.values()} == {dtype}
+    for name in ("tokenizer", "tokenizer_2", "scheduler"):
+        assert same_files(pipeline / name, ours / name)
+    assert sorted(os.listdir(ours)) == sorted(os.listdir(pipeline))
+
+
+def test_diffusers_round_trip_is_exact(pipeline, ours, tmp_path):
+    convert.export_folder(ours, tmp_path / "back", "diffusers")
+    for part in COMPONENTS:
+        expected, found = tensors(pipeline / part), tensors(tmp_path / "back" / part)
+        if part == "text_encoder":
+            expected = prefixed(expected)
+        assert found == expected, part
+    for name in ("tokenizer", "tokenizer_2", "scheduler"):
+        assert same_files(pipeline / name, tmp_path / "back" / name)
+    # And once more round: our own files are the same to the byte.
+    convert.import_folder(tmp_path / "back", tmp_path / "again")
+    for part in COMPONENTS:
+        assert same_files(ours / part, tmp_path / "again" / part), part
+
+
+def test_diffusers_loads_the_exported_pipeline(pipeline, ours, tmp_path, dtype):
+    convert.export_folder(ours, tmp_path / "out", "diffusers", max_shard_size=100_000)
+    assert (tmp_path / "out" / "transformer" / "diffusion_pytorch_model.safetensors.index.json").is_file()
+    load = {"torch_dtype": getattr(torch, dtype), "local_files_only": True}
+    expected = diffusers.FluxPipeline.from_pretrained(pipeline, **load)
+    found = diffusers.FluxPipeline.from_pretrained(tmp_path / "out", **load)
+    for part in COMPONENTS:
+        a, b = getattr(expected, part).state_dict(), getattr(found, part).state_dict()
+        assert a.keys() == b.keys() and len(a) > 10
+        assert all(torch.equal(a[name], b[name]) and a[name].dtype == b[name].dtype for name in a), part
+    assert dict(expected.scheduler.config) == dict(found.scheduler.config)
+    assert found.tokenizer("a red bird").input_ids == expected.tokenizer("a red bird").input_ids
+    if dtype == "bfloat16":
+        return
+    # The settings that decide what is computed came through too: the same images, up to the order of torch's sums.
+    images = [
+        pipe("a red bird", height=32, width=32, num_inference_steps=2, max_sequence_length=references.TEXT_LENGTH,
+             generator=torch.Generator().manual_seed(0), output_type="np").images
+        for pipe in (expected, found)
+    ]
+    assert np.abs(images[0] - images[1]).max() < 1e-5 and images[0].std() > 0.01
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16"], indirect=True)
+def test_single_components_load_in_their_packages(pipeline, ours, tmp_path):
+    classes = {
+        "transformer": diffusers.FluxTransformer2DModel, "vae": diffusers.AutoencoderKL,
+        "text_encoder": transformers.CLIPTextModel, "text_encoder_2": transformers.T5EncoderModel,
+    }
+    for part, reference in classes.items():
+        convert.export_folder(ours / part, tmp_path / part, "diffusers")
+        expected = reference.from_pretrained(pipeline / part).state_dict()
+        found = reference.from_pretrained(tmp_path / part).state_dict()
+        assert expected.keys() == found.keys() and all(torch.equal(expected[n], found[n]) for n in expected), part
+
+
+@pytest.mark.parametrize("style", ["bfl", "comfyui"])
+def test_single_file_round_trip_is_exact(ours, tmp_path, style):
+    convert.export_folder(ours, tmp_path / "out", style)
+    places = {
+        "bfl": {"transformer": "flux1", "vae": "ae"},
+        "comfyui": {"transformer": "diffusion_models/flux1", "vae": "vae/ae", "text_encoder": "text_encoders/clip_l",
+                    "text_encoder_2": "text_encoders/t5xxl"},
+    }[style]
+    made = sorted(str(p.relative_to(tmp_path / "out")) for p in (tmp_path / "out").rglob("*.*"))
+    assert made == sorted(f"{place}.safetensors" for place in places.values())
+    for part, place in places.items():
+        file = tmp_path / "out" / f"{place}.safetensors"
+        convert.import_folder(file, tmp_path / part, config=ours / part / folder.CONFIG)
+        assert same_files(ours / part, tmp_path / part), part
+
+
+def with_width(function, width):
+    """diffusers' converter of BFL files has FLUX.1's width built in: the same code with another."""
+    code = function.__code__
+    assert 3072 in code.co_consts
+    code = code.replace(co_consts=tuple(width if value == 3072 else value for value in code.co_consts))
+    return types.FunctionType(code, function.__globals__)
+
+
+def test_diffusers_converts_our_single_files_to_the_same_tensors(pipeline, ours, tmp_path):
+    convert.export_folder(ours, tmp_path, "bfl")
+    config = json.loads((pipeline / "vae" / "config.json").read_text())
+    width = folder.read_config(ours / "transformer")[1].width
+    flux = with_width(single_file_utils.convert_flux_transformer_checkpoint_to_diffusers, width)
+    for part, file, convert_theirs in (
+        ("transformer", "flux1", flux),
+        ("vae", "ae", lambda checkpoint: single_file_utils.convert_ldm_vae_checkpoint(checkpoint, config)),
+    ):
+        found = convert_theirs(safetensors.torch.load_file(tmp_path / f"{file}.safetensors"))
+        expected = {}
+        for shard in (pipeline / part).glob("*.safetensors"):
+            expected |= safetensors.torch.load_file(shard)
+        assert found.keys() == expected.keys() and len(found) > 10, part
+        assert all(torch.equal(found[name], expected[name]) for name in expected), part
+
+
+def test_transformer_without_guidance_embedding(tmp_path):
+    reference = references.flux_transformer(guidance=False)
+    reference.save_pretrained(tmp_path / "theirs")
+    convert.import_folder(tmp_path / "theirs", tmp_path / "ours")
+    assert not folder.read_config(tmp_path / "ours")[1].guidance_embeds
+    convert.export_folder(tmp_path / "ours", tmp_path / "back", "diffusers")
+    assert tensors(tmp_path / "back") == tensors(tmp_path / "theirs")
+
+
+def test_casting(pipeline, ours, tmp_path, dtype):
+    other = {"float32": "bfloat16", "bfloat16": "float32"}[dtype]
+    convert.import_folder(pipeline / "vae", tmp_path / "cast", dtype=convert.DTYPES[other])
+    convert.export_folder(ours / "vae", tmp_path / "out", "diffusers", dtype=convert.DTYPES[other])
+    convert.import_folder(tmp_path / "out", tmp_path / "again")
+    assert same_files(tmp_path / "cast", tmp_path / "again")
+    before, after = (SafetensorsFile(p / folder.WEIGHTS) for p in (ours / "vae", tmp_path / "cast"))
+    for name in before.specs:
+        assert after.read(name).dtype.name == other
+        assert np.array_equal(after.read(name), before.read(name).astype(convert.DTYPES[other]))
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16"], indirect=True)
+def test_pipeline_put_together_by_hand_exports(ours, pipeline, tmp_path):
+    shutil.copytree(ours, tmp_path / "ours")
+    (tmp_path / "ours" / convert.INDEX).unlink()
+    convert.export_folder(tmp_path / "ours", tmp_path / "out", "diffusers")
+    index = json.loads((tmp_path / "out" / convert.INDEX).read_text())
+    expected = json.loads((pipeline / convert.INDEX).read_text())
+    assert index == {name: value for name, value in expected.items() if name in index}
+    assert set(COMPONENTS) < set(index)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16"], indirect=True)
+def test_trained_parameters_replace_the_transformer(ours, tmp_path, monkeypatch):
+    config, _, params = folder.load(ours / "transformer")
+    trained = engine.unflatten({name: leaf * 2 + 1 for name, leaf in engine.flatten(params).items()}, params)
+    calls = []
+
+    def load_params(workdir, step, ema):
+        calls.append((workdir, step, ema))
+        return trained
+
+    monkeypatch.setattr("srpo_jax.checkpoint.load_params", load_params)
+    arguments = ["export", "--source", str(ours), "--format", "diffusers", "--checkpoint", "run", "--dtype", "float32"]
+    convert.main([*arguments, "--target", str(tmp_path / "out"), "--step", "7", "--ema"])
+    convert.main([*arguments, "--target", str(tmp_path / "latest")])
+    assert calls == [("run", 7, True), ("run", None, False)]
+    assert same_files(tmp_path / "out", tmp_path / "latest")
+    folder.save(tmp_path / "trained", "flux", config, trained)
+    convert.export_folder(tmp_path / "trained", tmp_path / "expected", "diffusers")
+    assert tensors(tmp_path / "out" / "transformer") == tensors(tmp_path / "expected")
+    with pytest.raises(UserError, match="give one"):
+        convert.main(["export", "--source", str(ours), "--target", "x", "--format", "bfl", "--ema"])
+    short = {**trained, "img_in": {"kernel": trained["img_in"]["kernel"]}}
+    with pytest.raises(UserError, match="1 parameters differ, as img_in.bias"):
+        convert.export_folder(ours, tmp_path / "no", "bfl", transformer=short)
+    with pytest.raises(UserError, match="a checkpoint has none to put there"):
+        convert.export_folder(ours / "vae", tmp_path / "no", "bfl", transformer=trained)
+    assert not (tmp_path / "no").exists()
+
+
+# --- CLIP rewards ---
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory):
+    """HF's CLIPModel folder with position_ids buffers, as older files have them."""
+    path = tmp_path_factory.mktemp("clip") / "hf"
+    references.clip().save_pretrained(path)
+    arrays = safetensors.numpy.load_file(path / "model.safetensors")
+    arrays["text_model.embeddings.position_ids"] = np.arange(77)[None]
+    safetensors.numpy.save_file(arrays, path / "model.safetensors", {"format": "pt"})
+    return path
+
+
+OPEN_CLIP = {
+    "embed_dim": 12,
+    "vision_cfg": {"image_size": 28, "layers": 3, "width": 24, "head_width": 12, "patch_size": 14},
+    "text_cfg": {"context_length": 77, "vocab_size": 64, "width": 16, "heads": 2, "layers": 2},
+}
+
+
+def open_clip_tensors(path):
+    """A folder in our format -> the same network in open_clip's names, with torch tensors."""
+    _, config, source = folder.open_weights(path, "clip")
+    arrays = {name: source.read(name) for name in source.specs}
+    params = engine.unflatten(arrays, folder.abstract("clip", config)[1])
+    table = formats.find("clip", "open_clip").table(config)
+    return {name: torch.from_numpy(array.copy()) for name, array in engine.from_params(table, params).items()}
+
+
+def test_clip_round_trips_in_both_formats(clip, tmp_path):
+    convert.import_folder(clip, tmp_path / "ours")
+    convert.export_folder(tmp_path / "ours", tmp_path / "hf", "diffusers")
+    expected = tensors(clip)
+    del expected["text_model.embeddings.position_ids"]
+    assert tensors(tmp_path / "hf") == expected
+    found = transformers.CLIPModel.from_pretrained(tmp_path / "hf").state_dict()
+    reference = references.clip().state_dict()
+    assert found.keys() == reference.keys() and all(torch.equal(found[n], reference[n]) for n in reference)
+
+    there = open_clip_tensors(tmp_path / "ours")
+    assert there["transformer.resblocks.1.attn.in_proj_weight"].shape == (48, 16)
+    (tmp_path / "oc").mkdir()
+    (tmp_path / "oc" / "open_clip_config.json").write_text(json.dumps({"model_cfg": OPEN_CLIP, "preprocess_cfg": {}}))
+    safetensors.numpy.save_file(
+        {name: t.numpy() for name, t in there.items()}, tmp_path / "oc" / "open_clip_model.safetensors"
+    )
+    convert.import_folder(tmp_path / "oc", tmp_path / "from_oc")
+    assert (tmp_path / "from_oc" / folder.WEIGHTS).read_bytes() == (tmp_path / "ours" / folder.WEIGHTS).read_bytes()
+
+
+def test_hps_pickle_with_a_tokenizer_from_elsewhere(clip, tmp_path):
+    convert.import_folder(clip, tmp_path / "ours")
+    torch.save({"epoch": 1, "state_dict": open_clip_tensors(tmp_path / "ours")}, tmp_path / "HPS.pt")
+    (tmp_path / "config.json").write_text(json.dumps(OPEN_CLIP))
+    (tmp_path / "words").mkdir()
+    for name in ("vocab.json", "merges.txt", "unrelated.txt"):
+        (tmp_path / "words" / name).write_text(name)
+    convert.import_folder(
+        tmp_path / "HPS.pt", tmp_path / "hps", network="clip", config=tmp_path / "config.json",
+        tokenizer=tmp_path / "words",
+    )
+    assert (tmp_path / "hps" / folder.WEIGHTS).read_bytes() == (tmp_path / "ours" / folder.WEIGHTS).read_bytes()
+    assert sorted(os.listdir(tmp_path / "hps" / "tokenizer")) == ["merges.txt", "vocab.json"]
+    # Without a config it is taken for ViT-H-14, as HPS-v2.1 is, which this small one is not.
+    with pytest.raises(UserError, match=r"usual sizes were assumed; --config.* token_embedding.weight \[64, 16\] "
+                                        r"instead of \[49408, 1024\]"):
+        convert.import_folder(tmp_path / "HPS.pt", tmp_path / "no")
+    with pytest.raises(UserError, match="holds no tokenizer"):
+        convert.import_folder(
+            tmp_path / "HPS.pt", tmp_path / "no", config=tmp_path / "config.json", tokenizer=tmp_path / "hps"
+        )
+    assert not (tmp_path / "no").exists()
+
+
+def test_folder_with_the_same_network_twice(clip, tmp_path):
+    shutil.copytree(clip, tmp_path / "hub")
+    (tmp_path / "hub" / "tokenizer.json").write_text("{}")
+    convert.import_folder(clip, tmp_path / "ours")
+    torch.save(open_clip_tensors(tmp_path / "ours"), tmp_path / "hub" / "open_clip_pytorch_model.bin")
+    (tmp_path / "hub" / "open_clip_config.json").write_text(json.dumps({"model_cfg": OPEN_CLIP}))
+    for name in (None, "hf", "open_clip"):
+        convert.import_folder(tmp_path / "hub", tmp_path / f"ours {name}", format=name)
+        weights = (tmp_path / f"ours {name}" / folder.WEIGHTS).read_bytes()
+        assert weights == (tmp_path / "ours" / folder.WEIGHTS).read_bytes()
+        assert os.listdir(tmp_path / f"ours {name}" / "tokenizer") == ["tokenizer.json"]
+
+
+# --- files without a config ---
+
+
+def test_transformer_file_without_config_tells_its_sizes(tmp_path):
+    reference = references.flux_transformer(
+        attention_head_dim=128, num_attention_heads=1, num_layers=1, num_single_layers=2, axes_dims_rope=(16, 56, 56)
+    )
+    reference.save_pretrained(tmp_path / "theirs")
+    convert.import_folder(tmp_path / "theirs", tmp_path / "known")
+    (tmp_path / "theirs" / "config.json").unlink()
+    convert.import_folder(tmp_path / "theirs" / "diffusion_pytorch_model.safetensors", tmp_path / "guessed")
+    assert same_files(tmp_path / "known", tmp_path / "guessed")
+    convert.export_folder(tmp_path / "known", tmp_path / "bfl", "bfl")
+    convert.import_folder(tmp_path / "bfl" / "flux1.safetensors", tmp_path / "from_bfl")
+    assert same_files(tmp_path / "known", tmp_path / "from_bfl")
+    # Some nodes of ComfyUI save under a prefix.
+    arrays = safetensors.numpy.load_file(tmp_path / "bfl" / "flux1.safetensors")
+    renamed = {f"model.diffusion_model.{name}": array for name, array in arrays.items()}
+    safetensors.numpy.save_file(renamed, tmp_path / "comfy.safetensors")
+    convert.import_folder(tmp_path / "comfy.safetensors", tmp_path / "from_comfy")
+    assert same_files(tmp_path / "known", tmp_path / "from_comfy")
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16"], indirect=True)
+def test_config_of_another_network_beside_a_loose_file_is_not_taken(ours, tmp_path):
+    convert.export_folder(ours, tmp_path, "bfl")
+    (tmp_path / "config.json").write_text(json.dumps({"_class_name": "AutoencoderKL"}))
+    with pytest.raises(UserError, match="head size 128 .*give its config.json by --config"):
+        convert.import_folder(tmp_path / "flux1.safetensors", tmp_path / "out")
+    # The autoencoder is taken for FLUX.1's.
+    with pytest.raises(UserError, match="autoencoder config lacks"):
+        convert.import_folder(tmp_path / "ae.safetensors", tmp_path / "out")
+    (tmp_path / "config.json").unlink()
+    with pytest.raises(UserError, match=r"usual sizes were assumed.* instead of \[128, 3, 3, 3\]"):
+        convert.import_folder(tmp_path / "ae.safetensors", tmp_path / "out")
+
+
+# --- what is refused ---
+
+LOOKS = {
+    "transformer_blocks.0.attn.to_q.lora_A.weight": "a LoRA",
+    "lora_unet_double_blocks_0_img_attn_proj.lora_down.weight": "a LoRA",
+    "model.diffusion_model.input_blocks.0.0.weight": "an all-in-one checkpoint",
+    "down_blocks.0.resnets.0.conv1.weight": "a U-Net",
+    "joint_blocks.0.context_block.attn.qkv.weight": "a Stable Diffusion 3",
+    "double_blocks.0.img_attn.qkv.scale_weight": "a quantised checkpoint",
+    "decoder.block.0.layer.0.SelfAttention.q.weight": "a T5 with its decoder",
+    "single_transformer_blocks.3.attn.to_q.weight": "a part of a FLUX transformer",
+    "model.layers.0.self_attn.q_proj.weight": "a language model",
+    "something.weight": "no network that is known here \\(2 tensors, as ",
+}
+
+
+@pytest.mark.parametrize("name", LOOKS)
+def test_wrong_kind_says_what_it_looks_like(tmp_path, name):
+    path = tmp_path / "file.safetensors"
+    safetensors.numpy.save_file({name: np.zeros(2, np.float32), "first_stage": np.zeros(2, np.float32)}, path)
+    for function in (lambda: convert.import_folder(path, tmp_path / "out"), lambda: list(convert.describe(path))):
+        with pytest.raises(UserError, match=f"file.safetensors looks like {LOOKS[name]}"):
+            function()
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16"], indirect=True)
+def test_wrong_network_config_and_pipeline(pipeline, clip, ours, tmp_path):
+    out = tmp_path / "out"
+    for arguments, words in (
+        ((pipeline / "vae", out, "flux"), r"looks like autoencoder \(diffusers\); expected flux"),
+        ((pipeline / "vae", out, None, "bfl"), r"looks like autoencoder \(diffusers\); expected bfl"),
+        ((clip, out, "clip_text"), r"looks like clip \(hf\); expected clip_text"),
+        ((pipeline, out, "flux"), "whole pipeline, for which --network has no meaning"),
+        ((ours, out), "in our format already"),
+        ((ours / "vae", out), "in our format already"),
+        ((tmp_path / "none", out), "does not exist"),
+        ((pipeline / "tokenizer", out), "no weights under a usual name"),
+    ):
+        with pytest.raises(UserError, match=words):
+            convert.import_folder(*arguments)
+    shutil.copytree(pipeline / "vae", tmp_path / "mixed")
+    shutil.copy(pipeline / "transformer" / "config.json", tmp_path / "mixed" / "config.json")
+    with pytest.raises(UserError, match="describes FluxTransformer2DModel, but the weights look like autoencoder"):
+        convert.import_folder(tmp_path / "mixed", out)
+    config = json.loads((pipeline / "vae" / "config.json").read_text())
+    (tmp_path / "mixed" / "config.json").write_text(json.dumps(config | {"act_fn": "relu"}))
+    with pytest.raises(UserError, match="act_fn"):
+        convert.import_folder(tmp_path / "mixed", out)
+    index = json.loads((pipeline / convert.INDEX).read_text())
+    (tmp_path / "pipe").mkdir()
+    for content, words in (
+        (index | {"_class_name": "StableDiffusionXLPipeline"}, "describes a StableDiffusionXLPipeline"),
+        (index, "lacks the folders transformer, vae, text_encoder, text_encoder_2, tokenizer"),
+    ):
+        (tmp_path / "pipe" / convert.INDEX).write_text(json.dumps(content))
+        with pytest.raises(UserError, match=words):
+            convert.import_folder(tmp_path / "pipe", out)
+    for source in (pipeline, tmp_path / "none", clip):
+        with pytest.raises(UserError, match="is not a folder made by"):
+            convert.export_folder(source, out, "diffusers")
+    with pytest.raises(UserError, match="choose diffusers, bfl, comfyui"):
+        convert.export_folder(ours, out, "gguf")
+    for style in ("bfl", "comfyui"):
+        part = {"bfl": ours / "text_encoder", "comfyui": tmp_path / "reward"}[style]
+        if style == "comfyui":
+            convert.import_folder(clip, part)
+        with pytest.raises(UserError, match=f"{style} has no place for .*; use --format diffusers"):
+            convert.export_folder(part, out, style)
+    shutil.rmtree(tmp_path / "reward")
+    with pytest.raises(UserError, match="--tokenizer is for CLIP rewards; .* is a autoencoder network"):
+        convert.import_folder(pipeline / "vae", out, tokenizer=pipeline / "tokenizer")
+    assert sorted(os.listdir(tmp_path)) == ["mixed", "pipe"]
+
+
+def edit_shard(part, change):
+    """Rewrites the one shard that holds the tensor named in ``change`` (or the last), by ``change(arrays)``."""
+    file = sorted(part.glob("*.safetensors"))[-1]
+    arrays = safetensors.numpy.load_file(file)
+    change(arrays)
+    safetensors.numpy.save_file(arrays, file, {"format": "pt"})
+    index = part / "diffusion_pytorch_model.safetensors.index.json"
+    names = {name: f.name for f in part.glob("*.safetensors") for name in SafetensorsFile(f).specs}
+    index.write_text(json.dumps({"weight_map": names}))
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16"], indirect=True)
+@pytest.mark.parametrize("fault", ["missing", "unused", "shape", "truncated", "pointer", "lost shard", "interrupt",
+                                   "disk full"])
+def test_a_fault_in_a_late_component_leaves_nothing(pipeline, tmp_path, fault, monkeypatch):
+    source, target = tmp_path / "in", tmp_path / "sub" / "out"
+    shutil.copytree(pipeline, source)
+    part = source / "vae"
+    last = sorted(part.glob("*.safetensors"))[-1]
+    error, words = UserError, ""
+    if fault == "missing":
+        edit_shard(part, lambda arrays: arrays.pop(sorted(arrays)[0]))
+        words = "autoencoder network: 1 missing: "
+    elif fault == "unused":
+        edit_shard(part, lambda arrays: arrays.update(extra=np.zeros(2, np.float32)))
+        words = "autoencoder network: 1 not used: extra"
+    elif fault == "shape":
+        edit_shard(part, lambda arrays: arrays.update({sorted(arrays)[0]: np.zeros((2, 9), np.float32)}))
+        words = r"1 wrong shape: .* \[2, 9\] instead of "
+    elif fault == "truncated":
+        last.write_bytes(last.read_bytes()[:-7])
+        words = "cut short .* download it again"
+    elif fault == "pointer":
+        last.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
+        words = "git-lfs pointer"
+    elif fault == "lost shard":
+        last.unlink()
+        words = "names files that are not there"
+    elif fault == "disk full":
+        usage = shutil.disk_usage(tmp_path)
+        monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
+        words = "0.0 GB free; flux needs"
+    else:
+        write, count, error = files.SafetensorsWriter.write, [], KeyboardInterrupt
+
+        def interrupted(self, *arguments):
+            count.append(1)
+            if len(count) > 60:
+                raise KeyboardInterrupt
+            write(self, *arguments)
+
+        monkeypatch.setattr(files.SafetensorsWriter, "write", interrupted)
+    with pytest.raises(error, match=words) as caught:
+        convert.import_folder(source, target)
+    assert "\n" not in str(caught.value)
+    assert os.listdir(tmp_path / "sub") == []
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16"], indirect=True)
+def test_nothing_is_overwritten(pipeline, ours, tmp_path):
+    (tmp_path / "mine").write_text("precious")
+    for target in (tmp_path, tmp_path / "mine"):
+        with pytest.raises(UserError, match="exists already"):
+            convert.import_folder(pipeline / "vae", target)
+        with pytest.raises(UserError, match="exists already"):
+            convert.export_folder(ours / "vae", target, "diffusers")
+    assert os.listdir(tmp_path) == ["mine"] and (tmp_path / "mine").read_text() == "precious"
+
+
+# --- inspect ---
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16"], indirect=True)
+def test_inspect_says_what_a_path_is(pipeline, ours, clip, tmp_path, capsys, dtype):
+    def inspect(path):
+        convert.main(["inspect", str(path)])
+        return capsys.readouterr().out
+
+    text = inspect(pipeline)
+    assert "FLUX pipeline, diffusers folder" in text and text.count("complete: every tensor fits") == 4
+    for words in ("flux (diffusers)", "autoencoder (diffusers)", "clip_text (hf)", "t5 (hf)"):
+        assert words in text
+    parameters = sum(p.numel() for p in references.flux_transformer().parameters())
+    assert f"{parameters:,} parameters" in text and f"x {dtype}" in text
+    assert f"   2 x transformer_blocks.*.attn.to_q.weight [32, 32] {dtype}" in text
+    text = inspect(ours / "transformer")
+    assert "flux, our format" in text and f"{parameters:,} parameters" in text and "num_single_layers=3" in text
+    assert "our format" in inspect(ours).splitlines()[0]
+    arrays = safetensors.numpy.load_file(clip / "model.safetensors")
+    del arrays["logit_scale"]
+    safetensors.numpy.save_file(arrays, tmp_path / "model.safetensors")
+    shutil.copy(clip / "config.json", tmp_path)
+    assert "does not convert as it is" in inspect(tmp_path) and "1 missing: logit_scale" in inspect(tmp_path)
+
+
+# --- the command line, in a process of its own ---
+
+
+def run(*arguments):
+    command = [sys.executable, "-m", "srpo_jax.convert", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16"], indirect=True)
+def test_command_line_errors_are_one_line_and_an_exit_code(pipeline, tmp_path):
+    result = run("import", "--source", pipeline / "tokenizer", "--target", tmp_path / "out")
+    assert result.returncode == 1 and result.stdout == ""
+    assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("text, size", [("10GB", 10**10), ("500mb", 5 * 10**8), ("1.5G", 15 * 10**8), ("77", 77)])
+def test_shard_sizes(text, size):
+    assert convert._size(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "GB", "-3", "0", "10TB"])
+def test_shard_sizes_that_are_none(text, capsys):
+    with pytest.raises(SystemExit):
+        convert.main(["export", "--source", "a", "--target", "b", "--format", "bfl", "--max-shard-size", text])
+    assert "is not a size" in capsys.readouterr().err or text == "-3"
+
+
+MEASURED = """
+import runpy, sys
+source, imported, exported = sys.argv[1:]
+for arguments in (
+    ["import", "--source", source, "--target", imported],
+    ["export", "--source", imported, "--target", exported, "--format", "bfl"],
+):
+    sys.argv = ["convert", *arguments]
+    try:
+        runpy.run_module("srpo_jax.convert", run_name="__main__")
+    except SystemExit as stop:
+        assert not stop.code, stop.code
+assert "torch" not in sys.modules and "transformers" not in sys.modules
+status = open("/proc/self/status").read()
+print(next(line.split()[1] for line in status.splitlines() if line.startswith("VmHWM")))
+"""
+
+
+def peak(*paths):
+    """Peak resident memory in bytes of the real commands, in and out; they assert that torch stayed out of it."""
+    command = [sys.executable, "-c", MEASURED, *map(str, paths)]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    return int(result.stdout.splitlines()[-1]) * 1024
+
+
+@pytest.mark.skipif(not pathlib.Path("/proc/self/status").exists(), reason="memory is measured as Linux reports it")
+def test_memory_stays_near_the_largest_tensor(tmp_path):
+    """A 400 MB transformer of 5 MB tensors, in and out again, takes little more memory than one of 1 MB."""
+    sizes = {"num_layers": 1, "attention_head_dim": 128, "axes_dims_rope": [16, 56, 56], "in_channels": 64,
+             "joint_attention_dim": 64, "pooled_projection_dim": 32, "guidance_embeds": True}
+    form, peaks = formats.find("flux", "diffusers"), {}
+    for name, heads, layers in (("small", 1, 1), ("large", 4, 23)):
+        config = folder.make_config("flux", sizes | {"num_attention_heads": heads, "num_single_layers": layers}, name)
+        shapes = {n: leaf.shape for n, leaf in engine.flatten(folder.abstract("flux", config)[1]).items()}
+        shapes = engine.source_shapes(form.table(config), shapes)
+        specs = {n: files.Spec(shape, np.dtype(np.float32)) for n, shape in shapes.items()}
+        source, imported, exported = tmp_path / f"{name}.safetensors", tmp_path / "in" / name, tmp_path / "out" / name
+        with files.SafetensorsWriter(source, specs) as out:
+            for n, spec in specs.items():
+                out.write(n, np.ones(spec.shape, np.float32))
+        peaks[name] = peak(source, imported, exported)
+        shutil.rmtree(tmp_path / "in")
+        shutil.rmtree(tmp_path / "out")
+    assert source.stat().st_size > 380e6 and max(spec.nbytes for spec in specs.values()) < 7e6
+    print(peaks)
+    assert peaks["large"] - peaks["small"] < 60e6
+
+
+def test_sigterm_leaves_nothing(tmp_path):
+    """Killed while writing, the command removes what it had begun."""
+    script = f"""
+        import os, signal, sys
+        from srpo_jax.weights import files
+        write = files.SafetensorsWriter.write
+        def killed(self, *arguments):
+            write(self, *arguments)
+            os.kill(os.getpid(), signal.SIGTERM)
+        files.SafetensorsWriter.write = killed
+        sys.argv = ["convert", "import", "--source", {str(tmp_path / "in")!r}, "--target", {str(tmp_path / "o")!r}]
+        import runpy
+        runpy.run_module("srpo_jax.convert", run_name="__main__")
+    """
+    references.clip().save_pretrained(tmp_path / "in")
+    command = [sys.executable, "-c", textwrap.dedent(script)]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == 128 + signal.SIGTERM, result.stderr
+    assert os.listdir(tmp_path) == ["in"]
