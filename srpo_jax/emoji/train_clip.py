@@ -1,0 +1,343 @@
+"""Trains the small world's CLIPs: the reward that steers style, and the judge that measures the result.
+
+    python -m srpo_jax.emoji.train_clip --role=reward --workdir=/tmp/reward
+    python -m srpo_jax.emoji.train_clip --role=judge --workdir=/tmp/judge
+
+Either takes some ten minutes on one CPU core. The same command resumes from the last checkpoint in ``--workdir``. At
+the end a Hugging Face ``CLIPModel`` folder (bfloat16) is written to ``--out`` (default: ``reward`` or ``judge`` beside
+this file).
+
+The reward sees the train split's concepts alone and is used in SRPO; the judge (another size and seed) sees every
+concept, and nothing is ever trained against it. Both learn contrastively (arXiv 2103.00020, section 2.3) from batches
+that hold every style of each of their concepts, so that neither the style nor the object is enough to tell the right
+text. Pictures are degraded as generated ones are (blur, noise, tints). Some of the reward's are blends of two styles,
+with both texts in proportion as target: a gradient needs similarity to grow all the way from one to the other.
+"""
+
+import argparse
+import dataclasses
+import json
+import os
+import pathlib
+import sys
+import time
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import optax
+import orbax.checkpoint as ocp
+from flax import nnx
+
+from srpo_jax import errors, rewards, text
+from srpo_jax.emoji import pictures, tokenizers, world
+from srpo_jax.emoji.clip_quality import Evaluation
+from srpo_jax.emoji.degrade import degrade
+from srpo_jax.emoji.pictures import SIZE
+from srpo_jax.models.clip import Clip, ClipConfig, ClipTextConfig, ClipVisionConfig
+from srpo_jax.models.compute import Compute, Params, bind, build
+from srpo_jax.weights import clip as tables
+from srpo_jax.weights import engine, files
+
+LENGTH = 16  # text tokens
+STYLES = len(world.STYLES)
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """How one of the two is built and trained.
+
+    Attributes:
+      known: which concepts it is trained on: "train" or "all".
+      steps: updates.
+      concepts: of a batch; every one comes in all styles.
+      world_share: the part of these that is drawn from the world's concepts, the rest from all known ones.
+      rate: peak learning rate of AdamW.
+      blend: the part of the pictures that are blends of two styles.
+    """
+
+    known: str
+    seed: int
+    width: int
+    layers: int
+    heads: int
+    patch: int
+    steps: int
+    concepts: int
+    world_share: float
+    rate: float
+    blend: float
+    text_width: int = 128
+    text_layers: int = 2
+    embedding: int = 64
+
+
+RECIPES = {
+    "reward": Recipe("train", 1, 160, 5, 5, 16, steps=1400, concepts=28, world_share=0.5, rate=2e-3, blend=0.25),
+    "judge": Recipe("all", 2, 192, 4, 6, 16, steps=1400, concepts=28, world_share=0.85, rate=2e-3, blend=0.0),
+}
+WARMUP = 15  # one part in so many of the steps
+WEIGHT_DECAY = 0.05
+REPORT_EVERY = 25  # steps
+
+
+def make_config(recipe: Recipe, vocabulary: int) -> ClipConfig:
+    """The network of a recipe; the vocabulary's last id ends a text."""
+    return ClipConfig(
+        ClipTextConfig(
+            vocab_size=vocabulary,
+            hidden_size=recipe.text_width,
+            intermediate_size=4 * recipe.text_width,
+            num_hidden_layers=recipe.text_layers,
+            num_attention_heads=recipe.text_width // 32,
+            max_position_embeddings=LENGTH,
+            hidden_act="quick_gelu",
+            eos_token_id=vocabulary - 1,
+        ),
+        ClipVisionConfig(
+            hidden_size=recipe.width,
+            intermediate_size=4 * recipe.width,
+            num_hidden_layers=recipe.layers,
+            num_attention_heads=recipe.heads,
+            image_size=SIZE,
+            patch_size=recipe.patch,
+            hidden_act="quick_gelu",
+        ),
+        recipe.embedding,
+    )
+
+
+def see_places(params: Params) -> Params:
+    """Starts a vision tower so that it learns soon where things are; little data and time are left for that.
+
+    Position embeddings begin as sines and cosines of row and column, not as faint noise, and a white patch, which most
+    of a picture is made of, begins as nearly zero.
+    """
+    vision = params["vision"]
+    tokens, width = vision["position_embedding"].shape
+    side = round((tokens - 1) ** 0.5)
+    frequencies = np.pi / 2 / side * 2.0 ** np.linspace(0, np.log2(side), width // 4)
+    row, column = (grid.reshape(-1, 1) * frequencies for grid in np.mgrid[:side, :side])
+    places = np.concatenate([np.sin(row), np.cos(row), np.sin(column), np.cos(column)], axis=1)
+    table = jnp.concatenate([vision["position_embedding"][:1], jnp.asarray(places, jnp.float32)])
+    kernel = vision["patch_embedding"]["kernel"]
+    kernel = kernel - kernel.mean((0, 1, 2), keepdims=True)
+    return params | {"vision": vision | {"position_embedding": table, "patch_embedding": {"kernel": kernel}}}
+
+
+# --- training -------------------------------------------------------------------------------------------------------
+
+
+def cross_entropy(logits: jax.Array, targets: jax.Array) -> jax.Array:
+    """Mean cross entropy over rows; rows of targets are brought to sum 1."""
+    targets = targets / targets.sum(-1, keepdims=True)
+    return -jnp.mean(jnp.sum(targets * jax.nn.log_softmax(logits, axis=-1), axis=-1))
+
+
+def contrastive_loss(logits: jax.Array, shares: jax.Array) -> jax.Array:
+    """The symmetric contrastive loss against styled and bare captions, and that of the style words alone.
+
+    Args:
+      logits: [C * S, C * S + C + S], scaled similarities of C concepts' pictures in S styles to the styled captions,
+        the bare captions and the style words.
+      shares: [C, S, S], what part of picture (c, s) each style is.
+    """
+    concepts = shares.shape[0]
+    count = concepts * STYLES
+    styled, bare, words = jnp.split(logits, [count, count + concepts], axis=1)
+    own = jnp.eye(concepts)
+    styled_target = jnp.einsum("cst,cd->csdt", shares, own).reshape(count, count)
+    bare_target = jnp.repeat(own, STYLES, axis=0)
+    losses = (
+        cross_entropy(styled, styled_target),
+        cross_entropy(styled.T, styled_target.T + 1e-6),
+        0.5 * cross_entropy(bare, bare_target),
+        0.5 * cross_entropy(bare.T, bare_target.T),
+        0.5 * cross_entropy(words, shares.reshape(count, STYLES)),
+    )
+    return sum(losses)
+
+
+def make_step(graphdef, tx: optax.GradientTransformation, recipe: Recipe, images: jax.Array, ids: jax.Array):
+    """The compiled update ``(params, opt_state, chosen [C], key) -> (params, opt_state, loss)``.
+
+    Args:
+      graphdef: of the network.
+      tx: the optimiser.
+      recipe: its batch.
+      images: uint8 [concepts, S, 64, 64, 3], all pictures.
+      ids: [concepts, S + 1, T], styled and bare captions, and in a last row the style words (the bare one unused).
+    """
+
+    def step(params: Params, opt_state: optax.OptState, chosen: jax.Array, key: jax.Array):
+        keys = jax.random.split(key, 4)
+        batch = images[chosen].astype(jnp.float32) / 255
+        # Each picture's partner in a blend is one of the other styles of its concept.
+        other = (jnp.arange(STYLES) + jax.random.randint(keys[0], (recipe.concepts, STYLES), 1, STYLES)) % STYLES
+        part = jax.random.uniform(keys[1], other.shape) * jax.random.bernoulli(keys[2], recipe.blend, other.shape)
+        blended = jnp.take_along_axis(batch, other[..., None, None, None], axis=1)
+        batch = batch + part[..., None, None, None] * (blended - batch)
+        shares = (1 - part[..., None]) * jnp.eye(STYLES) + part[..., None] * jax.nn.one_hot(other, STYLES)
+        batch = degrade(batch.reshape(-1, SIZE, SIZE, 3), keys[3])
+        rows = ids[chosen]
+        texts = jnp.concatenate([rows[:, :STYLES].reshape(-1, LENGTH), rows[:, STYLES], ids[-1, :STYLES]])
+
+        def loss(params: Params) -> jax.Array:
+            model = bind(graphdef, params)
+            image = rewards.unit(model.encode_image(rewards.preprocess(batch, SIZE)))
+            similarity = image @ rewards.unit(model.encode_text(texts)).T
+            return contrastive_loss(jnp.exp(params["logit_scale"]) * similarity, shares)
+
+        value, grads = jax.value_and_grad(loss)(params)
+        updates, opt_state = tx.update(grads, opt_state, params)
+        params = optax.apply_updates(params, updates)
+        params["logit_scale"] = jnp.minimum(params["logit_scale"], jnp.log(100.0))  # as CLIP was trained
+        return params, opt_state, value
+
+    return jax.jit(step, donate_argnums=(0, 1))
+
+
+def choose(recipe: Recipe, step: int, known: np.ndarray, favoured: np.ndarray) -> np.ndarray:
+    """The concepts of one batch, without repetition; a function of seed and step, so that resuming changes nothing."""
+    rng = np.random.default_rng((recipe.seed, step))
+    first = rng.choice(favoured, round(recipe.concepts * recipe.world_share), replace=False)
+    rest = rng.choice(np.setdiff1d(known, first), recipe.concepts - len(first), replace=False)
+    return np.concatenate([first, rest])
+
+
+def fit(
+    recipe: Recipe,
+    config: ClipConfig,
+    images: np.ndarray,
+    ids: np.ndarray,
+    known: np.ndarray,
+    favoured: np.ndarray,
+    workdir: pathlib.Path,
+    save_every: int = 100,
+) -> tuple[nnx.GraphDef, Params]:
+    """Trains a network, from the last checkpoint in ``workdir`` if there is one. Prints loss, rate and time left.
+
+    Args:
+      recipe, config: how; the network.
+      images, ids: see ``make_step``.
+      known, favoured: rows of these that are trained on, and those among them that ``world_share`` is drawn from.
+      workdir: checkpoints; the last one is kept.
+      save_every: steps between checkpoints.
+
+    Returns:
+      (graph definition, trained parameters).
+    """
+    graphdef, params = build(lambda rngs: Clip(config, Compute(), rngs=rngs), recipe.seed)
+    params = see_places(params)
+    print(f"{sum(leaf.size for leaf in jax.tree.leaves(params)):,} parameters, {len(known)} concepts")
+    schedule = optax.warmup_cosine_decay_schedule(0.0, recipe.rate, recipe.steps // WARMUP, recipe.steps, 0.0)
+    decayed = jax.tree.map(lambda leaf: leaf.ndim > 1, params)
+    tx = optax.chain(
+        optax.clip_by_global_norm(1.0),
+        optax.adamw(schedule, b2=0.98, weight_decay=WEIGHT_DECAY, mask=decayed),
+    )
+    opt_state = tx.init(params)
+    manager = ocp.CheckpointManager(workdir.absolute(), options=ocp.CheckpointManagerOptions(max_to_keep=1))
+    begin = manager.latest_step() or 0
+    if begin:
+        saved = manager.restore(begin, args=ocp.args.StandardRestore({"params": params, "opt_state": opt_state}))
+        params, opt_state = saved["params"], saved["opt_state"]
+        print(f"resumed at step {begin}")
+    step = make_step(graphdef, tx, recipe, jnp.asarray(images), jnp.asarray(ids))
+    started, losses = time.monotonic(), []
+    for index in range(begin, recipe.steps):
+        key = jax.random.fold_in(jax.random.key(recipe.seed), index)
+        params, opt_state, loss = step(params, opt_state, choose(recipe, index, known, favoured), key)
+        losses.append(loss)
+        done = index + 1
+        if done % REPORT_EVERY == 0:
+            rate = (done - begin) / (time.monotonic() - started)
+            left = (recipe.steps - done) / rate / 60
+            mean = float(np.mean(losses[-REPORT_EVERY:]))
+            print(f"step {done}/{recipe.steps} loss {mean:.3f} {rate:.2f} steps/s, {left:.1f} min left", flush=True)
+        if done % save_every == 0 or done == recipe.steps:
+            manager.save(done, args=ocp.args.StandardSave({"params": params, "opt_state": opt_state}))
+            manager.wait_until_finished()
+    manager.close()
+    return graphdef, params
+
+
+# --- files ----------------------------------------------------------------------------------------------------------
+
+
+def export(config: ClipConfig, params: Params, folder: pathlib.Path) -> None:
+    """Writes config.json, model.safetensors (bfloat16) and preprocessor_config.json of a HF ``CLIPModel``."""
+    folder.mkdir(parents=True, exist_ok=True)
+    content = dataclasses.asdict(config)
+    content["text_config"] |= {
+        "model_type": "clip_text_model",
+        "projection_dim": config.projection_dim,
+        "bos_token_id": config.text_config.eos_token_id - 1,
+        "pad_token_id": config.text_config.eos_token_id,
+    }
+    content["vision_config"] |= {"model_type": "clip_vision_model", "projection_dim": config.projection_dim}
+    content |= {
+        "architectures": ["CLIPModel"],
+        "model_type": "clip",
+        "torch_dtype": "bfloat16",
+        "logit_scale_init_value": 2.6592,
+    }
+    (folder / "config.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    processor = {
+        "image_processor_type": "CLIPImageProcessor",
+        "do_convert_rgb": True,
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_resize": True,
+        "resample": 3,
+        "size": {"shortest_edge": SIZE},
+        "do_center_crop": True,
+        "crop_size": {"height": SIZE, "width": SIZE},
+        "do_normalize": True,
+        "image_mean": list(rewards.MEAN),
+        "image_std": list(rewards.STD),
+    }
+    (folder / "preprocessor_config.json").write_text(json.dumps(processor, indent=2) + "\n", encoding="utf-8")
+    tensors = engine.from_params(tables.hf_rules(config), params)
+    tensors = {name: tensor.astype(ml_dtypes.bfloat16) for name, tensor in sorted(tensors.items())}
+    specs = {name: files.Spec(tensor.shape, tensor.dtype) for name, tensor in tensors.items()}
+    with files.SafetensorsWriter(folder / "model.safetensors", specs, {"format": "pt"}, lambda count: None) as out:
+        for name, tensor in tensors.items():
+            out.write(name, tensor)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Trains, evaluates and exports one of the two networks. See the module's docstring."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--role", required=True, choices=sorted(RECIPES))
+    parser.add_argument("--workdir", required=True, type=pathlib.Path, help="checkpoints; the same one resumes")
+    parser.add_argument("--out", type=pathlib.Path, help="the exported folder")
+    parser.add_argument("--steps", type=int, help="updates, instead of the recipe's")
+    args = parser.parse_args(argv)
+    recipe = RECIPES[args.role]
+    if args.steps:
+        recipe = dataclasses.replace(recipe, steps=args.steps)
+    out = args.out or pathlib.Path(__file__).parent / args.role
+
+    concepts = world.concepts()
+    known = np.array([i for i, concept in enumerate(concepts) if recipe.known in ("all", concept.split)])
+    chosen = {concept.id for concept in world.world()}
+    favoured = np.array([i for i in known if concepts[i].id in chosen])
+    captions = [world.prompt(concepts[i], style) for i in known for style in world.STYLES]
+    vocabulary = tokenizers.train_clip_tokenizer(captions, out, LENGTH)
+    tokenizer = text.load_tokenizer(out)
+    texts = [[world.prompt(concept, style) for style in (*world.STYLES, None)] for concept in concepts]
+    texts.append([*world.STYLES, ""])
+    ids = text.tokenize(tokenizer, [prompt for row in texts for prompt in row], LENGTH).reshape(len(texts), -1, LENGTH)
+    images = np.moveaxis(pictures.load(concepts), 0, 1)
+
+    config = make_config(recipe, vocabulary)
+    graphdef, params = fit(recipe, config, images, ids, known, favoured, args.workdir)
+    Evaluation(graphdef, params, images, ids).report(args.role)
+    export(config, params, out)
+    print(f"wrote {os.path.relpath(out)}")
+
+
+if __name__ == "__main__":
+    sys.exit(errors.run(main))
