@@ -63,15 +63,14 @@ class Conditioner:
         self.encode = TextEncoders(
             config.model.path, built.computes.text, built.mesh, architecture.transformer, config.data.text_length
         )
-        self._rewards = {
-            name: (
-                text.load_tokenizer(pathlib.Path(path) / "tokenizer"),
-                architecture.rewards[name].text_config.max_position_embeddings,
-                # HPS-v2.1 was trained with open_clip's tokenizer, which pads with 0.
-                0 if name == "hps" else "own",
-            )
-            for name, (path, _) in program.used_rewards(config).items()
-        }
+        self._rewards = {}
+        for name, (path, _) in program.used_rewards(config).items():
+            tokenizer = text.load_tokenizer(pathlib.Path(path) / "tokenizer")
+            # HPS-v2.1 was trained with open_clip's tokenizer, which pads with 0.
+            pad = 0 if name == "hps" else tokenizer.pad_token_id
+            if pad is None:
+                raise UserError(f"{path}/tokenizer names no padding token; take the tokenizer of a CLIP model")
+            self._rewards[name] = tokenizer, architecture.rewards[name].text_config.max_position_embeddings, pad
 
     def batch(self, prompts: Sequence[str], step: int) -> Batch:
         """The batch of update ``step`` (counted from 1) from this process's prompts."""

@@ -98,7 +98,7 @@ def test_an_indivisible_dimension_names_the_parameter():
 
 # --- the update on eight devices --------------------------------------------------------------------------------------
 
-MESHES = {"one": (1, 1, 1), "data": (8, 1, 1), "fsdp": (1, 8, 1), "all": (2, 2, 2)}
+MESHES = {"one": (1, 1, 1), "fsdp": (1, 8, 1), "all": (2, 2, 2)}
 
 
 def run(command, *words):
@@ -116,7 +116,7 @@ def run(command, *words):
 
 
 def update_on_every_mesh(models, out):
-    """Child: one update on every mesh from the same weights and prompts; the first three states are saved."""
+    """Child: one update on every mesh from the same weights and prompts; the states are saved."""
     report = {}
     for name, shape in MESHES.items():
         config = tiny.config(
@@ -195,12 +195,8 @@ def test_every_mesh_gives_the_numbers_of_one_device(updated, name):
 
 def moment(workdir):
     """The first moments of the checkpoint of step 1, by path."""
-    import orbax.checkpoint as ocp
-
-    tree = ocp.StandardCheckpointer().restore((workdir / "checkpoints" / "1" / "opt_state").absolute())
-    flat, _ = jax.tree_util.tree_flatten_with_path(tree)
-    named = {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in flat}
-    return {path: leaf for path, leaf in named.items() if "['mu']" in path}
+    stored = tiny.read_arrays(workdir / "checkpoints" / "1" / "opt_state")
+    return {path: leaf for path, leaf in stored.items() if "['mu']" in path}
 
 
 def test_checkpoints_move_between_meshes(models, updated):

@@ -10,7 +10,6 @@ import sys
 
 import jax
 import numpy as np
-import orbax.checkpoint as ocp
 import pytest
 import tiny
 from ml_collections import ConfigDict
@@ -46,9 +45,7 @@ def arrays(workdir, step):
     folder = workdir / "checkpoints" / str(step)
     found = {}
     for item in checkpoint.ARRAYS:
-        tree = ocp.StandardCheckpointer().restore((folder / item).absolute())
-        for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-            found[item + jax.tree_util.keystr(path)] = np.asarray(leaf)
+        found |= {item + path: array for path, array in tiny.read_arrays(folder / item).items()}
     return found, json.loads((folder / "run" / "metadata").read_text())
 
 
@@ -85,8 +82,9 @@ def test_sample_grids_show_the_held_out_prompts_with_the_same_noise(whole):
     pictures = [np.asarray(Image.open(whole / "samples" / f"{n:06d}.png"), np.int32) for n in (0, 2, 4)]
     assert all(picture.shape == (2 * 32, 2 * 48, 3) for picture in pictures)
     assert (pictures[0][32:, 48:] == 255).all()  # three prompts fill three of four places
-    moved = [np.abs(picture - pictures[0])[:32].mean() for picture in pictures[1:]]
-    assert 0 < moved[0] < 20 and 0 < moved[1] < 20  # other weights, but not other noise
+    first, moved = pictures[0][:32], [np.abs(picture - pictures[0])[:32].mean() for picture in pictures[1:]]
+    # Other weights, but not other noise: a picture is nearer to itself two updates later than to its neighbour.
+    assert 0 < moved[0] < moved[1] and moved[0] < np.abs(first[:, :48] - first[:, 48:]).mean() / 2
 
 
 def test_the_weights_move_and_the_average_follows(whole, models):

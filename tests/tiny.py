@@ -5,6 +5,7 @@ import pathlib
 
 import jax
 import numpy as np
+import orbax.checkpoint as ocp
 
 from srpo_jax import config as config_lib
 from srpo_jax.emoji import tokenizers
@@ -87,6 +88,14 @@ def write_all(path: pathlib.Path) -> pathlib.Path:
     (path / "train.txt").write_text("\n".join(PROMPTS) + "\n")
     (path / "held_out.txt").write_text("\n".join(HELD_OUT) + "\n")
     return path
+
+
+def read_arrays(folder: pathlib.Path) -> dict[str, np.ndarray]:
+    """The arrays of one item of a checkpoint, by path, whatever devices wrote them."""
+    tree = ocp.StandardCheckpointer().metadata(folder.absolute()).item_metadata.tree
+    how = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
+    found = ocp.PyTreeCheckpointer().restore(folder.absolute(), args=ocp.args.PyTreeRestore(restore_args=how))
+    return {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(found)}
 
 
 def config(path: pathlib.Path, **changes):
