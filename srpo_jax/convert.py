@@ -150,7 +150,7 @@ def _import_network(
     form, weights = formats.open_network(source, network, format)
     values, remark = formats.find_config(form, source, weights, config)
     table = form.table(values)
-    shapes = {name: leaf.shape for name, leaf in engine.flatten(folder.abstract(form.network, values)[1]).items()}
+    shapes = folder.shapes(form.network, values)
     place = engine.check(table, weights, shapes, form.network, remark)
     specs = engine.target_specs(table, weights, place, shapes, dtype)
     with _bar(form.network, specs, out) as bar, folder.writer(out, specs, bar.update) as file:
@@ -337,8 +337,7 @@ def describe(path: str | os.PathLike) -> Iterator[str]:
         yield f"{weights.path}: {form}"
         try:
             config, remark = formats.find_config(form, path, weights)
-            shapes = {n: leaf.shape for n, leaf in engine.flatten(folder.abstract(form.network, config)[1]).items()}
-            engine.check(form.table(config), weights, shapes, form.network, remark)
+            engine.check(form.table(config), weights, folder.shapes(form.network, config), form.network, remark)
             yield "complete: every tensor fits" + remark
         except UserError as error:
             yield f"does not convert as it is: {error}"

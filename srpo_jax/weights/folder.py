@@ -8,11 +8,13 @@ devices hold, once.
 """
 
 import dataclasses
+import functools
 import importlib
 import json
 import os
 import pathlib
-from collections.abc import Callable
+import types
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -52,6 +54,13 @@ def abstract(network: str, config: Any, compute: Compute = DEFAULT) -> tuple[nnx
     """Graph definition and ``ShapeDtypeStruct`` parameters of a network. Uses no memory."""
     _, constructor = classes(network)
     return models_compute.abstract(lambda rngs: constructor(config, compute, rngs=rngs))
+
+
+@functools.cache
+def shapes(network: str, config: Any) -> Mapping[str, tuple[int, ...]]:
+    """The shape of every parameter of a network, by dotted path."""
+    leaves = engine.flatten(abstract(network, config)[1])
+    return types.MappingProxyType({name: tuple(leaf.shape) for name, leaf in leaves.items()})
 
 
 def is_ours(path: str | os.PathLike) -> bool:
@@ -114,7 +123,7 @@ def save(path: str | os.PathLike, network: str, config: Any, params: Params, dty
     """
     path = pathlib.Path(path)
     leaves = engine.flatten(params)
-    expected = {name: tuple(leaf.shape) for name, leaf in engine.flatten(abstract(network, config)[1]).items()}
+    expected = shapes(network, config)
     found = {name: tuple(leaf.shape) for name, leaf in leaves.items()}
     if found != expected:
         wrong = sorted(name for name in found.keys() | expected.keys() if found.get(name) != expected.get(name))
@@ -139,9 +148,9 @@ def open_weights(path: str | os.PathLike, network: str | None = None) -> tuple[s
     if not (path / WEIGHTS).exists():
         raise UserError(f"{path / WEIGHTS} does not exist; convert the weights again")
     source = SafetensorsFile(path / WEIGHTS)
-    shapes = {name: tuple(leaf.shape) for name, leaf in engine.flatten(abstract(found, config)[1]).items()}
+    expected = shapes(found, config)
     stored = {name: spec.shape for name, spec in source.specs.items()}
-    wrong = sorted(name for name in shapes.keys() | stored.keys() if shapes.get(name) != stored.get(name))
+    wrong = sorted(name for name in expected.keys() | stored.keys() if expected.get(name) != stored.get(name))
     if wrong:
         raise UserError(f"{source.path} does not fit its {CONFIG}: {len(wrong)} parameters differ, as {wrong[0]}")
     return found, config, source
