@@ -243,7 +243,8 @@ def finish(workdir: pathlib.Path, graphdef, params: Params, data: Data) -> None:
     for name in ("held_out", "linear", "world"):
         print(f"PSNR in dB, {name}: {_told(figures[name])}")
     for name in ("held_out", "world"):
-        shown = getattr(data, name)[:, :: len(getattr(data, name)[0]) // 12][:, :12]
+        concepts = getattr(data, name).shape[1]
+        shown = getattr(data, name)[:, np.linspace(0, concepts - 1, min(12, concepts)).astype(int)]
         rebuilt = pictures.to_uint8(decode(graphdef, params, encode(graphdef, params, shown)))
         rows = np.stack([shown, rebuilt], 1).reshape(-1, *shown.shape[2:])
         pictures.sheet(rows, shown.shape[1]).save(workdir / f"{name}.png")
