@@ -14,7 +14,7 @@ from srpo_jax import config
 def get_config() -> ConfigDict:
     """The recipe."""
     c = config.default()
-    c.steps = 30
+    c.steps = 16
     c.compilation_cache = ""
 
     c.model.path = "demo/models/pipeline"
@@ -36,14 +36,14 @@ def get_config() -> ConfigDict:
     c.reward.positive = ("3D",)
     c.reward.negative = ("Flat", "Mono")
 
-    c.optim.learning_rate = 2e-4
+    c.optim.learning_rate = 3e-5
     c.optim.clip_norm = 1.0
 
-    c.checkpoint.every = 5
+    c.checkpoint.every = 4
     c.checkpoint.keep = 100
-    c.sample.every = 10
+    c.sample.every = 8
     c.sample.prompts = "demo/prompts/holdout.txt"
     c.sample.count = 16
-    c.sample.steps = 20
+    c.sample.steps = 12
     c.sample.guidance = 2.5
     return c
