@@ -74,7 +74,7 @@ class Recipe:
 
 
 RECIPES = {
-    "reward": Recipe("train", 1, 160, 5, 5, 16, steps=1400, concepts=28, world_share=0.5, rate=2e-3, blend=0.25),
+    "reward": Recipe("train", 1, 160, 5, 5, 16, steps=800, concepts=28, world_share=0.5, rate=2e-3, blend=0.25),
     "judge": Recipe("all", 2, 192, 4, 6, 16, steps=1400, concepts=28, world_share=0.85, rate=2e-3, blend=0.0),
 }
 WARMUP = 15  # one part in so many of the steps
