@@ -13,14 +13,12 @@ import string
 from collections.abc import Iterable
 
 import tokenizers
-from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 
 START, END = "<|startoftext|>", "<|endoftext|>"
 WORD_END = "</w>"
 # OpenAI CLIP's division of lower-case text into words, which transformers repeats whatever the files say.
 CLIP_WORDS = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
-# Far beyond what captions need: merging ends when every word is whole.
-MERGES = 100_000
 
 PAD, EOS, UNK = "<pad>", "</s>", "<unk>"
 SPACE = "▁"  # sentencepiece's mark of a word's start
@@ -39,17 +37,15 @@ def train_clip_tokenizer(texts: Iterable[str], folder: str | pathlib.Path, lengt
       The vocabulary's size n. Ids n - 2 and n - 1 are start and end of text, the end being the largest id as in
       OpenAI's vocabulary (see ``clip.end_positions``); it also pads.
     """
-    tokenizer = tokenizers.Tokenizer(models.BPE(end_of_word_suffix=WORD_END))
-    tokenizer.normalizer = normalizers.Lowercase()
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+    normalizer = normalizers.Lowercase()
+    divide = pre_tokenizers.Sequence(
         [
             pre_tokenizers.Split(tokenizers.Regex(CLIP_WORDS), behavior="removed", invert=True),
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
     )
-    trainer = trainers.BpeTrainer(vocab_size=MERGES, min_frequency=1, end_of_word_suffix=WORD_END, show_progress=False)
-    tokenizer.train_from_iterator(texts, trainer)
-    merges = [tuple(merge) for merge in json.loads(tokenizer.to_str())["model"]["merges"]]
+    words = (word for text in texts for word, _ in divide.pre_tokenize_str(normalizer.normalize_str(text)))
+    merges = _byte_pairs(collections.Counter(words))
 
     # OpenAI's order: bytes, bytes that end a word, merges, specials.
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
@@ -67,6 +63,32 @@ def train_clip_tokenizer(texts: Iterable[str], folder: str | pathlib.Path, lengt
         {"tokenizer_class": "CLIPTokenizer", "model_max_length": length, "do_lower_case": True, **specials},
     )
     return len(vocabulary)
+
+
+def _byte_pairs(counts: collections.Counter[str]) -> list[tuple[str, str]]:
+    """The merges of byte-pair encoding (Sennrich et al., arXiv 1508.07909) until every counted word is whole.
+
+    Of equally frequent pairs the alphabetically last is merged first. The tokenizers library leaves that to chance,
+    and ids that differ from run to run would make a resumed training see other words.
+    """
+    words = {word: [*word[:-1], word[-1] + WORD_END] for word in counts}
+    merges = []
+    while True:
+        pairs = collections.Counter()
+        for word, pieces in words.items():
+            for pair in zip(pieces, pieces[1:], strict=False):
+                pairs[pair] += counts[word]
+        if not pairs:
+            return merges
+        first, second = merge = max(pairs, key=lambda pair: (pairs[pair], pair))
+        merges.append(merge)
+        for pieces in words.values():
+            index = 0
+            while index < len(pieces) - 1:
+                if pieces[index] == first and pieces[index + 1] == second:
+                    pieces[index : index + 2] = [first + second]
+                index += 1
+        words = {word: pieces for word, pieces in words.items() if len(pieces) > 1}
 
 
 def train_t5_tokenizer(texts: Iterable[str], folder: str | pathlib.Path, length: int) -> int:

@@ -1,0 +1,112 @@
+"""The backends against one another and against the formula. cuDNN needs a GPU: its padding is tested around XLA."""
+
+import functools
+import os
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from srpo_jax.models import attention as module
+from srpo_jax.models.attention import attention
+
+
+def inputs(batch=2, length=21, source=21, heads=3, dim=8, seed=0):
+    """Random query, key, value."""
+    keys = jax.random.split(jax.random.key(seed), 3)
+    shapes = [(batch, n, heads, dim) for n in (length, source, source)]
+    return [jax.random.normal(key, shape) for key, shape in zip(keys, shapes, strict=True)]
+
+
+def formula(query, key, value, scale, bias=None, causal=False):
+    """Attention in numpy, float64."""
+    query, key, value = (np.asarray(x, np.float64) for x in (query, key, value))
+    logits = np.einsum("bthd,bshd->bhts", query, key) * scale
+    if bias is not None:
+        logits = logits + np.asarray(bias)
+    if causal:
+        logits = np.where(np.tril(np.ones(logits.shape[-2:], bool)), logits, -np.inf)
+    weights = np.exp(logits - logits.max(-1, keepdims=True))
+    return np.einsum("bhts,bshd->bthd", weights / weights.sum(-1, keepdims=True), value)
+
+
+def assert_same_with_gradients(function, reference, arrays, tolerance):
+    """Outputs, and gradients of a weighted sum of them, agree to a part of the largest entry."""
+    weights = jax.random.normal(jax.random.key(9), reference(*arrays).shape)
+    for get in (lambda f: (f(*arrays),), lambda f: jax.grad(lambda *a: jnp.sum(weights * f(*a)), (0, 1, 2))(*arrays)):
+        for ours, theirs in zip(get(function), get(reference), strict=True):
+            np.testing.assert_allclose(ours, theirs, atol=tolerance * np.abs(theirs).max(), rtol=0)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("scale", [None, 0.7])
+def test_xla_is_the_formula(causal, scale):
+    arrays = inputs()
+    bias = None if causal else jax.random.normal(jax.random.key(1), (1, 3, 21, 21))
+    ours = attention(*arrays, backend="xla", scale=scale, bias=bias, causal=causal)
+    np.testing.assert_allclose(ours, formula(*arrays, scale or 8**-0.5, bias, causal), atol=2e-6)
+
+
+@pytest.mark.parametrize("length", [21, 64, 65])
+@pytest.mark.parametrize("case", ["plain", "causal", "bias"])
+def test_padding_for_cudnn_changes_nothing(length, case):
+    arrays = inputs(length=length, source=length)
+    bias = jax.random.normal(jax.random.key(1), (1, 3, length, length)) if case == "bias" else None
+    options = {"scale": 0.3, "bias": bias, "causal": case == "causal"}
+    padded = functools.partial(module._padded, **options, implementation="xla")
+    assert_same_with_gradients(padded, functools.partial(attention, backend="xla", **options), arrays, 3e-6)
+
+
+def test_cudnn_gets_multiples_of_64(monkeypatch):
+    seen = {}
+
+    def fake(query, key, value, bias, **options):
+        seen.update(options, shape=query.shape)
+        return query
+
+    monkeypatch.setattr(jax.nn, "dot_product_attention", fake)
+    out = attention(*inputs(length=21), backend="cudnn")
+    assert out.shape == (2, 21, 3, 8)
+    assert seen["shape"] == (2, 64, 3, 8) and seen["implementation"] == "cudnn"
+    assert seen["query_seq_lengths"].tolist() == seen["key_value_seq_lengths"].tolist() == [21, 21]
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_splash_interpreted_is_xla(causal):
+    arrays = inputs(batch=1, length=150, source=150, heads=2, dim=16)
+    splash = functools.partial(module._splash, scale=0.25, causal=causal, interpret=True)
+    reference = functools.partial(attention, backend="xla", scale=0.25, causal=causal)
+    assert_same_with_gradients(splash, reference, arrays, 1e-5)
+
+
+SHARDED = """
+import functools, jax, numpy as np
+from jax.sharding import AxisType
+from srpo_jax.models import attention as module
+arrays = [jax.random.normal(key, (4, 40, 2, 16)) for key in jax.random.split(jax.random.key(0), 3)]
+mesh = jax.make_mesh((2, 1, 2), ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
+with jax.set_mesh(mesh):
+    out = jax.jit(functools.partial(module._splash, scale=0.25, causal=False, interpret=True))(*arrays)
+assert out.sharding.shard_shape(out.shape) == (2, 40, 1, 16), out.sharding
+np.testing.assert_allclose(out, module.attention(*arrays, backend="xla", scale=0.25), atol=2e-6)
+"""
+
+
+def test_splash_divides_batch_and_heads_over_a_mesh():
+    flags = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=4"
+    environment = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
+    done = subprocess.run([sys.executable, "-c", SHARDED], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_errors_name_the_remedy():
+    arrays = inputs()
+    with pytest.raises(ValueError, match="choose one of xla, cudnn, splash"):
+        attention(*arrays, backend="flash")
+    with pytest.raises(ValueError, match="takes no bias"):
+        attention(*arrays, backend="splash", bias=jnp.zeros((1, 1, 21, 21)))
+    with pytest.raises(ValueError, match="equal lengths"):
+        attention(*inputs(source=30), backend="splash")
