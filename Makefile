@@ -5,10 +5,14 @@ OUT ?= demo
 VENV := .venv
 PIP := $(VENV)/bin/pip --disable-pip-version-check --quiet
 
+# glibc gives a step's memory back to the system and faults it in again in the next: a quarter of the time on small CPUs.
+# Others than glibc ignore the variable.
+MALLOC := GLIBC_TUNABLES=glibc.malloc.hugetlb=1:glibc.malloc.trim_threshold=100000000000:glibc.malloc.mmap_max=0:glibc.malloc.top_pad=268435456
+
 .PHONY: demo test lint clean
 
 demo: $(VENV)/.installed
-	$(VENV)/bin/python -m srpo_jax.emoji.demo --out $(OUT)
+	$(MALLOC) $(VENV)/bin/python -m srpo_jax.emoji.demo --out $(OUT)
 
 test: $(VENV)/.installed-test
 	$(VENV)/bin/python -m pytest
