@@ -15,7 +15,7 @@ demo: $(VENV)/.installed
 	$(MALLOC) $(VENV)/bin/python -m srpo_jax.emoji.demo --out $(OUT)
 
 test: $(VENV)/.installed-test
-	$(VENV)/bin/python -m pytest
+	$(VENV)/bin/python -m pytest -n 2 --dist loadfile
 
 lint: $(VENV)/.installed-lint
 	$(VENV)/bin/ruff check .

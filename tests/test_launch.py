@@ -498,7 +498,14 @@ def test_local_passes_signals_on_and_then_does_not_restart(checkout, number):
     (checkout / "play.sh").write_text("trap 'sleep 0.2; echo saved >>runs; exit 143' TERM\necho up >>runs\n"
                                       "while :; do sleep 0.02; done\n")  # fmt: skip
     words = [checkout / "launch/local.sh", "run", CONFIG, "--workdir=w", "--restarts=5"]
-    process = subprocess.Popen(words, cwd=checkout, env=environment(), start_new_session=True)
+    # Where the tests run in the background SIGINT is ignored, and a shell cannot trap what it inherits as ignored.
+    process = subprocess.Popen(
+        words,
+        cwd=checkout,
+        env=environment(),
+        start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     while not (checkout / "runs").exists() or "up" not in (checkout / "runs").read_text():
         assert process.poll() is None
         time.sleep(0.02)
