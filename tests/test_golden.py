@@ -303,7 +303,7 @@ def test_the_steps_gradient_is_the_sum_over_branches(case):
 
 @pytest.mark.parametrize("name", list(CASES))
 def test_bfloat16_stays_near_float32(name, converted):
-    """Bounds are about three times what was measured: cosine 0.9994, norm 0.5 % longer, rewards off by 0.002."""
+    """Bounds are three times the worse case's distance: cosine 0.9970, norm 0.83 % longer, rewards off by 0.0087."""
 
     def run(compute):
         case = load_case(name, converted, compute)
@@ -313,9 +313,9 @@ def test_bfloat16_stays_near_float32(name, converted):
         return np.concatenate([np.asarray(g, np.float64).ravel() for g in jax.tree.leaves(grads)]), metrics
 
     (exact, exact_metrics), (rounded, rounded_metrics) = run(Compute()), run(Compute(dtype=jnp.bfloat16))
-    assert exact @ rounded / np.linalg.norm(exact) / np.linalg.norm(rounded) > 0.998
-    np.testing.assert_allclose(np.linalg.norm(rounded), np.linalg.norm(exact), rtol=0.02)
-    np.testing.assert_allclose(rounded_metrics["reward"], exact_metrics["reward"], atol=0.006)
+    assert exact @ rounded / np.linalg.norm(exact) / np.linalg.norm(rounded) > 0.991
+    np.testing.assert_allclose(np.linalg.norm(rounded), np.linalg.norm(exact), rtol=0.025)
+    np.testing.assert_allclose(rounded_metrics["reward"], exact_metrics["reward"], atol=0.026)
 
 
 def test_term_order_is_the_records_order():
