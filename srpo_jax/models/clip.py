@@ -324,11 +324,8 @@ class ClipVisionTower(nnx.Module):
         self.norm_out = _norm(width, eps, compute, rngs)
         self.projection = _linear(width, projection_dim, compute, rngs, std=width**-0.5, bias=False)
 
-    def embed(self, pixels: jax.Array) -> jax.Array:
-        """Normalised pixels [B, S, S, 3] -> [B, 1 + N, D]: the class token, then N patches row by row, with positions.
-
-        Raises ValueError unless S = image_size.
-        """
+    def __call__(self, pixels: jax.Array) -> jax.Array:
+        """Normalised pixels [B, S, S, 3] -> [B, E] float32, not normalised. Raises ValueError unless S = image_size."""
         size, patch, width = self.config.image_size, self.config.patch_size, self.config.hidden_size
         batch, dtype = pixels.shape[0], self.compute.dtype
         if pixels.shape[1:] != (size, size, 3):
@@ -339,16 +336,9 @@ class ClipVisionTower(nnx.Module):
         patches = patches.reshape(batch, side * side, patch * patch * 3)
         x = patches @ self.patch_embedding["kernel"][...].astype(dtype).reshape(-1, width)
         first = jnp.broadcast_to(self.class_embedding[...].astype(dtype), (batch, 1, width))
-        return jnp.concatenate([first, x], axis=1) + self.position_embedding[...].astype(dtype)
-
-    def encode(self, tokens: jax.Array) -> jax.Array:
-        """[B, 1 + N, D] from ``embed``, all patches or some -> [B, E] float32, not normalised."""
-        x = scan_blocks(self.blocks, self.norm_in(tokens).astype(self.compute.dtype), self.compute)
+        x = jnp.concatenate([first, x], axis=1) + self.position_embedding[...].astype(dtype)
+        x = scan_blocks(self.blocks, self.norm_in(x).astype(dtype), self.compute)
         return self.projection(self.norm_out(x[:, 0])).astype(jnp.float32)
-
-    def __call__(self, pixels: jax.Array) -> jax.Array:
-        """Normalised pixels [B, S, S, 3] -> [B, E] float32, not normalised."""
-        return self.encode(self.embed(pixels))
 
 
 class ClipText(nnx.Module):
