@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import torch
+from diffusers import FluxPipeline
 
 from srpo_jax.emoji import train_flow, world
 from srpo_jax.models.autoencoder import Autoencoder, AutoencoderConfig
@@ -121,9 +123,8 @@ def test_a_whole_run_resumes_and_exports_a_pipeline(tmp_path, monkeypatch, capsy
     told = capsys.readouterr().out
     assert "teacher: resumed at step 2" in told and "student: resumed at step 1" in told
 
-    from diffusers import FluxPipeline  # the reader that the folder is for
-
-    pipeline = FluxPipeline.from_pretrained(tmp_path / "run" / "pipeline")
+    # diffusers' own default is float32 and that of transformers the file's bfloat16, so one has to be named.
+    pipeline = FluxPipeline.from_pretrained(tmp_path / "run" / "pipeline", torch_dtype=torch.float32)
     images = pipeline(
         ["3D. red apple"], height=64, width=64, num_inference_steps=1, max_sequence_length=16, output_type="np"
     ).images
