@@ -4,8 +4,7 @@
     python -m srpo_jax.main --config=configs/emoji.py --workdir=runs/emoji       # this run alone, after that
 
 Hardware: two CPU cores; some two minutes. What to expect: on held-out concepts, bare names, an independent judge's
-share of "3D" rises from 13 % to about 77 %, and it finds the right concept in 97 % of the pictures (98 % before). A
-learning rate ten times as high turns everything into tinted blurs within four updates.
+share of "3D" rises from 13 % to about 77 %, and it finds the right concept in 97 % of the pictures (98 % before).
 """
 
 from ml_collections import ConfigDict

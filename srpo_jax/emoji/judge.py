@@ -72,8 +72,9 @@ class Judge:
         self._probabilities = jax.jit(self._probabilities)
 
     def __call__(self, images: np.ndarray, batch: int = 64) -> Judgement:
-        """Judges pictures ``[N, H, W, 3]``, uint8 or floats in [0, 1], ``batch`` at a time."""
+        """Judges pictures ``[N, H, W, 3]``, uint8 or floats in [0, 1], at most ``batch`` at a time."""
         images = np.asarray(images)
+        batch = min(batch, len(images))
         if images.dtype == np.uint8:
             images = images.astype(np.float32) / 255
         parts = []

@@ -14,7 +14,7 @@ from srpo_jax.models.compute import Compute, Params
 from srpo_jax.weights import folder
 
 WANTED = "3D"  # the style that the demonstration steers to
-BATCH = 32  # pictures drawn at once
+BATCH = 32  # pictures drawn at once, at most
 
 
 class Painter:
@@ -47,10 +47,11 @@ class Painter:
             guidance=config.sample.guidance,
         )
         encode = conditions.TextEncoders(pipeline, Compute(), mesh, sizes, config.data.text_length)
-        parts = sharding.batch_parts(mesh)
-        self._sampler = sampling.Sampler(mesh, encode, sampler, tokens, -(-BATCH // parts) * parts)
         self._shape = len(prompts), seeds
         repeated = [prompt for prompt in prompts for _ in range(seeds)]
+        parts = sharding.batch_parts(mesh)
+        batch = -(-min(BATCH, len(repeated)) // parts) * parts
+        self._sampler = sampling.Sampler(mesh, encode, sampler, tokens, batch)
         self._chunks = self._sampler.prepare(repeated, seed=config.sample.seed)
 
     def __call__(self, params: Params) -> np.ndarray:
