@@ -82,7 +82,11 @@ def compare(network, params, table, tensors, model, pixels, ids, their_features)
     rng = np.random.default_rng(2)
     their_pixels = torch.tensor(pixels.transpose(0, 3, 1, 2), requires_grad=True)
     their_image, their_text = their_features(their_pixels, torch.tensor(ids))
-    cotangents = [rng.normal(size=features.shape).astype(np.float32) for features in (their_image, their_text)]
+    # Of the features' own signs, so that the loss (also the scale's gradient) is no small difference of large sums.
+    cotangents = [
+        np.abs(rng.normal(size=features.shape).astype(np.float32)) * np.sign(features.detach().numpy())
+        for features in (their_image, their_text)
+    ]
     loss = sum(torch.sum(f * torch.tensor(c)) for f, c in zip((their_image, their_text), cotangents, strict=True))
     (loss * model.logit_scale.exp()).backward()
 
