@@ -44,8 +44,8 @@ def free_port():
 
 
 def test_two_processes_train_stop_together_and_one_goes_on(tmp_path):
-    """The first process stops because the second was told to. One process then ends the run, with the same numbers as one
-    process alone has from the start: neither the data nor the checkpoint know how many there were."""
+    """The first process stops because the second was told to. One process then ends the run, with the numbers that one
+    process has from the start: neither the data nor the checkpoint know how many there were."""
     models = tiny.write_all(tmp_path / "models")
     changes = dict(steps=3, data__batch_size=2, rollout__noise="per_sample", checkpoint__every=5, sample__every=2)
     coordinator, tests = f"127.0.0.1:{free_port()}", pathlib.Path(__file__).parent

@@ -6,6 +6,7 @@ import os
 import pathlib
 import subprocess
 import sys
+import types
 
 import jax
 import numpy as np
@@ -98,7 +99,7 @@ def test_an_indivisible_dimension_names_the_parameter():
 
 # --- the update on eight devices --------------------------------------------------------------------------------------
 
-MESHES = {"one": (1, 1, 1), "fsdp": (1, 8, 1), "all": (2, 2, 2)}
+MESHES = {"one": (1, 1, 1), "fsdp": (1, 8, 1), "fsdp and tensor": (1, 2, 2)}
 
 
 def run(command, *words):
@@ -162,6 +163,12 @@ def move_between_meshes(models, out):
                 if np.asarray(leaf).tobytes() != np.asarray(engine.flatten(tree)[path]).tobytes():
                     different.append(f"{name} -> {other}: {kind} {path}")
     print(json.dumps(different))
+
+
+def test_a_mesh_split_along_all_axes_is_refused():
+    sizes = types.SimpleNamespace(data=2, fsdp=2, tensor=2)
+    with pytest.raises(UserError, match=r"data=2, fsdp=2, tensor=2 splits along all three axes.*data=1"):
+        sharding.make_mesh(sizes, list(range(8)))
 
 
 @pytest.fixture(scope="module")
