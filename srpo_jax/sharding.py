@@ -67,7 +67,7 @@ def make_mesh(sizes: Any, devices: Sequence[jax.Device] | None = None) -> Mesh:
       sizes: anything with an attribute per axis.
       devices: all of the job's by default; may be those of a topology that is not there.
 
-    Raises UserError if the sizes do not multiply to the number of devices, or if all three axes are split.
+    Raises UserError if the sizes do not multiply to the number of devices.
     """
     devices = list(jax.devices() if devices is None else devices)
     shape = [getattr(sizes, axis) for axis in AXES]
@@ -80,12 +80,6 @@ def make_mesh(sizes: Any, devices: Sequence[jax.Device] | None = None) -> Mesh:
     if math.prod(shape) != len(devices):
         raise UserError(
             f"config.mesh: {named} needs {math.prod(shape)} devices, here are {len(devices)}; -1 takes the rest"
-        )
-    if min(shape) > 1:
-        # Measured on eight devices as 2x2x2: gradients off by a percent, where any two axes are exact. Cause unknown.
-        raise UserError(
-            f"config.mesh: {named} splits along all three axes, which is known to compute wrong numbers; set "
-            "config.mesh.data=1 and give its devices to fsdp, which splits the batch as well"
         )
     return Mesh(mesh_utils.create_device_mesh(shape, devices=devices, allow_split_physical_axes=True), AXES)
 

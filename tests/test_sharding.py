@@ -6,7 +6,6 @@ import os
 import pathlib
 import subprocess
 import sys
-import types
 
 import jax
 import numpy as np
@@ -99,7 +98,7 @@ def test_an_indivisible_dimension_names_the_parameter():
 
 # --- the update on eight devices --------------------------------------------------------------------------------------
 
-MESHES = {"one": (1, 1, 1), "fsdp": (1, 8, 1), "fsdp and tensor": (1, 2, 2)}
+MESHES = {"one": (1, 1, 1), "fsdp": (1, 8, 1), "all": (2, 2, 2)}
 
 
 def run(command, *words):
@@ -165,12 +164,6 @@ def move_between_meshes(models, out):
     print(json.dumps(different))
 
 
-def test_a_mesh_split_along_all_axes_is_refused():
-    sizes = types.SimpleNamespace(data=2, fsdp=2, tensor=2)
-    with pytest.raises(UserError, match=r"data=2, fsdp=2, tensor=2 splits along all three axes.*data=1"):
-        sharding.make_mesh(sizes, list(range(8)))
-
-
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
     return tiny.write_all(tmp_path_factory.mktemp("models"))
@@ -195,9 +188,9 @@ def test_every_mesh_gives_the_numbers_of_one_device(updated, name):
     assert moments[0].keys() == moments[1].keys() and len(moments[0]) > 30
     for path, value in moments[1].items():
         distance = np.linalg.norm(moments[0][path] - value) / np.linalg.norm(value)
-        assert distance < 2e-3, path
+        assert distance < 1e-4, path
     everything = [np.concatenate([m[path].ravel() for path in sorted(m)]) for m in moments]
-    assert np.linalg.norm(everything[0] - everything[1]) / np.linalg.norm(everything[1]) < 2e-4
+    assert np.linalg.norm(everything[0] - everything[1]) / np.linalg.norm(everything[1]) < 2e-5
 
 
 def moment(workdir):

@@ -170,9 +170,11 @@ def modulate(x: jax.Array, shift: jax.Array, scale: jax.Array) -> jax.Array:
     return (x * (1 + scale.astype(jnp.float32)) + shift.astype(jnp.float32)).astype(dtype)
 
 
-def modulation(layer: Linear, condition: jax.Array, parts: int) -> list[jax.Array]:
+def modulation(layer: Linear, condition: jax.Array, parts: int, compute: Compute) -> list[jax.Array]:
     """The shifts, scales and gates [B, 1, D] that a block draws from the conditioning vector [B, D]."""
-    return jnp.split(layer(jax.nn.silu(condition))[:, None, :], parts, axis=-1)
+    # Constrained, so that no device holds a slice of a gate: XLA's partitioner then wants the product that the gate
+    # scales in slices too, and on a mesh of three split axes gives it the samples of other devices.
+    return jnp.split(compute.constrain(layer(jax.nn.silu(condition))[:, None, :], "tokens"), parts, axis=-1)
 
 
 # --- blocks ---
@@ -215,8 +217,9 @@ class DoubleBlock(nnx.Module):
         self.compute = compute
 
     def __call__(self, img: jax.Array, txt: jax.Array, condition: jax.Array, table) -> tuple[jax.Array, jax.Array]:
-        img_shift1, img_scale1, img_gate1, img_shift2, img_scale2, img_gate2 = modulation(self.img_mod, condition, 6)
-        txt_shift1, txt_scale1, txt_gate1, txt_shift2, txt_scale2, txt_gate2 = modulation(self.txt_mod, condition, 6)
+        img_mod, txt_mod = (modulation(layer, condition, 6, self.compute) for layer in (self.img_mod, self.txt_mod))
+        img_shift1, img_scale1, img_gate1, img_shift2, img_scale2, img_gate2 = img_mod
+        txt_shift1, txt_scale1, txt_gate1, txt_shift2, txt_scale2, txt_gate2 = txt_mod
 
         img_qkv = self.img_attn.queries_keys_values(modulate(img, img_shift1, img_scale1))
         txt_qkv = self.txt_attn.queries_keys_values(modulate(txt, txt_shift1, txt_scale1))
@@ -246,7 +249,7 @@ class SingleBlock(nnx.Module):
         self.compute = compute
 
     def __call__(self, x: jax.Array, condition: jax.Array, table) -> jax.Array:
-        shift, scale, gate = modulation(self.mod, condition, 3)
+        shift, scale, gate = modulation(self.mod, condition, 3, self.compute)
         normed = modulate(x, shift, scale)
         query, key, value = jnp.moveaxis(self.qkv(normed), 2, 0)
         attended = joint_attention(self.query_norm(query), self.key_norm(key), value, table, self.compute)
@@ -324,5 +327,5 @@ class Flux(nnx.Module):
         x = scan_blocks(self.single_blocks, x, self.compute, single_step)
 
         img = x[:, txt.shape[1] :]
-        shift, scale = modulation(self.final_mod, condition, 2)
+        shift, scale = modulation(self.final_mod, condition, 2, self.compute)
         return self.final_out(modulate(img, shift, scale))
