@@ -1,5 +1,7 @@
 """The configuration: recipes, checks, and what a command line says to them."""
 
+import pathlib
+import runpy
 import sys
 
 import pytest
@@ -88,6 +90,36 @@ def test_what_may_change_between_a_run_and_its_continuation():
     second.optim.b1, second.reward.positive = 0.8, ("Real",)
     differing = config_lib.differing_keys(config_lib.flatten(second), config_lib.flatten(first))
     assert differing == ["optim.b1", "reward.positive"]
+
+
+# --- the recipes ------------------------------------------------------------------------------------------------------
+
+RECIPES = pathlib.Path(__file__).parents[1] / "configs"
+
+
+@pytest.mark.parametrize("path", sorted(RECIPES.glob("*.py")), ids=lambda path: path.stem)
+def test_recipes_lack_nothing_but_paths(path):
+    c = runpy.run_path(str(path))["get_config"]()
+    for name, weight in c.reward.weights.items():
+        c.reward.paths[name] = c.reward.paths[name] or ("reward" if weight else None)
+    for group, key in (("model", "path"), ("data", "prompts"), ("sample", "prompts")):
+        c[group][key] = c[group][key] or "somewhere"
+    config_lib.validate(c)
+
+
+def test_what_tells_the_released_recipes_apart():
+    hps, pickscore = (
+        config_lib.flatten(runpy.run_path(str(RECIPES / f"flux_dev_{name}.py"))["get_config"]())
+        for name in ("hps", "pickscore")
+    )
+    assert {key: (hps[key], pickscore[key]) for key in hps if hps[key] != pickscore[key]} == {
+        "reward.weights.hps": (1.0, 0.0),
+        "reward.weights.pickscore": (0.0, 1.0),
+        "rollout.guidance": (1.0, 2.0),
+        "align.train_timestep": ([5, 25], [5, 30]),
+        "align.discount_positive": ([0.1, 0.25], [0.1, 0.5]),
+        "align.discount_negative": ([0.3, 0.01], [0.6, 0.01]),
+    }
 
 
 # --- the command line ------------------------------------------------------------------------------------------------
