@@ -123,7 +123,7 @@ def default() -> ConfigDict:
     c.mesh = ConfigDict()
     c.mesh.data = 1  # splits the batch
     c.mesh.fsdp = -1  # splits the batch, and parameters and optimiser state with it
-    c.mesh.tensor = 1  # splits attention heads and hidden features; not together with both data and fsdp
+    c.mesh.tensor = 1  # splits attention heads and hidden features
     return c.lock()
 
 
