@@ -110,7 +110,8 @@ class Checkpoints:
         )
 
     def latest(self) -> int | None:
-        """The step of the newest complete checkpoint."""
+        """The step of the newest checkpoint; waits until what is being written is complete."""
+        self._manager.wait_until_finished()
         return max(steps(self._workdir), default=None)
 
     def restore(self, step: int, like: TrainState) -> tuple[TrainState, dict[str, Any]]:
