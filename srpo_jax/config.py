@@ -160,8 +160,11 @@ def differing_keys(here: dict[str, Any], there: dict[str, Any]) -> list[str]:
 # --- checks -----------------------------------------------------------------------------------------------------------
 
 
-def validate(config: ConfigDict) -> None:
-    """Checks all that needs no file and no device. Raises UserError that names the key, its value and the remedy."""
+def validate(config: ConfigDict, paths: bool = True) -> None:
+    """Checks all that needs no file and no device. Raises UserError that names the key, its value and the remedy.
+
+    ``paths`` says whether the files and folders of a run have to be named, which only a run needs.
+    """
     _check_keys(config)
 
     def require(key: str, good: Any, remedy: str) -> None:
@@ -183,7 +186,7 @@ def validate(config: ConfigDict) -> None:
     if flat["model.attention"] == "cudnn":
         require("model.dtype", flat["model.dtype"] == "bfloat16", "model.attention=cudnn needs bfloat16")
     for key in ("model.path", "data.prompts"):
-        require(key, flat[key], f"give a path: --config.{key}=...")
+        require(key, flat[key] or not paths, f"give a path: --config.{key}=...")
     for key in (
         *("steps", "model.scan_unroll", "data.batch_size", "data.text_length", "rollout.steps", "align.schedule_steps"),
         *("optim.accumulation", "checkpoint.every", "checkpoint.keep", "sample.count", "sample.steps"),
@@ -203,11 +206,11 @@ def validate(config: ConfigDict) -> None:
         flat["data.batch_size"] % flat["optim.accumulation"] == 0,
         f"must divide data.batch_size={flat['data.batch_size']}",
     )
-    require("sample.prompts", flat["sample.prompts"] or not flat["sample.every"],
+    require("sample.prompts", flat["sample.prompts"] or not flat["sample.every"] or not paths,
             "give a file of held-out prompts, or set --config.sample.every=0")  # fmt: skip
 
     _check_align(flat, require)
-    _check_rewards(flat, require)
+    _check_rewards(flat, require, paths)
     for key in ("mesh.data", "mesh.fsdp", "mesh.tensor"):
         require(key, flat[key] >= 1 or flat[key] == -1, "must be at least 1, or -1 for the rest of the devices")
     if sum(flat[f"mesh.{axis}"] == -1 for axis in ("data", "fsdp", "tensor")) > 1:
@@ -251,14 +254,15 @@ def _check_align(flat: dict[str, Any], require: Any) -> None:
             f"must not exceed rollout.steps={flat['rollout.steps']}")  # fmt: skip
 
 
-def _check_rewards(flat: dict[str, Any], require: Any) -> None:
+def _check_rewards(flat: dict[str, Any], require: Any, paths: bool) -> None:
     used = [name for name in REWARDS if flat[f"reward.weights.{name}"]]
     for name in REWARDS:
         require(f"reward.weights.{name}", flat[f"reward.weights.{name}"] >= 0, "must not be negative")
     if not used:
         raise UserError(f"config.reward.weights: all are 0; give one of {', '.join(REWARDS)} a weight")
     for name in used:
-        require(f"reward.paths.{name}", flat[f"reward.paths.{name}"], f"give a path: --config.reward.paths.{name}=...")
+        path = flat[f"reward.paths.{name}"]
+        require(f"reward.paths.{name}", path or not paths, f"give a path: --config.reward.paths.{name}=...")
     for key in ("reward.positive", "reward.negative"):
         words = flat[key]
         require(key, words and all(isinstance(word, str) and word.strip() for word in words),

@@ -24,6 +24,7 @@ def complete():
 def test_the_default_lacks_only_paths():
     with pytest.raises(UserError, match=r"config\.model\.path=None: give a path"):
         config_lib.validate(config_lib.default())
+    config_lib.validate(config_lib.default(), paths=False)
     config_lib.validate(complete())
 
 
