@@ -250,8 +250,9 @@ def _check_align(flat: dict[str, Any], require: Any) -> None:
             f"must be (first, last) with 1 <= first < last <= align.schedule_steps={steps}")  # fmt: skip
     for key in ("align.discount_positive", "align.discount_negative", "align.weights"):
         require(key, len(flat[key]) == 2, "must be two numbers, (at the lowest noise, at the highest)")
-    require("refl.late_steps", flat["refl.late_steps"] <= flat["rollout.steps"],
-            f"must not exceed rollout.steps={flat['rollout.steps']}")  # fmt: skip
+    if flat["method"] == "refl":
+        require("refl.late_steps", flat["refl.late_steps"] <= flat["rollout.steps"],
+                f"must not exceed rollout.steps={flat['rollout.steps']}")  # fmt: skip
 
 
 def _check_rewards(flat: dict[str, Any], require: Any, paths: bool) -> None:

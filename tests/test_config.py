@@ -48,7 +48,6 @@ def test_the_default_lacks_only_paths():
         ("align.groundtruth_ratio", 1.0, r"config\.align\.groundtruth_ratio=1\.0"),
         ("align.length", 9, r"config\.align\.length=9"),
         ("align.discount_positive", (0.1,), r"config\.align\.discount_positive"),
-        ("refl.late_steps", 26, r"config\.refl\.late_steps=26: must not exceed rollout\.steps=25"),
         ("draft_lv.renoisings", 0, r"config\.draft_lv\.renoisings=0"),
         ("optim.learning_rate", 0.0, r"config\.optim\.learning_rate=0\.0: must be greater than 0"),
         ("optim.b2", 1.0, r"config\.optim\.b2=1\.0"),
@@ -68,6 +67,15 @@ def test_bad_values_are_named(key, value, message):
     with pytest.raises(UserError, match=message) as error:
         config_lib.validate(config)
     assert "\n" not in str(error.value)
+
+
+def test_late_steps_bind_the_method_that_takes_them():
+    config = complete()
+    config.refl.late_steps = 26
+    config_lib.validate(config)
+    config.method = "refl"
+    with pytest.raises(UserError, match=r"config\.refl\.late_steps=26: must not exceed rollout\.steps=25"):
+        config_lib.validate(config)
 
 
 def test_unknown_and_missing_keys():
