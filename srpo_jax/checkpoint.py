@@ -2,7 +2,7 @@
 
     WORKDIR/config.json                the run's configuration
     WORKDIR/checkpoints/STEP/params    the transformer's weights
-                            /opt_state, /ema (if there is one)
+                            /opt_state, /ema and /rollout (if there are)
                             /run       JSON: step, random seed, position in the data, configuration
 
 Arrays are written by every process, each its shards, while training goes on; a checkpoint appears under its final name
@@ -27,7 +27,7 @@ from srpo_jax.step import TrainState
 
 CONFIG, CHECKPOINTS = "config.json", "checkpoints"
 COMMITTED = "_CHECKPOINT_METADATA"  # the file that Orbax puts into a checkpoint
-ARRAYS = ("params", "opt_state", "ema")
+ARRAYS = ("params", "opt_state", "ema", "rollout")
 
 
 # --- the workdir ------------------------------------------------------------------------------------------------------
@@ -135,9 +135,8 @@ class Checkpoints:
             raise UserError(
                 f"{path} cannot be read ({str(error).splitlines()[0]}); delete it to go on from an earlier checkpoint"
             ) from error
-        arrays = {name: found[name] for name in wanted}
         counter = jax.device_put(np.int32(step), like.step.sharding)
-        return TrainState(step=counter, ema=arrays.pop("ema", None), **arrays), found["run"]
+        return TrainState(step=counter, **{name: found[name] for name in wanted}), found["run"]
 
     def save(self, step: int, state: TrainState, run: dict[str, Any]) -> None:
         """Starts to write the state and a JSON-able dictionary; returns when training may change the state.

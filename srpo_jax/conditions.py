@@ -63,6 +63,7 @@ class Conditioner:
         self.encode = TextEncoders(
             config.model.path, built.computes.text, built.mesh, architecture.transformer, config.data.text_length
         )
+        self._encoded: tuple[Sequence[str], tuple[jax.Array, jax.Array]] | None = None
         self._rewards = {}
         for name, (path, _) in program.used_rewards(config).items():
             tokenizer = text.load_tokenizer(pathlib.Path(path) / "tokenizer")
@@ -80,7 +81,9 @@ class Conditioner:
             "negative": [rewards.prefixed(negative, prompt) for prompt in prompts],
             "caption": prompts,
         }
-        features, pooled = self.encode(prompts, self._batch_size)
+        # Updates that share a rollout get the same list: its features are computed once.
+        if self._encoded is None or self._encoded[0] is not prompts:
+            self._encoded = prompts, self.encode(prompts, self._batch_size)
         reward_ids = {
             name: {
                 caption: self._place(text.tokenize(tokenizer, captions[caption], length, pad))
@@ -88,7 +91,7 @@ class Conditioner:
             }
             for name, (tokenizer, length, pad) in self._rewards.items()
         }
-        return Batch(features, pooled, reward_ids)
+        return Batch(*self._encoded[1], reward_ids)
 
     def _place(self, ids: np.ndarray) -> jax.Array:
         return sharding.place(self._mesh, self._batch_size, ids)

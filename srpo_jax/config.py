@@ -63,6 +63,9 @@ def default() -> ConfigDict:
     c.rollout.guidance = 1.0  # distilled guidance given to the transformer
     c.rollout.shift = 3.0  # time shift of the noise schedule, here and of the training grid
     c.rollout.noise = "shared"  # shared: one noise for the whole batch, as released | per_sample
+    # Updates that a rollout serves: 2 rolls out at every second update and uses the images and their noise once more,
+    # at other grid positions and with the next control words.
+    c.rollout.reuse = 1
 
     # --- Direct-Align: the training grid and the step that carries the gradient ---
     c.align = ConfigDict()
@@ -188,9 +191,9 @@ def validate(config: ConfigDict, paths: bool = True) -> None:
     for key in ("model.path", "data.prompts"):
         require(key, flat[key] or not paths, f"give a path: --config.{key}=...")
     for key in (
-        *("steps", "model.scan_unroll", "data.batch_size", "data.text_length", "rollout.steps", "align.schedule_steps"),
-        *("optim.accumulation", "checkpoint.every", "checkpoint.keep", "sample.count", "sample.steps"),
-        *("refl.late_steps", "draft_lv.renoisings"),
+        *("steps", "model.scan_unroll", "data.batch_size", "data.text_length", "rollout.steps", "rollout.reuse"),
+        *("align.schedule_steps", "optim.accumulation", "checkpoint.every", "checkpoint.keep", "sample.count"),
+        *("sample.steps", "refl.late_steps", "draft_lv.renoisings"),
     ):
         require(key, flat[key] >= 1, "must be at least 1")
     for key in ("seed", "optim.warmup_steps", "optim.weight_decay", "sample.every", "sample.seed"):
@@ -209,6 +212,9 @@ def validate(config: ConfigDict, paths: bool = True) -> None:
     require("sample.prompts", flat["sample.prompts"] or not flat["sample.every"] or not paths,
             "give a file of held-out prompts, or set --config.sample.every=0")  # fmt: skip
 
+    if flat["method"] == "refl":
+        # Its gradient needs a late state of the trajectory, at a step drawn anew, not where the trajectory ends.
+        require("rollout.reuse", flat["rollout.reuse"] == 1, "method=refl needs a rollout at every update; set it to 1")
     _check_align(flat, require)
     _check_rewards(flat, require, paths)
     for key in ("mesh.data", "mesh.fsdp", "mesh.tensor"):

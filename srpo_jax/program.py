@@ -25,7 +25,7 @@ from srpo_jax.models.clip import ClipConfig
 from srpo_jax.models.compute import Compute
 from srpo_jax.models.flux import FluxConfig
 from srpo_jax.rewards import Reward
-from srpo_jax.step import Batch, Frozen, Networks, Settings, TrainState
+from srpo_jax.step import Batch, Frozen, Networks, Rollout, Settings, TrainState
 from srpo_jax.weights import folder
 
 # Folders of a pipeline, and the networks in them.
@@ -153,6 +153,7 @@ def build(config: ConfigDict, mesh: Mesh, architecture: Architecture) -> Program
         params=params,
         opt_state=_with_sharding(jax.eval_shape(optimizer.init, params), opt_sharding),
         ema=params if config.optim.ema_decay else None,
+        rollout=_abstract_rollout(config, mesh, settings) if settings.reuse > 1 else None,
     )
     update, seed = step.make_update(networks, settings, optimizer), config.seed
 
@@ -183,6 +184,12 @@ def _network(mesh: Mesh, network: str, sizes: Any, compute: Compute) -> tuple[An
 
 def _with_sharding(tree: Any, shardings: Any) -> Any:
     return jax.tree.map(lambda leaf, s: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=s), tree, shardings)
+
+
+def _abstract_rollout(config: ConfigDict, mesh: Mesh, settings: Settings) -> Rollout:
+    shape = (config.data.batch_size, settings.tokens, settings.token_width)
+    array = jax.ShapeDtypeStruct(shape, jnp.float32, sharding=sharding.of_batch(mesh))
+    return Rollout(latents=array, noise=array)
 
 
 def _abstract_batch(config: ConfigDict, mesh: Mesh, architecture: Architecture) -> Batch:
@@ -217,7 +224,13 @@ def initial_state(config: ConfigDict, program: Program) -> TrainState:
         opt_state=jax.jit(program.optimizer.init, out_shardings=shardings.opt_state)(params),
         # A copy: the update takes the memory of both.
         ema=None if shardings.ema is None else jax.jit(lambda p: jax.tree.map(jnp.copy, p))(params),
+        # Never read: the first update makes the first rollout.
+        rollout=jax.jit(lambda: _zeros(program.state.rollout), out_shardings=shardings.rollout)(),
     )
+
+
+def _zeros(tree: Any) -> Any:
+    return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), tree)
 
 
 def load_frozen(config: ConfigDict, program: Program) -> Frozen:

@@ -25,6 +25,14 @@ from srpo_jax.models.compute import Params, bind
 from srpo_jax.rewards import Reward
 
 LATENT_FACTOR = 8  # pixels of an image per latent position, along each side
+LATENT_CHANNELS = 16
+
+
+class Rollout(NamedTuple):
+    """Images that the model made, ``latents`` [B, N, 64] (clean, packed), from ``noise`` of the same shape; float32."""
+
+    latents: jax.Array
+    noise: jax.Array
 
 
 @flax.struct.dataclass
@@ -36,12 +44,14 @@ class TrainState:
       params: of the transformer.
       opt_state: of the optimiser.
       ema: moving average of ``params`` (float32), or None.
+      rollout: the newest one, where each serves several updates (``Settings.reuse``); None otherwise.
     """
 
     step: jax.Array
     params: Params
     opt_state: Any
     ema: Params | None = None
+    rollout: Rollout | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,6 +107,7 @@ class Settings:
     rollout_guidance: float
     shift: float
     shared_noise: bool
+    reuse: int
     grid: Grid
     branches: tuple[str, ...]
     guidance: float
@@ -130,6 +141,7 @@ class Settings:
             rollout_guidance=config.rollout.guidance,
             shift=config.rollout.shift,
             shared_noise=config.rollout.noise == "shared",
+            reuse=config.rollout.reuse,
             grid=grid,
             branches=tuple(align.branches),
             guidance=align.guidance,
@@ -159,6 +171,11 @@ class Settings:
         return self.latent_height * self.latent_width // flow.PATCH**2
 
     @property
+    def token_width(self) -> int:
+        """Features of an image token: 2x2 positions of 16 latent channels."""
+        return LATENT_CHANNELS * flow.PATCH**2
+
+    @property
     def term_names(self) -> tuple[str, ...]:
         """What the method's terms are called in the metrics; several re-noisings share one name."""
         return self.branches if self.method == "srpo" else methods.TERM_NAMES[self.method]
@@ -180,7 +197,7 @@ class Draws(NamedTuple):
 def draw(settings: Settings, key: jax.Array, batch: int) -> Draws:
     """Draws an update's random numbers for ``batch`` samples from the update's key."""
     noise_key, mid_key, stop_key, renoise_key = (jax.random.fold_in(key, purpose) for purpose in range(4))
-    shape = (settings.tokens, 4 * 16)
+    shape = (settings.tokens, settings.token_width)
     count = 1 if settings.shared_noise else batch
     noise = jnp.broadcast_to(jax.random.normal(noise_key, (count, *shape)), (batch, *shape))
     mid = stop = renoise = None
@@ -358,6 +375,25 @@ def split_batch(tree: Any, parts: int) -> Any:
     return jax.tree.map(lambda x: x.reshape(x.shape[0] // parts, parts, *x.shape[1:]).swapaxes(0, 1), tree)
 
 
+def join_batch(tree: Any) -> Any:
+    """The inverse of ``split_batch``."""
+    return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(x.shape[0] * x.shape[1], *x.shape[2:]), tree)
+
+
+def renew_rollout(
+    networks: Networks, settings: Settings, state: TrainState, batch: Batch, noise: jax.Array
+) -> Rollout:
+    """The rollout that an update works on: a new one from ``noise`` at every ``settings.reuse``-th update, else the
+    state's. The update that makes one and those that use it again must be given the same prompts."""
+
+    def roll() -> Rollout:
+        parts = split_batch((batch, noise), settings.accumulation)
+        latents = jax.lax.map(lambda part: rollout(networks, settings, state.params, *part), parts)
+        return Rollout(join_batch(latents), noise)
+
+    return jax.lax.cond(state.step % settings.reuse == 0, roll, lambda: state.rollout)
+
+
 def make_update(
     networks: Networks, settings: Settings, optimizer: optax.GradientTransformation
 ) -> Callable[[TrainState, Frozen, Batch, jax.Array], tuple[TrainState, dict[str, jax.Array]]]:
@@ -371,6 +407,11 @@ def make_update(
     def update(state: TrainState, frozen: Frozen, batch: Batch, key: jax.Array) -> tuple[TrainState, dict]:
         draws = draw(settings, key, batch.text.shape[0])
         parts = settings.accumulation
+        kept = None
+        if settings.reuse > 1:
+            # The image keeps its noise: the two belong to one trajectory. Grid positions and control words are new.
+            kept = renew_rollout(networks, settings, state, batch, draws.noise)
+            batch, draws = batch._replace(latents=kept.latents), draws._replace(noise=kept.noise)
 
         def add_part(total: Params, part: tuple[Batch, Draws]) -> tuple[Params, dict[str, jax.Array]]:
             grads, metrics = gradient(networks, settings, state.params, frozen, *part)
@@ -396,6 +437,6 @@ def make_update(
                 # Several re-noisings share one name: their mean stands for them.
                 chosen = values[index] if len(settings.term_names) == len(values) else values.mean()
                 summary[f"{name}/{metric}"] = chosen
-        return TrainState(state.step + 1, params, opt_state, ema), summary
+        return TrainState(state.step + 1, params, opt_state, ema, kept), summary
 
     return update

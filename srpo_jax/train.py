@@ -77,15 +77,20 @@ def train(config: ConfigDict, workdir: str | os.PathLike) -> int | None:
         with Interruption() as interruption, jax.transfer_guard("disallow"):
             if samples and step % config.sample.every == 0 and samples.lacks(step):
                 samples.draw(step, state, frozen)
-            batch = conditioner.batch(next(stream), step + 1)
+            position, texts = stream.get_state(), next(stream)
+            batch = conditioner.batch(texts, step + 1)
             started = time.perf_counter()
             while step < config.steps:
                 step += 1
                 state, values = update(state, frozen, batch)
-                position = stream.get_state()
+                # The next batch is prepared while the devices are busy with this one. Updates that share a rollout
+                # share its prompts; a run that goes on among them starts from where these were read.
+                renew = step % config.rollout.reuse == 0
+                if renew:
+                    position = stream.get_state()
                 if step < config.steps:
-                    # The next batch is prepared while the devices are busy with this one.
-                    batch = conditioner.batch(next(stream), step + 1)
+                    texts = next(stream) if renew else texts
+                    batch = conditioner.batch(texts, step + 1)
 
                 # --- metrics ---
                 values = {name: value.item() for name, value in jax.device_get(values).items()}

@@ -48,6 +48,7 @@ def test_the_default_lacks_only_paths():
         ("align.groundtruth_ratio", 1.0, r"config\.align\.groundtruth_ratio=1\.0"),
         ("align.length", 9, r"config\.align\.length=9"),
         ("align.discount_positive", (0.1,), r"config\.align\.discount_positive"),
+        ("rollout.reuse", 0, r"config\.rollout\.reuse=0: must be at least 1"),
         ("draft_lv.renoisings", 0, r"config\.draft_lv\.renoisings=0"),
         ("optim.learning_rate", 0.0, r"config\.optim\.learning_rate=0\.0: must be greater than 0"),
         ("optim.b2", 1.0, r"config\.optim\.b2=1\.0"),
@@ -75,6 +76,13 @@ def test_late_steps_bind_the_method_that_takes_them():
     config_lib.validate(config)
     config.method = "refl"
     with pytest.raises(UserError, match=r"config\.refl\.late_steps=26: must not exceed rollout\.steps=25"):
+        config_lib.validate(config)
+
+
+def test_refl_cannot_use_a_rollout_again():
+    config = complete()
+    config.method, config.rollout.reuse = "refl", 2
+    with pytest.raises(UserError, match=r"config\.rollout\.reuse=2: method=refl needs a rollout at every update"):
         config_lib.validate(config)
 
 

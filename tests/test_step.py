@@ -181,6 +181,33 @@ def test_latents_of_the_batch_replace_the_rollout(tiny, batch):
     np.testing.assert_allclose(terms.noisy[0], flow.add_noise(latents, draws.noise, levels.sigma_from), atol=1e-6)
 
 
+def test_a_rollout_serves_several_updates(tiny, batch):
+    """The second update works on the first one's images and noise; the third makes images of its own."""
+    recipe, rate = settings(reuse=2, accumulation=2), 1e-2
+    networks, params, frozen = tiny
+    optimizer = optax.sgd(rate)
+    update = jax.jit(step.make_update(networks, recipe, optimizer))
+    roll = jax.jit(functools.partial(step.rollout, networks, recipe))
+    grad = jax.jit(functools.partial(step.gradient, networks, recipe))
+    blank = jnp.full((BATCH, recipe.tokens, 64), jnp.nan)
+    state = step.TrainState(jnp.int32(0), params, optimizer.init(params), rollout=step.Rollout(blank, blank))
+    for index, key in enumerate(jax.random.split(jax.random.key(0), 3)):
+        draws = step.draw(recipe, key, BATCH)
+        if index != 1:
+            made = step.Rollout(roll(state.params, batch, draws.noise), draws.noise)
+        grads, _ = grad(state.params, frozen, batch._replace(latents=made.latents), draws._replace(noise=made.noise))
+        before, (state, _) = state, update(state, frozen, batch, key)
+        moved = jax.tree.map(lambda old, new: (old - new) / rate, before.params, state.params)
+        assert distance(moved, grads) < 1e-3
+        np.testing.assert_allclose(state.rollout.latents, made.latents, atol=1e-5)
+        np.testing.assert_array_equal(state.rollout.noise, made.noise)
+
+
+def test_parts_of_a_batch_join_again():
+    parted = step.split_batch(jnp.arange(12).reshape(6, 2), 3)
+    np.testing.assert_array_equal(step.join_batch(parted), np.arange(12).reshape(6, 2))
+
+
 def test_moving_average(tiny, batch):
     state, _ = run_update(tiny, settings(ema_decay=0.75), batch)
     expected = jax.tree.map(lambda old, new: 0.75 * old + 0.25 * new, tiny[1], state.params)
