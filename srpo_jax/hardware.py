@@ -1,0 +1,64 @@
+"""The peaks of devices: makers' figures by the name that JAX gives a device, and a measured one for a CPU."""
+
+import time
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+
+class Chip(NamedTuple):
+    """One device as JAX counts them (a TPU v4 or v5p chip is one device; dense figures, without sparsity).
+
+    Attributes:
+      name: short.
+      flops: peak of bfloat16 matrix products with float32 sums, FLOP/s.
+      memory: bytes.
+      bandwidth: of that memory, bytes/s.
+    """
+
+    name: str
+    flops: float
+    memory: float
+    bandwidth: float
+
+
+GIB, GB = 2.0**30, 1e9
+
+# By ``jax.Device.device_kind``; the first key that it starts with. Figures: cloud.google.com/tpu/docs (system
+# architecture pages) and NVIDIA's data sheets.
+CHIPS: dict[str, Chip] = {
+    "TPU v4": Chip("TPU v4", 275e12, 32 * GIB, 1228e9),
+    "TPU v5 lite": Chip("TPU v5e", 197e12, 16 * GIB, 819e9),
+    "TPU v5e": Chip("TPU v5e", 197e12, 16 * GIB, 819e9),
+    "TPU v5": Chip("TPU v5p", 459e12, 95 * GIB, 2765e9),
+    "TPU v6 lite": Chip("TPU v6e", 918e12, 32 * GIB, 1640e9),
+    "TPU v6e": Chip("TPU v6e", 918e12, 32 * GIB, 1640e9),
+    "NVIDIA A100-SXM4-40GB": Chip("A100 40 GB", 312e12, 40 * GB, 1555e9),
+    "NVIDIA A100": Chip("A100 80 GB", 312e12, 80 * GB, 2039e9),
+    "NVIDIA H100 PCIe": Chip("H100 PCIe", 756e12, 80 * GB, 2000e9),
+    "NVIDIA H100": Chip("H100 SXM", 989e12, 80 * GB, 3352e9),
+    "NVIDIA H200": Chip("H200", 989e12, 141 * GB, 4800e9),
+    "NVIDIA B200": Chip("B200", 2250e12, 180 * GB, 7700e9),
+}
+
+
+def find(kind: str) -> Chip | None:
+    """The chip of a ``device_kind``, None for one that is not in the table."""
+    return next((chip for start, chip in CHIPS.items() if kind.startswith(start)), None)
+
+
+def measured_flops(side: int = 1536, runs: int = 5) -> float:
+    """The best float32 matrix product of the default device, FLOP/s: a CPU's peak, which no data sheet gives.
+
+    It is of all cores that the process may use.
+    """
+    a = jax.random.normal(jax.random.key(0), (side, side))
+    product = jax.jit(jnp.matmul)
+    product(a, a).block_until_ready()
+    best = float("inf")
+    for _ in range(runs):
+        started = time.perf_counter()
+        product(a, a).block_until_ready()
+        best = min(best, time.perf_counter() - started)
+    return 2 * side**3 / best
