@@ -103,7 +103,9 @@ def generate(
     parts = sharding.batch_parts(mesh)
     batch_size = -(-min(batch_size or parts, len(prompts)) // parts) * parts
     kind = jnp.dtype(dtype)
-    compute = Compute(dtype=kind, param_dtype=kind, attention=attention, constrain=sharding.constraint(mesh))
+    compute = Compute(
+        dtype=kind, param_dtype=kind, attention=attention, mesh=mesh, constrain=sharding.constraint(mesh)
+    )
     if text_length is None:
         text_length = min(MAX_TEXT, text.load_tokenizer(model / "tokenizer_2").model_max_length)
 

@@ -81,13 +81,15 @@ def computes(config: ConfigDict, mesh: Mesh) -> Computes:
         param_dtype=jnp.dtype(config.model.dtype),
         attention=config.model.attention,
         scan_unroll=config.model.scan_unroll,
+        mesh=mesh,
         constrain=sharding.constraint(mesh),
     )
     return Computes(
         transformer=dataclasses.replace(frozen, param_dtype=jnp.float32, remat=config.remat.transformer),
         autoencoder=dataclasses.replace(frozen, remat=config.remat.autoencoder),
-        reward=dataclasses.replace(frozen, remat=config.remat.reward),
-        # T5 adds a bias to its logits, which not every backend can.
+        # Rewards read 257 patches or 77 words: too few for a kernel to save memory, with heads (80 wide in ViT-H-14)
+        # that kernels do not take. T5 adds a bias to its logits, which not every backend can.
+        reward=dataclasses.replace(frozen, attention="xla", remat=config.remat.reward),
         text=dataclasses.replace(frozen, attention="xla"),
     )
 

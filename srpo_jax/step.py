@@ -349,9 +349,19 @@ def term_loss(
 
 
 def gradient(
-    networks: Networks, settings: Settings, params: Params, frozen: Frozen, batch: Batch, draws: Draws
+    networks: Networks,
+    settings: Settings,
+    params: Params,
+    frozen: Frozen,
+    batch: Batch,
+    draws: Draws,
+    total: Params | None = None,
 ) -> tuple[Params, dict[str, jax.Array]]:
-    """The gradient of one part of a batch, summed over the method's terms, and metrics ``[terms]`` by name."""
+    """The gradient of one part of a batch, summed over the method's terms, and metrics ``[terms]`` by name.
+
+    It is added to ``total``, if that is given: parts and terms then share one sum, and not a sum of sums, each of which
+    is as large as the parameters.
+    """
     text = embed_captions(networks, frozen, batch)
     terms = make_terms(networks, settings, params, batch, draws, text)
     captions = {name: embeddings["caption"] for name, embeddings in text.items()}
@@ -363,7 +373,7 @@ def gradient(
         grads, metrics = jax.grad(loss, has_aux=True)(params)
         return jax.tree.map(jnp.add, total, grads), metrics
 
-    return jax.lax.scan(add_term, jax.tree.map(jnp.zeros_like, params), terms)
+    return jax.lax.scan(add_term, jax.tree.map(jnp.zeros_like, params) if total is None else total, terms)
 
 
 # --- the update -----------------------------------------------------------------------------------------------------
@@ -414,8 +424,7 @@ def make_update(
             batch, draws = batch._replace(latents=kept.latents), draws._replace(noise=kept.noise)
 
         def add_part(total: Params, part: tuple[Batch, Draws]) -> tuple[Params, dict[str, jax.Array]]:
-            grads, metrics = gradient(networks, settings, state.params, frozen, *part)
-            return jax.tree.map(jnp.add, total, grads), metrics
+            return gradient(networks, settings, state.params, frozen, *part, total)
 
         if parts == 1:
             grads, metrics = gradient(networks, settings, state.params, frozen, batch, draws)

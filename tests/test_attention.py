@@ -88,8 +88,7 @@ from jax.sharding import AxisType
 from srpo_jax.models import attention as module
 arrays = [jax.random.normal(key, (4, 40, 2, 16)) for key in jax.random.split(jax.random.key(0), 3)]
 mesh = jax.make_mesh((2, 1, 2), ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
-with jax.set_mesh(mesh):
-    out = jax.jit(functools.partial(module._splash, scale=0.25, causal=False, interpret=True))(*arrays)
+out = jax.jit(functools.partial(module._splash, scale=0.25, causal=False, mesh=mesh, interpret=True))(*arrays)
 assert out.sharding.shard_shape(out.shape) == (2, 40, 1, 16), out.sharding
 np.testing.assert_allclose(out, module.attention(*arrays, backend="xla", scale=0.25), atol=2e-6)
 """

@@ -27,6 +27,7 @@ def attention(
     scale: float | None = None,
     bias: jax.Array | None = None,
     causal: bool = False,
+    mesh: jax.sharding.Mesh | None = None,
 ) -> jax.Array:
     """softmax(scale * q k^T + bias) v, per head.
 
@@ -37,6 +38,8 @@ def attention(
       scale: of the logits; None means 1 / sqrt(D).
       bias: added to the logits, broadcastable to [B, H, T, S]. Not supported by splash.
       causal: a query sees the keys of its own and of earlier positions only.
+      mesh: the devices that the arrays are split over, batch and heads; only "splash" has to know, whose kernel XLA
+        cannot split.
 
     Returns:
       [B, T, H, D], dtype of the query.
@@ -55,7 +58,7 @@ def attention(
     if backend == "splash":
         if bias is not None:
             raise ValueError("attention backend 'splash' takes no bias; use 'xla' for this network")
-        return _splash(query, key, value, scale, causal)
+        return _splash(query, key, value, scale, causal, mesh)
     raise ValueError(f"attention backend {backend!r} is unknown; choose one of xla, cudnn, splash")
 
 
@@ -98,8 +101,8 @@ def _pad_length(x: jax.Array, amount: int) -> jax.Array:
 # --- splash ---
 
 
-def _splash(query, key, value, scale, causal, interpret=False):
-    """The TPU kernel; under the mesh of ``jax.set_mesh``, if one is set, on each device's own samples and heads."""
+def _splash(query, key, value, scale, causal, mesh=None, interpret=False):
+    """The TPU kernel; on a mesh, on each device's own samples and heads."""
     # The import initialises Pallas for TPU, which other platforms need not have.
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernels
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
@@ -127,8 +130,7 @@ def _splash(query, key, value, scale, causal, interpret=False):
         out = jax.vmap(kernel, in_axes=(0, 0, 0, None))(*heads_first, segments)
         return out.swapaxes(1, 2)[:, :length].astype(query.dtype)
 
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty:
+    if mesh is None:
         return local(query, key, value)
     spec = PartitionSpec(
         tuple(axis for axis in mesh.axis_names if axis != HEAD_AXIS),

@@ -230,7 +230,7 @@ class ClipAttention(nnx.Module):
         """[B, T, D] -> [B, T, D]."""
         split = (*x.shape[:2], self.heads, x.shape[2] // self.heads)
         q, k, v = (self.compute.constrain(f(x).reshape(split), "heads") for f in (self.q, self.k, self.v))
-        out = attention(q, k, v, backend=self.compute.attention, causal=self.causal)
+        out = attention(q, k, v, backend=self.compute.attention, causal=self.causal, mesh=self.compute.mesh)
         return self.proj(out.reshape(x.shape))
 
 

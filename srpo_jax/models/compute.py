@@ -37,6 +37,7 @@ class Compute:
       keeps
         only the block's input, "dots" keeps the results of matrix products.
       scan_unroll: how many repeated blocks one iteration of the scan holds.
+      mesh: the devices that activations are split over, for what XLA cannot split by itself; None for one device.
       constrain: called as ``constrain(x, name)`` on activations at block borders, with the names "tokens" [B, T, D],
       "heads"
         [B, T, H, Dh] and "image" [B, H, W, C]; returns x, perhaps with a sharding constraint.
@@ -47,6 +48,7 @@ class Compute:
     attention: str = "xla"
     remat: str = "none"
     scan_unroll: int = 1
+    mesh: jax.sharding.Mesh | None = None
     constrain: Callable[[jax.Array, str], jax.Array] = _unconstrained
 
     def checkpoint(self, function: Callable) -> Callable:

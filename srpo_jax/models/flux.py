@@ -200,7 +200,7 @@ def joint_attention(query, key, value, table, compute: Compute) -> jax.Array:
     """Rotary attention over one sequence: three times [B, T, H, Dh] -> [B, T, D]."""
     query, key = (rotate(x, table).astype(compute.dtype) for x in (query, key))
     query, key, value = (compute.constrain(x, "heads") for x in (query, key, value))
-    out = compute.constrain(attention(query, key, value, backend=compute.attention), "heads")
+    out = compute.constrain(attention(query, key, value, backend=compute.attention, mesh=compute.mesh), "heads")
     return out.reshape(*out.shape[:2], -1)
 
 
