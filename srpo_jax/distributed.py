@@ -1,8 +1,13 @@
 """A job of several processes: how they find each other, and what they have to agree on."""
 
+import contextlib
 import glob
 import importlib.util
 import os
+import re
+import sys
+import traceback
+from collections.abc import Iterator
 
 import jax
 import numpy as np
@@ -12,6 +17,55 @@ from srpo_jax.errors import UserError
 
 # What SLURM's srun gives to each of its tasks; a shell inside an allocation has some of them.
 SLURM = ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID")
+
+# Seconds without a sign of life after which a process counts as lost, and JAX aborts those that are left. The sign
+# comes from a thread of its own, however busy the others are.
+HEARTBEAT = 60
+# Exit code of a process that notices by itself that another one is lost: 128 + SIGABRT, since JAX aborts when it
+# notices. XPK starts a job again for codes from 127.
+LOST = 134
+# What the libraries say of it: transports (Gloo between CPUs, NCCL between GPUs), JAX's coordination service, and the
+# codes that gRPC has for the failures of others.
+SIGNS_OF_LOSS = (
+    r"Gloo|NCCL|heartbeat|[Bb]arrier (has )?(failed|timed out)|^(UNAVAILABLE|ABORTED|CANCELLED|DEADLINE_EXCEEDED)\b"
+)
+
+
+@contextlib.contextmanager
+def job(coordinator: str | None = None, process_id: int | None = None, process_count: int | None = None) -> Iterator:
+    """Joins this process to its job, as ``start`` does, for a block that trains.
+
+    A process of a job whose block fails says why and is gone: the usual end would wait for the other processes, which
+    wait for this one. So they notice at once, or after ``HEARTBEAT`` seconds, and end too. Exit codes: ``LOST`` if
+    another process was lost, else 1.
+    """
+    start(coordinator, process_id, process_count)
+    try:
+        yield
+    except BaseException as error:
+        if not jax.distributed.is_initialized():
+            raise
+        code = 1
+        if isinstance(error, UserError):
+            print(f"error: {error}", file=sys.stderr)
+        elif is_loss(error):
+            reason = str(error).splitlines()[0]
+            print(
+                f"error: another process of this job is lost ({reason}); its own log may say why. The same command in "
+                "all processes goes on from the newest checkpoint",
+                file=sys.stderr,
+            )
+            code = LOST
+        else:
+            traceback.print_exc()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def is_loss(error: BaseException | None) -> bool:
+    """Whether an exception says that another process of the job, or the way to it, is lost."""
+    return isinstance(error, jax.errors.JaxRuntimeError) and bool(re.search(SIGNS_OF_LOSS, str(error)))
 
 
 def start(coordinator: str | None = None, process_id: int | None = None, process_count: int | None = None) -> None:
@@ -32,11 +86,11 @@ def start(coordinator: str | None = None, process_id: int | None = None, process
     if not missing:
         if not 0 <= process_id < process_count:
             raise UserError(f"--process_id={process_id} must be from 0 to --process_count={process_count} less one")
-        jax.distributed.initialize(coordinator, process_count, process_id)
+        jax.distributed.initialize(coordinator, process_count, process_id, heartbeat_timeout_seconds=HEARTBEAT)
     elif len(missing) < len(given):
         raise UserError(f"{', '.join(missing)} is missing: give all of {', '.join(given)}, or none of them")
     elif _tpu() or (all(name in os.environ for name in SLURM) and int(os.environ["SLURM_NTASKS"]) > 1):
-        jax.distributed.initialize()
+        jax.distributed.initialize(heartbeat_timeout_seconds=HEARTBEAT)
 
 
 def _tpu() -> bool:

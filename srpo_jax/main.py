@@ -3,12 +3,15 @@
     python -m srpo_jax.main --config=configs/flux_dev_hps.py --workdir=runs/hps [--config.optim.learning_rate=1e-5 ...]
 
   --config   recipe, a Python file; --config.KEY=VALUE overrides one of its keys
-  --workdir  folder of the run, made if there is none
+  --workdir  folder of the run, made if there is none; local, or gs://BUCKET/PATH (pip install gcsfs)
 
 A job of several processes starts this in each of them. On TPUs and under SLURM they find each other; elsewhere give all
 of --coordinator=HOST:PORT (of process 0), --process_id (from 0) and --process_count.
 
 The same command again goes on from the newest checkpoint. After Ctrl-C or SIGTERM the update is finished and saved.
+
+Exit codes: 0 the run is complete; 128 + signal (143 for SIGTERM) it was stopped and saved; 134 another process of the
+job was lost: start all of them again; 1 a mistake, or a crash.
 """
 
 import sys
@@ -54,14 +57,14 @@ def main() -> None:
         print(__doc__ + "\nKeys of a config and their defaults (srpo_jax/config.py says what they mean):\n")
         print("\n".join(f"  {key} = {value!r}" for key, value in config_lib.flatten(config_lib.default()).items()))
         return
-    job = parse(sys.argv)
-    config_lib.validate(job.config)  # before machines wait for each other
-    distributed.start(job.coordinator, job.process_id, job.process_count)
+    task = parse(sys.argv)
+    config_lib.validate(task.config)  # before machines wait for each other
     logging.set_verbosity(logging.ERROR)  # Orbax tells every step of every save
-    try:
-        signal = train.train(job.config, job.workdir)
-    except KeyboardInterrupt:  # before the first update, or the second one: there is nothing to finish
-        signal = SIGINT
+    with distributed.job(task.coordinator, task.process_id, task.process_count):
+        try:
+            signal = train.train(task.config, task.workdir)
+        except KeyboardInterrupt:  # before the first update, or the second one: there is nothing to finish
+            signal = SIGINT
     if signal is not None:
         sys.exit(128 + signal)
 

@@ -5,8 +5,8 @@ is compiled lives in ``program`` and ``step``.
 """
 
 import os
-import pathlib
 import signal
+import sys
 import threading
 import time
 from types import FrameType
@@ -14,9 +14,10 @@ from typing import Any
 
 import jax
 import numpy as np
+from etils import epath
 from ml_collections import ConfigDict
 
-from srpo_jax import checkpoint, conditions, distributed, flow, metrics, program, sampling, sharding
+from srpo_jax import checkpoint, conditions, distributed, flow, metrics, program, sampling, sharding, storage
 from srpo_jax import config as config_lib
 from srpo_jax.data import prompts
 from srpo_jax.errors import UserError
@@ -35,7 +36,7 @@ def train(config: ConfigDict, workdir: str | os.PathLike) -> int | None:
     # === Checks that need no device ===================================================================================
     config_lib.validate(config)
     checkpoint.check_workdir(workdir, config)
-    workdir = pathlib.Path(workdir)
+    workdir = storage.path(workdir)
     newest = distributed.largest(max(checkpoint.steps(workdir), default=0)) or None
     if newest is not None and newest >= config.steps:
         print(f"{workdir} has all of its {config.steps} updates; nothing to do")
@@ -108,6 +109,7 @@ def train(config: ConfigDict, workdir: str | os.PathLike) -> int | None:
                 stop = distributed.largest(interruption.signal or 0) if step < config.steps else 0
                 if stop or step == config.steps or step % config.checkpoint.every == 0:
                     run = {"seed": config.seed, "data": position, "config": config_lib.flatten(config)}
+                    report.flush()
                     checkpoints.save(step, state, run)
                 if stop:
                     report.say(f"stopped after update {step}; the same command goes on from there")
@@ -119,7 +121,9 @@ def train(config: ConfigDict, workdir: str | os.PathLike) -> int | None:
                 started = time.perf_counter()
         return None
     finally:
-        checkpoints.close()
+        # A checkpoint that is being written waits for all processes of the job: for ever, if one is lost.
+        if not distributed.is_loss(sys.exception()):
+            checkpoints.close()
         report.close()
 
 
@@ -132,7 +136,7 @@ class SampleGrid:
         built: program.Program,
         conditioner: conditions.Conditioner,
         held_out: list[str],
-        workdir: pathlib.Path,
+        workdir: epath.Path,
     ):
         self._folder = workdir / "samples"
         settings, networks, sample = built.settings, built.networks, config.sample
@@ -162,7 +166,7 @@ class SampleGrid:
         if jax.process_index() == 0:
             sampling.save_image(sampling.grid(images), self._file(step))
 
-    def _file(self, step: int) -> pathlib.Path:
+    def _file(self, step: int) -> epath.Path:
         return self._folder / f"{step:06d}.png"
 
 

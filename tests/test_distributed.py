@@ -1,38 +1,60 @@
-"""Two processes on one machine, with collectives over loopback."""
+"""Two processes on one machine, with collectives over loopback: killed, resumed, stopped, and compared with one."""
 
 import json
 import os
 import pathlib
+import re
 import signal
 import socket
 import subprocess
 import sys
 
+import jax
+import numpy as np
 import pytest
 import tiny
+from PIL import Image
 from test_train import numbers
 
-from srpo_jax import checkpoint, distributed, train
+from srpo_jax import checkpoint, distributed, metrics, train
 from srpo_jax.errors import UserError
 
+# What happens to a process by its own hand: {"step": 2, "process": 1, "where": "update" | "save", "signal": 9}.
 CHILD = """
-import json, os, pathlib, signal, sys
+import json, os, pathlib, sys
+import orbax.checkpoint as ocp
 import tiny
-from srpo_jax import errors, main, metrics
+from srpo_jax import conditions, errors, main, metrics
 
-path, workdir, changes, coordinator, process = sys.argv[1:]
-write = metrics.Metrics.write
+path, workdir, changes, event, coordinator, process = sys.argv[1:]
+event, process = json.loads(event), int(process)
+write, batch, finalize = metrics.Metrics.write, conditions.Conditioner.batch, ocp.StandardCheckpointHandler.finalize
 
 
-def write_and_kill(self, step, values):
+def strike(where, step):
+    if event and (event["process"], event["where"], event["step"]) == (process, where, step):
+        os.kill(os.getpid(), event["signal"])
+
+
+def write_and_strike(self, step, values):
     write(self, step, values)
-    if step == 2 and process == "1":
-        os.kill(os.getpid(), signal.SIGTERM)  # one of the two is asked to stop
+    strike("update", step)
 
 
-metrics.Metrics.write = write_and_kill
+def tell_batch(self, captions, step):
+    print(json.dumps([step, captions]), flush=True)
+    return batch(self, captions, step)
+
+
+def finalize_and_strike(self, directory):  # process 0 does it when all have written their arrays
+    strike("save", int(directory.parent.name.split(".")[0]))
+    finalize(self, directory)
+
+
+metrics.Metrics.write, conditions.Conditioner.batch = write_and_strike, tell_batch
+ocp.StandardCheckpointHandler.finalize = finalize_and_strike
 config = tiny.config(pathlib.Path(path), **json.loads(changes))
-main.parse = lambda argv: main.Command(config, workdir, coordinator, int(process), 2)
+main.parse = lambda argv: main.Command(config, workdir, coordinator, process, 2)
 sys.exit(errors.run(main.main))
 """
 
@@ -43,29 +65,112 @@ def free_port():
         return s.getsockname()[1]
 
 
-def test_two_processes_train_stop_together_and_one_goes_on(tmp_path):
-    """The first process stops because the second was told to. One process then ends the run, with the numbers that one
-    process has from the start: neither the data nor the checkpoint know how many there were."""
-    models = tiny.write_all(tmp_path / "models")
-    changes = dict(steps=3, data__batch_size=2, rollout__noise="per_sample", checkpoint__every=5, sample__every=2)
-    coordinator, tests = f"127.0.0.1:{free_port()}", pathlib.Path(__file__).parent
-    words = [sys.executable, "-c", CHILD, models, tmp_path / "two", json.dumps(changes), coordinator]
+def start_two(models, workdir, changes, event=None):
+    """[(exit code, stdout, stderr)] of both processes; fails if one does not end."""
+    tests = pathlib.Path(__file__).parent
+    words = [models, workdir, json.dumps(changes), json.dumps(event), f"127.0.0.1:{free_port()}"]
     environment = os.environ | {"PYTHONPATH": f"{tests}:{tests.parent}"}
+    environment["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"  # small programs too
     children = [
-        subprocess.Popen([*map(str, words), str(i)], env=environment, stderr=subprocess.PIPE, text=True) for i in (0, 1)
-    ]
-    output = [child.communicate()[1] for child in children]
-    assert [child.returncode for child in children] == [128 + signal.SIGTERM] * 2, output
-    assert "2 cpu device(s)" in output[0] and "stopped after update 2" in output[0] and "step" not in output[1]
-    assert checkpoint.steps(tmp_path / "two") == [2]
+        subprocess.Popen(
+            [sys.executable, "-c", CHILD, *map(str, words), str(process)],
+            env=environment,
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )
+        for process in (0, 1)
+    ]  # fmt: skip
+    try:
+        told = [child.communicate(timeout=150) for child in children]
+    finally:
+        for child in children:
+            child.kill()
+    return [(child.returncode, *texts) for child, texts in zip(children, told, strict=True)]
 
-    train.train(tiny.config(models, **changes), tmp_path / "two")
-    train.train(tiny.config(models, **changes), tmp_path / "one")
-    for mine, other in zip(numbers(tmp_path / "two"), numbers(tmp_path / "one"), strict=True):
+
+def arrays(workdir, step):
+    """The bytes of every array of a checkpoint."""
+    folder = workdir / "checkpoints" / str(step)
+    found = {item: tiny.read_arrays(folder / item) for item in ("params", "opt_state")}
+    return {(item, name): array.tobytes() for item, leaves in found.items() for name, array in leaves.items()}
+
+
+def test_two_processes_lose_one_twice_resume_stop_and_one_goes_on(tmp_path):
+    """Four updates by two processes, with nothing in their way, and with one process killed in an update and the other
+    one in the middle of a save: the same numbers and weights, bit for bit. The disturbed run is then asked to stop, and
+    one process alone does the fifth update, with the numbers that one process has from the start: neither the data nor
+    the checkpoint know how many there were."""
+    models = tiny.write_all(tmp_path / "models")
+    changes = dict(
+        steps=5, data__batch_size=2, rollout__noise="per_sample", checkpoint__every=1,
+        compilation_cache=str(tmp_path / "cache"),
+    )  # fmt: skip
+    calm, lost, alone = (tmp_path / name for name in ("calm", "lost", "alone"))
+
+    # === Nothing happens ==============================================================================================
+    (first, second) = start_two(models, calm, changes | dict(steps=4, sample__every=4))
+    assert first[0] == second[0] == 0, (first, second)
+    assert "2 cpu device(s)" in first[2] and "step 4/4" in first[2]
+    assert "step" not in second[2] and len(list((calm / "tensorboard").iterdir())) == 1  # only the first reports
+    batches = [dict(map(json.loads, re.findall(r"^\[\d.*", child[1], re.M))) for child in (first, second)]
+    assert all(len(rows) == 1 for part in batches for rows in part.values())  # each its own half
+    for step in (1, 2, 3, 4):
+        assert batches[0][step] != batches[1][step]
+    for process in (0, 1):  # all of them write
+        assert any((calm / "checkpoints" / "4" / "params" / f"ocdbt.process_{process}" / "d").iterdir())
+
+    # === The second process is killed while the first goes on to the next update ======================================
+    event = {"step": 2, "process": 1, "where": "update", "signal": signal.SIGKILL}
+    (first, second) = start_two(models, lost, changes, event)
+    assert (first[0], second[0]) == (distributed.LOST, -signal.SIGKILL), (first, second)
+    assert first[2].splitlines()[-1].startswith("error: another process of this job is lost (")
+
+    # === Both again; the first is killed when a checkpoint is written but not committed ===============================
+    event = {"step": 3, "process": 0, "where": "save", "signal": signal.SIGKILL}
+    (first, second) = start_two(models, lost, changes, event)
+    assert first[0] == -signal.SIGKILL and "from update 1 to 5" in first[2], first
+    assert second[0] in (distributed.LOST, -signal.SIGABRT), second  # by itself, or by JAX: the first coordinates
+    assert list((lost / "checkpoints").glob("3.*tmp*")) and checkpoint.steps(lost)[-1] == 2
+
+    # === Both again; one is told to stop, and both do =================================================================
+    event = {"step": 4, "process": 1, "where": "update", "signal": signal.SIGTERM}
+    (first, second) = start_two(models, lost, changes, event)
+    assert first[0] == second[0] == 128 + signal.SIGTERM, (first, second)
+    assert "from update 2 to 5" in first[2] and "stopped after update 4" in first[2]
+    assert numbers(lost) == numbers(calm) and [record["step"] for record in metrics.read(lost)] == [1, 2, 3, 4]
+    assert arrays(lost, 4) == arrays(calm, 4)
+
+    # === One process ends the run =====================================================================================
+    changes |= dict(checkpoint__every=5, sample__every=4)
+    train.train(tiny.config(models, **changes), lost)
+    train.train(tiny.config(models, **changes), alone)
+    for mine, other in zip(numbers(lost), numbers(alone), strict=True):
         assert mine == pytest.approx(other, rel=1e-3, abs=1e-5)
-    assert {path.name for path in (tmp_path / "two" / "samples").iterdir()} == {
-        path.name for path in (tmp_path / "one" / "samples").iterdir()
-    }
+    for name in ("000000.png", "000004.png"):
+        pictures = [np.asarray(Image.open(run / "samples" / name), int) for run in (calm, alone)]
+        assert np.abs(pictures[0] - pictures[1]).mean() < 0.5
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "told"),
+    [
+        (UserError("no such file"), 1, "error: no such file\n"),
+        (jax.errors.JaxRuntimeError("UNKNOWN: Gloo AllGather failed: Connection closed"), distributed.LOST, "is lost"),
+        (jax.errors.JaxRuntimeError("UNAVAILABLE: Task 1 heartbeat timeout."), distributed.LOST, "is lost"),
+        (jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory"), 1, "RESOURCE_EXHAUSTED: Out of memory\n"),
+    ],
+)
+def test_a_process_that_fails_does_not_wait_for_the_others(monkeypatch, capsys, error, code, told):
+    codes = []
+    monkeypatch.setattr("jax.distributed.is_initialized", lambda: True)
+    monkeypatch.setattr("os._exit", codes.append)
+    with distributed.job():
+        raise error
+    assert codes == [code] and told in capsys.readouterr().err
+
+
+def test_a_process_without_others_ends_as_usual():
+    with pytest.raises(UserError), distributed.job():
+        raise UserError("no such file")
 
 
 @pytest.mark.parametrize(
@@ -84,7 +189,7 @@ def test_half_a_job_is_refused(job, message):
 def test_a_process_alone_stays_alone(monkeypatch):
     for name in distributed.SLURM:
         monkeypatch.setenv(name, "1")
-    monkeypatch.setattr("jax.distributed.initialize", lambda: pytest.fail("there is nobody to meet"))
+    monkeypatch.setattr("jax.distributed.initialize", lambda **_: pytest.fail("there is nobody to meet"))
     distributed.start()
     assert distributed.largest(7) == 7
 
@@ -93,7 +198,7 @@ def test_tasks_of_slurm_meet(monkeypatch):
     for name in distributed.SLURM:
         monkeypatch.setenv(name, "2")
     calls = []
-    monkeypatch.setattr("jax.distributed.initialize", lambda *args: calls.append(args))
+    monkeypatch.setattr("jax.distributed.initialize", lambda *args, **_: calls.append(args))
     distributed.start()
     assert calls == [()]
     monkeypatch.delenv("SLURM_STEP_NODELIST")  # a shell in an allocation, not srun
