@@ -30,7 +30,9 @@ setuptools.setup(
     install_requires=[
         "absl-py",
         "array_record",
+        "etils[epath]",
         "flax>=0.12.8",
+        "fsspec",
         "grain>=0.2.18",
         "importlib_resources",  # tensorflow-datasets imports it and does not ask for it
         "jax>=0.10",
@@ -51,9 +53,11 @@ setuptools.setup(
     extras_require={
         "tpu": ["jax[tpu]>=0.10"],
         "cuda": ["jax[cuda12]>=0.10"],
+        "gcs": ["gcsfs"],  # gs:// workdirs
         # The reference implementations that the tests compare with. At run time only torch pickles need torch.
         "test": [
             "diffusers==0.42.1",
+            "gcsfs",
             "open_clip_torch==3.3.0",
             "pytest-xdist>=3.6",
             "pytest>=8",

@@ -15,7 +15,7 @@ install() {
   local uv=$HOME/.local/bin/uv
   [[ -x $uv ]] || curl -LsSf https://astral.sh/uv/install.sh | sh
   [[ -x .venv/bin/python ]] || "$uv" venv --python 3.12 .venv
-  "$uv" pip install --python .venv/bin/python --editable '.[tpu]'
+  "$uv" pip install --python .venv/bin/python --editable '.[tpu,gcs]'
   if (($#)); then
     mkdir -p data
     gcloud storage rsync --recursive "$1" data

@@ -1,6 +1,6 @@
 """Checkpoints of a run, by Orbax, and the workdir that holds them.
 
-    WORKDIR/config.json                the run's configuration
+    WORKDIR/config.json                the run's configuration; WORKDIR is a local folder or gs://BUCKET/PATH
     WORKDIR/checkpoints/STEP/params    the transformer's weights
                             /opt_state, /ema and /rollout (if there are)
                             /run       JSON: step, random seed, position in the data, configuration
@@ -11,22 +11,25 @@ when all of it is there. They can be restored onto any mesh.
 
 import json
 import os
-import pathlib
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
+from etils import epath
 from ml_collections import ConfigDict
 
 from srpo_jax import config as config_lib
+from srpo_jax import storage
 from srpo_jax.errors import UserError
 from srpo_jax.models.compute import Params
 from srpo_jax.step import TrainState
 
 CONFIG, CHECKPOINTS = "config.json", "checkpoints"
 COMMITTED = "_CHECKPOINT_METADATA"  # the file that Orbax puts into a checkpoint
+# The last file of a checkpoint in a bucket. On a disk, a checkpoint is complete when its folder has its final name.
+COMMITTED_IN_BUCKET = "commit_success.txt"
 ARRAYS = ("params", "opt_state", "ema", "rollout")
 
 
@@ -36,9 +39,11 @@ ARRAYS = ("params", "opt_state", "ema", "rollout")
 def check_workdir(workdir: str | os.PathLike, config: ConfigDict) -> None:
     """Checks that a run of ``config`` may start or go on in ``workdir``, which need not exist yet. Writes nothing.
 
-    Raises UserError if it is not a folder, or holds a run of another configuration (the message names what differs).
+    Raises UserError if it is not a folder, or a bucket that does not answer, or holds a run of another configuration
+    (the message names what differs).
     """
-    workdir = pathlib.Path(workdir)
+    workdir = storage.path(workdir)
+    storage.check(workdir)
     if workdir.exists() and not workdir.is_dir():
         raise UserError(f"--workdir={workdir} is a file; name a folder")
     file = workdir / CONFIG
@@ -62,22 +67,20 @@ def write_config(workdir: str | os.PathLike, config: ConfigDict) -> None:
     """Writes ``config.json``, at once or not at all; process 0 does it for a job."""
     if jax.process_index() != 0:
         return
-    workdir = pathlib.Path(workdir)
-    workdir.mkdir(parents=True, exist_ok=True)
-    partial = workdir / f".{CONFIG}.partial"
-    partial.write_text(config_lib.to_json(config) + "\n", encoding="utf-8")
-    os.replace(partial, workdir / CONFIG)
+    storage.write(storage.path(workdir) / CONFIG, f"{config_lib.to_json(config)}\n".encode())
 
 
 def steps(workdir: str | os.PathLike) -> list[int]:
     """The complete checkpoints of a workdir, ascending. What an interrupted save or copy left is not among them."""
-    folder = pathlib.Path(workdir) / CHECKPOINTS
+    folder = storage.path(workdir) / CHECKPOINTS
     names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
     return sorted(int(name) for name in names if name.isdecimal() and _complete(folder / name))
 
 
-def _complete(path: pathlib.Path) -> bool:
+def _complete(path: epath.Path) -> bool:
     items = ("params/_METADATA", "opt_state/_METADATA", "run/metadata", COMMITTED)
+    if storage.in_bucket(path):
+        items = (COMMITTED_IN_BUCKET, *items)
     return all((path / item).exists() for item in items)
 
 
@@ -93,11 +96,13 @@ class Checkpoints:
     """
 
     def __init__(self, workdir: str | os.PathLike, keep: int):
-        folder = pathlib.Path(workdir).absolute() / CHECKPOINTS
-        folder.mkdir(parents=True, exist_ok=True)
-        if jax.process_index() == 0:
+        folder = storage.absolute(storage.path(workdir)) / CHECKPOINTS
+        if not storage.in_bucket(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+        if jax.process_index() == 0 and not storage.in_bucket(folder):
             for path in folder.iterdir():
-                # Orbax would count a bare numbered folder as a checkpoint, and refuse to write that step.
+                # Orbax would count a bare numbered folder as a checkpoint, and refuse to write that step. In a bucket
+                # it removes what is not complete.
                 if path.name.isdecimal() and not _complete(path):
                     path.rename(path.with_name(f"{path.name}.incomplete"))
         self._folder = folder
@@ -157,7 +162,7 @@ class Checkpoints:
         self._manager.close()
 
 
-def _check_same(path: pathlib.Path, stored: Any, wanted: Any) -> None:
+def _check_same(path: epath.Path, stored: Any, wanted: Any) -> None:
     there, here = _leaves(stored), _leaves(wanted)
     for name in sorted(there.keys() | here.keys()):
         if there.get(name) != here.get(name):
@@ -183,7 +188,7 @@ def _words(leaves: dict[str, tuple[tuple[int, ...], str]], name: str) -> str:
 class StoredArray:
     """An array of a checkpoint, read when ``numpy.asarray`` asks for it; ``shape`` and ``dtype`` are known before."""
 
-    def __init__(self, folder: pathlib.Path, path: tuple[str, ...], shape: tuple[int, ...], dtype: Any):
+    def __init__(self, folder: epath.Path, path: tuple[str, ...], shape: tuple[int, ...], dtype: Any):
         self._folder, self._path = folder, path
         self.shape, self.dtype = tuple(shape), np.dtype(dtype)
 
@@ -213,7 +218,8 @@ def load_params(workdir: str | os.PathLike, step: int | None = None, ema: bool =
 
     Raises UserError if there is no such checkpoint.
     """
-    workdir = pathlib.Path(workdir)
+    workdir = storage.path(workdir)
+    storage.check(workdir)
     if not workdir.is_dir():
         raise UserError(f"{workdir} is not a folder; expected the --workdir of a training run")
     found = steps(workdir)
@@ -221,7 +227,8 @@ def load_params(workdir: str | os.PathLike, step: int | None = None, ema: bool =
         raise UserError(f"{workdir} holds no complete checkpoint; expected the --workdir of a training run")
     if step is not None and step not in found:
         raise UserError(f"{workdir} holds no checkpoint of step {step}; there are {', '.join(map(str, found))}")
-    folder = workdir.absolute() / CHECKPOINTS / str(found[-1] if step is None else step) / ("ema" if ema else "params")
+    checkpoint = storage.absolute(workdir) / CHECKPOINTS / str(found[-1] if step is None else step)
+    folder = checkpoint / ("ema" if ema else "params")
     if not folder.is_dir():
         raise UserError(f"{folder.parent} holds no moving average; it was trained with optim.ema_decay=0")
     tree = ocp.StandardCheckpointer().metadata(folder).item_metadata.tree

@@ -19,7 +19,7 @@ from absl import logging
 from jax.sharding import Mesh
 from PIL import Image
 
-from srpo_jax import checkpoint, conditions, errors, flow, program, sampling, sharding, text
+from srpo_jax import checkpoint, conditions, errors, flow, program, sampling, sharding, storage, text
 from srpo_jax.config import ATTENTION, DTYPES
 from srpo_jax.data import prompts as prompt_files
 from srpo_jax.errors import UserError
@@ -91,7 +91,7 @@ def generate(
 
     Raises UserError for a folder that is not right, or sizes that do not fit.
     """
-    model, out = pathlib.Path(model), pathlib.Path(out)
+    model, out = pathlib.Path(model), storage.path(out)
     tokens = height // 16 * (width // 16)
     if latents is not None and latents.shape != (len(prompts), tokens, 64):
         raise UserError(
@@ -150,7 +150,7 @@ def _parser() -> argparse.ArgumentParser:
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--prompts", help="text file, UTF-8, one prompt a line")
     what.add_argument("--prompt", help="one prompt")
-    parser.add_argument("--out", required=True, help="folder for the images")
+    parser.add_argument("--out", required=True, help="folder for the images, local or gs://BUCKET/PATH")
     parser.add_argument("--checkpoint", help="workdir of a training run, whose transformer replaces the model's")
     parser.add_argument("--step", type=int, help="of the checkpoint (default: the newest)")
     parser.add_argument("--ema", action="store_true", help="take the checkpoint's moving average")

@@ -1,16 +1,26 @@
-"""What a run reports while it goes: JSON lines, TensorBoard, and a progress bar or plain lines on the terminal."""
+"""What a run reports while it goes: JSON lines, TensorBoard, and a progress bar or plain lines on the terminal.
+
+Nothing can be appended to an object of a bucket. For a workdir there, the files grow in a folder of this machine and
+are copied as wholes: every ``COPY_EVERY`` seconds, and before each checkpoint, so that a run that is resumed has every
+line up to its checkpoint.
+"""
 
 import json
 import math
 import os
-import pathlib
 import sys
+import tempfile
+import time
 from typing import Any
 
 import jax
 import tqdm
+from etils import epath
+
+from srpo_jax import storage
 
 JSONL, TENSORBOARD = "metrics.jsonl", "tensorboard"
+COPY_EVERY = 30
 
 
 class Metrics:
@@ -28,10 +38,18 @@ class Metrics:
             return
         from tensorboardX import SummaryWriter
 
-        workdir = pathlib.Path(workdir)
-        _drop_after(workdir / JSONL, done)
-        self._file = open(workdir / JSONL, "a", encoding="utf-8")
-        self._board = SummaryWriter(str(workdir / TENSORBOARD), purge_step=done + 1)
+        self._workdir = storage.path(workdir)
+        self._copied = self._temporary = None
+        folder = self._workdir
+        if storage.in_bucket(folder):
+            self._temporary = tempfile.TemporaryDirectory(prefix="srpo_jax.")
+            folder = epath.Path(self._temporary.name)
+        kept = [record for record in read(workdir) if record["step"] <= done]
+        storage.write(folder / JSONL, "".join(json.dumps(record) + "\n" for record in kept).encode())
+        self._folder = folder
+        self._file = open(folder / JSONL, "a", encoding="utf-8")
+        self._board = SummaryWriter(str(folder / TENSORBOARD), purge_step=done + 1)
+        self.flush()
         self._total = total
         # A bar needs a terminal that redraws its line; a log file gets a line a step.
         self._bar = None
@@ -46,12 +64,25 @@ class Metrics:
         self._file.flush()
         for name, value in values.items():
             self._board.add_scalar(name, value, step)
+        if self._temporary and time.monotonic() > self._copied + COPY_EVERY:
+            self.flush()
         shown = " ".join(f"{name} {_short(value)}" for name, value in values.items())
         if self._bar is None:
             print(f"step {step}/{self._total} {shown}", file=sys.stderr, flush=True)
         else:
             self._bar.set_postfix_str(shown, refresh=False)
             self._bar.update(step - self._bar.n)
+
+    def flush(self) -> None:
+        """Sees to it that all that was reported is in the workdir."""
+        if not self._active:
+            return
+        self._file.flush()
+        self._board.flush()
+        if self._temporary:
+            for file in (self._folder / JSONL, *(self._folder / TENSORBOARD).iterdir()):
+                storage.write(self._workdir / file.relative_to(self._folder), file.read_bytes())
+            self._copied = time.monotonic()
 
     def say(self, text: str) -> None:
         """A line for the person at the terminal; it does not break the progress bar."""
@@ -63,8 +94,11 @@ class Metrics:
         if self._active:
             if self._bar is not None:
                 self._bar.close()
+            self.flush()
             self._board.close()
             self._file.close()
+            if self._temporary:
+                self._temporary.cleanup()
 
 
 def not_finite(values: dict[str, float]) -> list[str]:
@@ -74,23 +108,16 @@ def not_finite(values: dict[str, float]) -> list[str]:
 
 def read(workdir: str | os.PathLike) -> list[dict[str, Any]]:
     """The metrics of a workdir, one dictionary a step, without a last line that was cut off. [] if there are none."""
-    file = pathlib.Path(workdir) / JSONL
+    file = storage.path(workdir) / JSONL
     if not file.exists():
         return []
     records = []
-    for line in file.read_text(encoding="utf-8").splitlines():
+    for line in file.read_text().splitlines():
         try:
             records.append(json.loads(line))
         except ValueError:
             break
     return records
-
-
-def _drop_after(file: pathlib.Path, step: int) -> None:
-    kept = [record for record in read(file.parent) if record["step"] <= step]
-    partial = file.with_name(f".{file.name}.partial")
-    partial.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
-    os.replace(partial, file)
 
 
 def _short(value: float) -> str:

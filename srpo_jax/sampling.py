@@ -1,5 +1,6 @@
 """Images from prompts: FLUX's inference pipeline (guidance-distilled Euler sampling), compiled once per batch size."""
 
+import io
 import math
 import os
 import pathlib
@@ -13,7 +14,7 @@ from flax import nnx
 from jax.sharding import Mesh
 from PIL import Image
 
-from srpo_jax import flow, sharding
+from srpo_jax import flow, sharding, storage
 from srpo_jax.errors import UserError
 from srpo_jax.models.compute import Params, bind
 from srpo_jax.weights.files import read_json
@@ -158,8 +159,6 @@ def grid(images: np.ndarray, columns: int | None = None) -> Image.Image:
 
 def save_image(image: Image.Image, path: str | os.PathLike) -> None:
     """Writes a PNG, at once or not at all."""
-    path = pathlib.Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    image.save(partial, format="PNG")
-    os.replace(partial, path)
+    content = io.BytesIO()
+    image.save(content, format="PNG")
+    storage.write(storage.path(path), content.getvalue())

@@ -1,0 +1,83 @@
+"""Where a run's files lie: in a folder of this machine, or in a bucket (``gs://BUCKET/PATH``).
+
+Paths are ``etils.epath`` paths, as Orbax's are. An object of a bucket is written as a whole and appears as a whole;
+there is no appending and no renaming.
+"""
+
+import importlib.util
+import os
+
+from etils import epath
+
+from srpo_jax.errors import UserError
+
+BUCKET = "gs://"
+
+
+def path(name: str | os.PathLike) -> epath.Path:
+    """A path by its name.
+
+    Raises UserError for a kind of path that is not supported, or a gs:// path that this machine has no package for.
+    """
+    text = os.fspath(name)
+    if "://" in text and not text.startswith(BUCKET):
+        raise UserError(f"{text}: only local folders and {BUCKET}BUCKET/PATH are supported")
+    if text.startswith(BUCKET):
+        # The file systems that epath takes, the first if it is there.
+        if importlib.util.find_spec("tensorflow") is None:
+            if importlib.util.find_spec("gcsfs") is None:
+                raise UserError(f"{text}: this needs another package; run `pip install gcsfs`")
+            _forget_listings()
+        if not text[len(BUCKET) :].strip("/"):
+            raise UserError(f"{text} names no bucket; give {BUCKET}BUCKET/PATH")
+    return epath.Path(text)
+
+
+def in_bucket(place: epath.Path) -> bool:
+    """Whether a path is of a bucket."""
+    return os.fspath(place).startswith(BUCKET)
+
+
+def absolute(place: epath.Path) -> epath.Path:
+    """The path from the root."""
+    return place if in_bucket(place) else epath.Path(os.path.abspath(place))
+
+
+def check(place: epath.Path) -> None:
+    """Asks a bucket for a path, which need not exist. Raises UserError if there is no answer."""
+    if not in_bucket(place):
+        return
+    try:
+        place.exists()
+    except Exception as error:  # of several libraries: no credentials, no rights, no network
+        raise _refused(place, "read", error) from error
+
+
+def write(place: epath.Path, content: bytes) -> None:
+    """Writes a file, at once or not at all; a local folder is made for it. Raises UserError if a bucket refuses."""
+    if in_bucket(place):
+        try:
+            place.write_bytes(content)
+        except Exception as error:
+            raise _refused(place, "written", error) from error
+        return
+    place.parent.mkdir(parents=True, exist_ok=True)
+    partial = place.with_name(f".{place.name}.partial")
+    partial.write_bytes(content)
+    os.replace(partial, place)
+
+
+def _refused(place: epath.Path, what: str, error: Exception) -> UserError:
+    words = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+    return UserError(
+        f"{place} cannot be {what} ({words}); check the bucket's name and its rights, and log in with "
+        "`gcloud auth application-default login`"
+    )
+
+
+def _forget_listings() -> None:
+    """Lets gcsfs ask the bucket each time: what it remembers of folders is wrong once another process has written."""
+    import fsspec.config
+
+    for protocol in ("gcs", "gs"):
+        fsspec.config.conf.setdefault(protocol, {})["use_listings_cache"] = False
