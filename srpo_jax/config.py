@@ -16,12 +16,15 @@ METHODS = ("srpo", "direct_align", "refl", "draft_lv")
 REWARDS = ("hps", "pickscore", "clip")
 BRANCHES = ("denoise", "inversion")
 
+SOLVERS = ("euler", "ab2")
 DTYPES = ("bfloat16", "float32")
 ATTENTION = ("xla", "cudnn", "splash")
 REMAT = ("none", "dots", "full")
 
 # A run may be resumed with other values of these: they change where and how fast it runs, not what it computes.
-RESUMABLE = ("steps", "checkpoint", "sample", "mesh", "remat", "compilation_cache", "model.scan_unroll")
+RESUMABLE = (
+    *("steps", "checkpoint", "sample", "mesh", "remat", "compilation_cache", "model.scan_unroll", "optim.merge_terms"),
+)
 
 
 def default() -> ConfigDict:
@@ -60,6 +63,8 @@ def default() -> ConfigDict:
     # --- the rollout that makes the images to be improved ---
     c.rollout = ConfigDict()
     c.rollout.steps = 25
+    # How a step goes: euler, as released | ab2 (second order at the same cost: fewer steps do)
+    c.rollout.solver = "euler"
     c.rollout.guidance = 1.0  # distilled guidance given to the transformer
     c.rollout.shift = 3.0  # time shift of the noise schedule, here and of the training grid
     c.rollout.noise = "shared"  # shared: one noise for the whole batch, as released | per_sample
@@ -108,6 +113,9 @@ def default() -> ConfigDict:
     c.optim.weight_decay = 1e-4  # decoupled, on every parameter
     c.optim.clip_norm = 0.1  # of the gradient's global norm
     c.optim.accumulation = 1  # parts of a batch that pass one after the other; same update, less memory
+    # The terms of a method (SRPO's two branches) pass as one larger batch and not one after the other: same update,
+    # faster where there is memory for it.
+    c.optim.merge_terms = False
     c.optim.ema_decay = 0.0  # of the moving average of the weights; 0 keeps none
 
     # --- what is written to the workdir ---
@@ -183,6 +191,7 @@ def validate(config: ConfigDict, paths: bool = True) -> None:
         ("remat.autoencoder", REMAT),
         ("remat.reward", REMAT),
         ("rollout.noise", ("shared", "per_sample")),
+        ("rollout.solver", SOLVERS),
         ("reward.form", ("released", "paper")),
     ):
         require(key, flat[key] in choices, f"choose one of {', '.join(choices)}")

@@ -83,7 +83,7 @@ def make_sampler(
         def velocity(x: jax.Array, sigma: jax.Array) -> jax.Array:
             return network(x, text, pooled, jnp.broadcast_to(sigma, (count,)), scale, image_ids, text_ids)
 
-        latents = flow.unpack(flow.euler_sample(velocity, noise, sigmas), rows, columns)
+        latents = flow.unpack(flow.sample(velocity, noise, sigmas), rows, columns)
         decoder = bind(autoencoder, autoencoder_params)
         images = jnp.clip(decoder.decode(decoder.unscale_latents(latents)) / 2 + 0.5, 0, 1)
         return jnp.round(images * 255).astype(jnp.uint8)

@@ -5,7 +5,7 @@
 
 The batch is global; it may pass in parts (gradient accumulation) with the same result up to the order of sums, since
 every random number of a sample is drawn for the whole batch first. Terms (SRPO's two branches) run one after the
-other in a scan: one compiled gradient, and the memory of one.
+other in a scan, in the memory of one, or merged into one batch (``optim.merge_terms``).
 """
 
 import dataclasses
@@ -21,7 +21,7 @@ from flax import nnx
 from srpo_jax import direct_align, flow, methods, rewards
 from srpo_jax.direct_align import Grid
 from srpo_jax.methods import Term
-from srpo_jax.models.compute import Params, bind
+from srpo_jax.models.compute import Params, bind, cast_weights
 from srpo_jax.rewards import Reward
 
 LATENT_FACTOR = 8  # pixels of an image per latent position, along each side
@@ -104,6 +104,7 @@ class Settings:
     height: int
     width: int
     rollout_steps: int
+    solver: str
     rollout_guidance: float
     shift: float
     shared_noise: bool
@@ -117,6 +118,7 @@ class Settings:
     form: str
     margin: float
     accumulation: int
+    merge_terms: bool
     ema_decay: float
     round_time: bool
 
@@ -138,6 +140,7 @@ class Settings:
             height=config.data.height,
             width=config.data.width,
             rollout_steps=config.rollout.steps,
+            solver=config.rollout.solver,
             rollout_guidance=config.rollout.guidance,
             shift=config.rollout.shift,
             shared_noise=config.rollout.noise == "shared",
@@ -151,6 +154,7 @@ class Settings:
             form=config.reward.form,
             margin=config.reward.margin,
             accumulation=config.optim.accumulation,
+            merge_terms=config.optim.merge_terms,
             ema_decay=config.optim.ema_decay,
             round_time=config.model.round_time,
         )
@@ -244,6 +248,11 @@ def velocity(
     ).astype(jnp.float32)
 
 
+def in_compute_dtype(networks: Networks, params: Params) -> Params:
+    """The transformer's parameters as its layers use them: cast once, where they are about to be used many times."""
+    return cast_weights(params, bind(networks.transformer, params).compute.dtype)
+
+
 def rollout(
     networks: Networks,
     settings: Settings,
@@ -252,13 +261,15 @@ def rollout(
     noise: jax.Array,
     stop: jax.Array | None = None,
 ) -> jax.Array:
-    """Latents [B, N, 64] made from ``noise`` by Euler steps without gradient; ``stop`` as in ``flow.euler_sample``."""
+    """Latents [B, N, 64] made from ``noise`` without gradient; ``stop`` as in ``flow.sample``."""
+
+    weights = in_compute_dtype(networks, params)
 
     def field(x: jax.Array, sigma: jax.Array) -> jax.Array:
-        return velocity(networks, settings, params, batch, x, sigma, settings.rollout_guidance)
+        return velocity(networks, settings, weights, batch, x, sigma, settings.rollout_guidance)
 
     sigmas = flow.shifted_schedule(settings.rollout_steps, settings.shift)
-    return jax.lax.stop_gradient(flow.euler_sample(field, noise, sigmas, stop))
+    return jax.lax.stop_gradient(flow.sample(field, noise, sigmas, stop, settings.solver))
 
 
 def decode(networks: Networks, settings: Settings, params: Params, tokens: jax.Array) -> jax.Array:
@@ -337,15 +348,32 @@ def term_loss(
     batch: Batch,
     term: Term,
     captions: dict[str, jax.Array],
+    count: int = 1,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """A term's loss, ``mean(weight * relu(margin - reward))``, and its metrics (means over the samples).
+    """A term's loss, ``mean(weight * relu(margin - reward))``, and its metrics (means over the samples), each ``[1]``.
 
+    ``count`` > 1 says that so many terms were merged (``merge_terms``): the loss is their sum, the metrics ``[count]``.
     The metric ``caption_reward`` is the reward of the image under its plain caption, without control words.
     """
     outcome = run_term(networks, settings, params, frozen, batch, term)
-    loss = jnp.mean(term.weight * rewards.hinge(outcome.reward, settings.margin))
     plain = rewards.mixture(networks.rewards, frozen.rewards, outcome.features, captions)
-    return loss, {"loss": loss, "reward": jnp.mean(outcome.reward), "caption_reward": jnp.mean(plain)}
+    metrics = {
+        "loss": term.weight * rewards.hinge(outcome.reward, settings.margin),
+        "reward": outcome.reward,
+        "caption_reward": plain,
+    }
+    metrics = {name: values.reshape(-1, count).mean(0) for name, values in metrics.items()}
+    return metrics["loss"].sum(), metrics
+
+
+def merge_terms(batch: Batch, terms: Term, captions: dict[str, jax.Array]) -> tuple[Batch, Term, dict[str, jax.Array]]:
+    """A stack of T terms of B samples as one term of B * T samples, and what they are conditioned on.
+
+    The terms of a sample follow each other, so that a batch split over devices stays where it is.
+    """
+    count = terms.weight.shape[0]
+    batch, captions = jax.tree.map(lambda x: jnp.repeat(x, count, axis=0), (batch, captions))
+    return batch, join_batch(terms), captions
 
 
 def gradient(
@@ -363,17 +391,31 @@ def gradient(
     is as large as the parameters.
     """
     text = embed_captions(networks, frozen, batch)
-    terms = make_terms(networks, settings, params, batch, draws, text)
+    weights = in_compute_dtype(networks, params)
+    terms = make_terms(networks, settings, weights, batch, draws, text)
     captions = {name: embeddings["caption"] for name, embeddings in text.items()}
 
-    def add_term(total: Params, term: Term) -> tuple[Params, dict[str, jax.Array]]:
-        def loss(params: Params) -> tuple[jax.Array, dict[str, jax.Array]]:
-            return term_loss(networks, settings, params, frozen, batch, term, captions)
+    def differentiate(
+        batch: Batch, term: Term, captions: dict[str, jax.Array], count: int = 1
+    ) -> tuple[Params, dict[str, jax.Array]]:
+        def loss(weights: Params) -> tuple[jax.Array, dict[str, jax.Array]]:
+            return term_loss(networks, settings, weights, frozen, batch, term, captions, count)
 
-        grads, metrics = jax.grad(loss, has_aux=True)(params)
+        return jax.grad(loss, has_aux=True)(weights)
+
+    count = terms.weight.shape[0]
+    if settings.merge_terms or count == 1:  # compilers do less well inside of a loop
+        grads, metrics = differentiate(*merge_terms(batch, terms, captions), count)
+        if total is None:
+            return jax.tree.map(lambda g, p: g.astype(p.dtype), grads, params), metrics
         return jax.tree.map(jnp.add, total, grads), metrics
 
-    return jax.lax.scan(add_term, jax.tree.map(jnp.zeros_like, params) if total is None else total, terms)
+    def add_term(total: Params, term: Term) -> tuple[Params, dict[str, jax.Array]]:
+        grads, metrics = differentiate(batch, term, captions)
+        return jax.tree.map(jnp.add, total, grads), metrics
+
+    total, metrics = jax.lax.scan(add_term, jax.tree.map(jnp.zeros_like, params) if total is None else total, terms)
+    return total, {name: values[:, 0] for name, values in metrics.items()}
 
 
 # --- the update -----------------------------------------------------------------------------------------------------

@@ -26,7 +26,7 @@ def test_truncated_time_of_the_fifty_step_schedule():
 def test_euler_sampling_of_a_straight_flow_ends_at_the_image():
     key = jax.random.key(0)
     x0, noise = jax.random.normal(key, (2, 3, 6, 64))
-    out = flow.euler_sample(lambda x, sigma: noise - x0, noise, flow.shifted_schedule(7, 3.0))
+    out = flow.sample(lambda x, sigma: noise - x0, noise, flow.shifted_schedule(7, 3.0))
     np.testing.assert_allclose(out, x0, atol=1e-5)
 
 
@@ -34,8 +34,26 @@ def test_stopped_samples_stay_at_their_noise_level():
     x0, noise = jax.random.normal(jax.random.key(0), (2, 3, 6, 64))
     sigmas = flow.shifted_schedule(7, 3.0)
     stop = jnp.array([0, 4, 7])
-    out = flow.euler_sample(lambda x, sigma: noise - x0, noise, sigmas, stop)
+    out = flow.sample(lambda x, sigma: noise - x0, noise, sigmas, stop)
     np.testing.assert_allclose(out, flow.add_noise(x0, noise, jnp.asarray(sigmas)[stop]), atol=1e-5)
+
+
+@pytest.mark.parametrize(("solver", "order"), [("euler", 1), ("ab2", 2)])
+def test_order_of_a_solver(solver, order):
+    """dx/ds = x cos(5 s): twice the steps halve the error, or quarter it, on an uneven schedule."""
+    start = jnp.array([[1.0], [-2.0]])
+    exact = np.asarray(start) * np.exp(-np.sin(5.0) / 5)
+    errors = [
+        np.abs(flow.sample(lambda x, s: x * jnp.cos(5 * s), start, flow.shifted_schedule(n, 3.0), None, solver) - exact)
+        for n in (32, 64, 128)
+    ]
+    for coarse, fine in zip(errors[:-1], errors[1:], strict=True):
+        np.testing.assert_allclose(np.log2(coarse / fine), order, atol=0.35)
+
+
+def test_unknown_solver():
+    with pytest.raises(ValueError, match="solver='heun'"):
+        flow.sample(lambda x, s: x, jnp.ones((1, 2)), flow.shifted_schedule(2, 3.0), None, "heun")
 
 
 def test_packing_is_that_of_flux_and_inverts():

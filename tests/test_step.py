@@ -89,16 +89,30 @@ def test_the_batch_gradient_is_the_mean_over_samples(tiny, batch):
 
 
 @pytest.mark.parametrize("method", ["srpo", "draft_lv"])
-@pytest.mark.parametrize("parts", [2, 4])
-def test_accumulation_changes_nothing(tiny, batch, parts, method):
+def test_how_a_batch_passes_changes_nothing(tiny, batch, method):
+    """In parts, its terms merged or in turn: the order of sums is all that differs."""
     whole, metrics = run_update(tiny, settings(method=method), batch)
-    parted, parted_metrics = run_update(tiny, settings(method=method, accumulation=parts), batch)
     moved = jax.tree.map(lambda a, b: a - b, whole.params, tiny[1])
-    parted_moved = jax.tree.map(lambda a, b: a - b, parted.params, tiny[1])
-    assert distance(parted_moved, moved) < 1e-4
-    assert metrics.keys() == parted_metrics.keys()
-    for name, value in metrics.items():
-        np.testing.assert_allclose(parted_metrics[name], value, rtol=1e-4, atol=1e-6, err_msg=name)
+    for changes in ({"accumulation": 4}, {"accumulation": 2, "merge_terms": True}):
+        parted, parted_metrics = run_update(tiny, settings(method=method, **changes), batch)
+        parted_moved = jax.tree.map(lambda a, b: a - b, parted.params, tiny[1])
+        assert distance(parted_moved, moved) < 1e-4
+        assert metrics.keys() == parted_metrics.keys()
+        for name, value in metrics.items():
+            np.testing.assert_allclose(parted_metrics[name], value, rtol=1e-4, atol=1e-6, err_msg=name)
+
+
+def test_weights_are_cast_before_they_are_used_many_times(batch):
+    """Kernels and biases; the norms' scales stay float32. Gradients come back in the dtype of the masters."""
+    made = make_networks(Compute(dtype=jnp.bfloat16))
+    networks, params, frozen = made
+    for path, leaf in jax.tree_util.tree_leaves_with_path(step.in_compute_dtype(networks, params)):
+        assert leaf.dtype == (jnp.float32 if path[-1].key == "scale" else jnp.bfloat16), path
+    for merge in (False, True):
+        recipe = settings(merge_terms=merge)
+        draws = step.draw(recipe, jax.random.key(0), BATCH)
+        grads, _ = jax.eval_shape(functools.partial(step.gradient, networks, recipe), params, frozen, batch, draws)
+        assert jax.tree.map(lambda x: x.dtype, grads) == jax.tree.map(lambda x: x.dtype, params)
 
 
 def test_split_batch_takes_every_nth_sample():

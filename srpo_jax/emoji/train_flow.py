@@ -368,7 +368,7 @@ class Painter:
                 return unconditional + guidance * (networks.velocity(params, x, level, one, given) - unconditional)
 
             model = bind(graphdef, decoder)
-            latents = flow.unpack(flow.euler_sample(velocity, noise, sigmas), SIDE, SIDE)
+            latents = flow.unpack(flow.sample(velocity, noise, sigmas), SIDE, SIDE)
             return model.decode(model.unscale_latents(latents))
 
         self._sample = jax.jit(sample, static_argnames=("guidance", "distilled"))
