@@ -44,7 +44,7 @@ def parse(
         if default is None or any(re.match(r"--?config=", word) for word in words[1:2]):
             config = config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=words)
         else:
-            config = config_flags.DEFINE_config_dict("config", default(found), flag_values=values)
+            config = config_flags.DEFINE_config_dict("config", default(found), flag_values=values, sys_argv=words)
         rest = values(words)
         if len(rest) > 1:
             raise UserError(f"{rest[1]!r} is not understood; flags are written --name=value")

@@ -257,12 +257,12 @@ def sample(config: ConfigDict, architecture: Architecture) -> dict[str, Work]:
     """The work that one sample of a batch takes in one update, by part, without the optimiser's.
 
     captions     the rewards' text towers, each on every caption variant of the prompt
-    rollout      the transformer, once a step, without gradient
+    rollout      the transformer, once a step, without gradient; where a rollout serves several updates, its share
     transformer  forward and backward, once a term
     autoencoder  the decoder, forward and backward, once a term
     reward       the rewards' vision towers, forward and backward, once a term
     """
-    data, remat, attention = config.data, config.remat, config.model.attention
+    data, remat = config.data, config.remat
     image_tokens = (data.height // (LATENT_FACTOR * flow.PATCH)) * (data.width // (LATENT_FACTOR * flow.PATCH))
     flux = transformer(architecture.transformer, image_tokens, data.text_length)
     vae = decoder(architecture.autoencoder, data.height, data.width)
@@ -272,12 +272,12 @@ def sample(config: ConfigDict, architecture: Architecture) -> dict[str, Work]:
         "captions": sum(
             (text_tower(clip.text_config, clip.projection_dim).inference() * len(CAPTIONS) for clip in towers), nothing
         ),
-        "rollout": flux.inference() * config.rollout.steps,
-        "transformer": flux.gradient(trained=True, remat=remat.transformer, attention=attention) * count,
-        # Its attention is plain whatever the backend.
+        "rollout": flux.inference() * (config.rollout.steps / config.rollout.reuse),
+        "transformer": flux.gradient(trained=True, remat=remat.transformer, attention=config.model.attention) * count,
+        # The frozen networks attend in plain XLA whatever the backend.
         "autoencoder": vae.gradient(trained=False, remat=remat.autoencoder, attention="xla") * count,
         "reward": sum(
-            (image_tower(clip).gradient(trained=False, remat=remat.reward, attention=attention) for clip in towers),
+            (image_tower(clip).gradient(trained=False, remat=remat.reward, attention="xla") for clip in towers),
             nothing,
         )
         * count,
