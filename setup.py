@@ -42,6 +42,7 @@ setuptools.setup(
         "optax>=0.2.8",
         "orbax-checkpoint>=0.12.8",
         "pillow>=10",
+        "pyarrow",
         "safetensors>=0.5",
         "sentencepiece",
         "tensorboardX",

@@ -1,0 +1,247 @@
+"""Prompts as people have them: text, CSV, JSON, JSON Lines, Parquet and tensorflow-datasets.
+
+    prompts.txt            one prompt a line, as any file whose name ends in none of the following
+    prompts.csv, .tsv      with a line of column names
+    prompts.jsonl          an object or a string a line (also .ndjson)
+    prompts.json           a list of strings (HPDv2's benchmark), or of objects: HPDv2's train.json ("prompt"), the
+                           videos2caption.json of SRPO, DanceGRPO and FastVideo ("caption")
+    data/*.parquet         a pattern: all files that match, sorted by name
+    tfds:NAME[:SPLIT]      a prepared data set of tensorflow-datasets, or the folder of one
+    FOLDER                 the same, if FOLDER holds a dataset_info.json
+
+Where there are several columns, one of them is named, or exactly one of ``COLUMNS`` is among them.
+"""
+
+import csv
+import glob
+import io
+import json
+import os
+import pathlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+from srpo_jax.errors import UserError
+
+COLUMNS = ("prompt", "caption", "text")  # taken where no column is named
+TFDS = "tfds:"
+
+
+def read(spec: str | os.PathLike, column: str | None = None) -> list[str]:
+    """The prompts of a source in its order; white space around a prompt and empty prompts are dropped.
+
+    Args:
+      spec: as above.
+      column: of the text, where there are columns.
+
+    Raises UserError if the source is missing or is not what its name says, has no such column, or holds no prompt.
+    """
+    spec = os.fspath(spec)
+    if spec.startswith(TFDS):
+        return _texts(read_tfds(spec.removeprefix(TFDS), column), spec)
+    path = pathlib.Path(spec)
+    if path.is_dir() and (path / "dataset_info.json").exists():
+        return _texts(read_tfds(spec, column), spec)
+    if path.exists() or not glob.has_magic(spec):
+        return _texts(_read_file(path, column), spec)
+    if not (found := sorted(glob.glob(spec))):
+        raise UserError(f"{spec} matches no file")
+    return [prompt for file in found for prompt in _texts(_read_file(pathlib.Path(file), column), file)]
+
+
+def choose_column(names: Sequence[str], column: str | None, where: Any) -> str:
+    """The column to read of those that there are. Raises UserError, with their names, if that is not clear."""
+    listed = ", ".join(map(repr, names)) or "none"
+    if column is not None:
+        if column not in names:
+            raise UserError(f"{where} has no column {column!r}; there are {listed}")
+        return column
+    known = [name for name in COLUMNS if name in names]
+    if len(known) == 1:
+        return known[0]
+    if len(names) == 1:
+        return names[0]
+    raise UserError(f"{where}: name the column of the prompts; there are {listed}")
+
+
+def _texts(values: Iterable[tuple[Any, Any]], where: Any) -> list[str]:
+    """Checked and stripped prompts of ``(value, its place)`` pairs."""
+    prompts = []
+    for value, place in values:
+        if value is None:
+            continue
+        if not isinstance(value, str):
+            raise UserError(f"{where}, {place}: expected text, found {json.dumps(value, default=str)[:60]}")
+        if value.strip():
+            prompts.append(value.strip())
+    if not prompts:
+        raise UserError(f"{where} holds no prompt")
+    return prompts
+
+
+# --- files ------------------------------------------------------------------------------------------------------------
+
+
+def _read_file(path: pathlib.Path, column: str | None) -> Iterator[tuple[Any, str]]:
+    return _READERS.get(path.suffix.lower(), _read_lines)(path, column)
+
+
+def read_text(path: pathlib.Path) -> str:
+    """A file's text. Raises UserError if it cannot be read or is not UTF-8 (names the line)."""
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        hint = "; expected a file of prompts or a tensorflow-datasets folder" if path.is_dir() else ""
+        raise UserError(f"{path} cannot be read: {error.strerror}{hint}") from error
+    try:
+        # utf-8-sig: editors on Windows put a byte order mark in front.
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = data[: error.start].count(b"\n") + 1
+        raise UserError(f"{path} is not UTF-8 (line {line}); save it as UTF-8") from error
+
+
+def _read_lines(path: pathlib.Path, column: str | None) -> Iterator[tuple[Any, str]]:
+    if column is not None:
+        raise UserError(f"{path} is read as one prompt a line, without columns; leave out the column {column!r}")
+    # Not splitlines(): it also splits at characters that a prompt may hold, as a form feed or U+2028.
+    for number, line in enumerate(read_text(path).split("\n"), 1):
+        yield line, f"line {number}"
+
+
+def _read_table(path: pathlib.Path, column: str | None) -> Iterator[tuple[Any, str]]:
+    csv.field_size_limit(1 << 30)
+    delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
+    rows = csv.reader(io.StringIO(read_text(path), newline=""), delimiter=delimiter, strict=True)
+    try:
+        names = next(rows, [])
+        place = names.index(choose_column(names, column, path))
+        for row in rows:
+            if row and len(row) != len(names):
+                raise UserError(
+                    f"{path}, line {rows.line_num}: {len(row)} fields under {len(names)} columns; "
+                    "put quotes around text that holds the separator"
+                )
+            if row:
+                yield row[place], f"line {rows.line_num}"
+    except csv.Error as error:
+        raise UserError(f"{path}, line {rows.line_num}: {error}") from error
+
+
+def _read_json_lines(path: pathlib.Path, column: str | None) -> Iterator[tuple[Any, str]]:
+    return _fields(json_lines(path), path, column)
+
+
+def json_lines(path: pathlib.Path) -> Iterator[tuple[Any, str]]:
+    """The values of a JSON Lines file with their places, as "line 3". Raises UserError for a line that is not JSON."""
+    for number, line in enumerate(read_text(path).split("\n"), 1):
+        if line.strip():
+            try:
+                yield json.loads(line), f"line {number}"
+            except ValueError as error:
+                raise UserError(f"{path}, line {number}, is not JSON: {error}") from error
+
+
+def _read_json(path: pathlib.Path, column: str | None) -> Iterator[tuple[Any, str]]:
+    try:
+        content = json.loads(read_text(path))
+    except ValueError as error:
+        hint = "; a file with one object a line is named .jsonl" if "Extra data" in str(error) else ""
+        raise UserError(f"{path} is not JSON: {error}{hint}") from error
+    if not isinstance(content, list):
+        raise UserError(f"{path} holds {type(content).__name__}; expected a list of strings or of objects")
+    return _fields(((item, f"item {number}") for number, item in enumerate(content)), path, column)
+
+
+def _fields(items: Iterable[tuple[Any, str]], path: pathlib.Path, column: str | None) -> Iterator[tuple[Any, str]]:
+    """The texts of strings, or of one key of objects; objects may lack it only as null."""
+    chosen = None
+    for item, place in items:
+        if isinstance(item, dict):
+            if chosen is None or chosen not in item:
+                chosen = choose_column(list(item), column or chosen, f"{path}, {place},")
+            yield item[chosen], place
+        elif column is not None:
+            raise UserError(f"{path}, {place}: expected an object with {column!r}, found {json.dumps(item)[:60]}")
+        else:
+            yield item, place
+
+
+def _read_parquet(path: pathlib.Path, column: str | None) -> Iterator[tuple[Any, str]]:
+    import pyarrow
+    from pyarrow import parquet
+
+    try:
+        file = parquet.ParquetFile(path)
+    except (OSError, pyarrow.ArrowException) as error:
+        raise UserError(f"{path} cannot be read as Parquet: {str(error).splitlines()[0]}") from error
+    with file:
+        chosen = choose_column(file.schema_arrow.names, column, path)
+        number = 0
+        # Batch by batch and this column alone: the others may hold images.
+        for batch in file.iter_batches(columns=[chosen]):
+            for value in batch.column(0).to_pylist():
+                yield value, f"row {number}"
+                number += 1
+
+
+_READERS: dict[str, Callable[[pathlib.Path, str | None], Iterator[tuple[Any, str]]]] = {
+    ".csv": _read_table,
+    ".tsv": _read_table,
+    ".json": _read_json,
+    ".jsonl": _read_json_lines,
+    ".ndjson": _read_json_lines,
+    ".parquet": _read_parquet,
+}
+
+
+# --- tensorflow-datasets ----------------------------------------------------------------------------------------------
+
+
+def open_tfds(spec: str) -> tuple[Any, str]:
+    """(builder, split) of ``NAME[:SPLIT]`` or ``FOLDER[:SPLIT]``; "train" or the only split where none is named.
+
+    TensorFlow is not needed. Raises UserError if the data set is unknown, was not prepared, or has no such split.
+    """
+    import tensorflow_datasets as tfds
+
+    name, _, split = spec.partition(":")
+    try:
+        if pathlib.Path(name).is_dir():
+            builder = tfds.builder_from_directory(name)
+        else:
+            builder = tfds.builder(name)
+    except Exception as error:  # the library raises what its data set's code raises
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"tfds:{name} cannot be opened ({reason}); name a data set or the folder of one") from error
+    splits = list(builder.info.splits)
+    if not splits:
+        raise UserError(
+            f"tfds:{name} is not prepared in {builder.data_dir}; run "
+            f"tfds.builder({name!r}).download_and_prepare(file_format='array_record') first"
+        )
+    if not split:
+        split = "train" if "train" in splits else splits[0] if len(splits) == 1 else ""
+    if split not in splits:
+        raise UserError(f"tfds:{name} has no split {split!r}; write tfds:{name}:SPLIT, there are {', '.join(splits)}")
+    return builder, split
+
+
+def read_tfds(spec: str, column: str | None) -> Iterator[tuple[str, str]]:
+    """Texts of a data set with their places, for one text feature of it; nothing else is decoded."""
+    import tensorflow_datasets as tfds
+
+    builder, split = open_tfds(spec)
+    features = builder.info.features
+    # Sorted, since a data set's file has its features in no order.
+    names = sorted(name for name, feature in features.items() if isinstance(feature, tfds.features.Text))
+    chosen = choose_column(names, column, f"tfds:{spec}")
+    alone = tfds.features.FeaturesDict({chosen: features[chosen]})
+    try:
+        source = builder.as_data_source(split, deserialize_method=tfds.decode.DeserializeMethod.RAW_BYTES)
+    except NotImplementedError as error:
+        raise UserError(
+            f"tfds:{spec} is stored as {builder.info.file_format.value}; prepare it with file_format='array_record'"
+        ) from error
+    for index in range(len(source)):
+        yield alone.deserialize_example_np(source[index])[chosen].decode("utf-8"), f"example {index}"
