@@ -10,6 +10,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from srpo_jax import program, rewards, sharding, text
+from srpo_jax.data.loading import Examples
 from srpo_jax.errors import UserError
 from srpo_jax.models.compute import Compute
 from srpo_jax.models.flux import FluxConfig
@@ -54,16 +55,27 @@ class TextEncoders:
         return self._apply(self._encoders.params, *(sharding.place(self._mesh, batch_size, array) for array in ids))
 
 
-class Conditioner:
-    """Makes the batches of a training run."""
+def text_encoders(config: ConfigDict, built: Program, architecture: program.Architecture) -> TextEncoders:
+    """The text encoders of a training run."""
+    return TextEncoders(
+        config.model.path, built.computes.text, built.mesh, architecture.transformer, config.data.text_length
+    )
 
-    def __init__(self, config: ConfigDict, built: Program, architecture: program.Architecture):
-        self._mesh, self._batch_size = built.mesh, config.data.batch_size
+
+class Conditioner:
+    """Makes the batches of a training run.
+
+    Args:
+      config, built, architecture: of the run.
+      encode: the text encoders; None if the examples come with their features.
+    """
+
+    def __init__(
+        self, config: ConfigDict, built: Program, architecture: program.Architecture, encode: TextEncoders | None
+    ):
+        self._mesh, self._batch_size, self._encode = built.mesh, config.data.batch_size, encode
         self._words = tuple(config.reward.positive), tuple(config.reward.negative)
-        self.encode = TextEncoders(
-            config.model.path, built.computes.text, built.mesh, architecture.transformer, config.data.text_length
-        )
-        self._encoded: tuple[Sequence[str], tuple[jax.Array, jax.Array]] | None = None
+        self._encoded: tuple[Examples, tuple[jax.Array, jax.Array]] | None = None
         self._rewards = {}
         for name, (path, _) in program.used_rewards(config).items():
             tokenizer = text.load_tokenizer(pathlib.Path(path) / "tokenizer")
@@ -73,17 +85,18 @@ class Conditioner:
                 raise UserError(f"{path}/tokenizer names no padding token; take the tokenizer of a CLIP model")
             self._rewards[name] = tokenizer, architecture.rewards[name].text_config.max_position_embeddings, pad
 
-    def batch(self, prompts: Sequence[str], step: int) -> Batch:
-        """The batch of update ``step`` (counted from 1) from this process's prompts."""
+    def batch(self, examples: Examples, step: int) -> Batch:
+        """The batch of update ``step`` (counted from 1) from this process's examples."""
+        prompts = examples.prompts
         positive, negative = rewards.control_words(step, *self._words)
         captions = {
             "positive": [rewards.prefixed(positive, prompt) for prompt in prompts],
             "negative": [rewards.prefixed(negative, prompt) for prompt in prompts],
             "caption": prompts,
         }
-        # Updates that share a rollout get the same list: its features are computed once.
-        if self._encoded is None or self._encoded[0] is not prompts:
-            self._encoded = prompts, self.encode(prompts, self._batch_size)
+        # Updates that share a rollout get the same object: its features are made once.
+        if self._encoded is None or self._encoded[0] is not examples:
+            self._encoded = examples, self._features(examples)
         reward_ids = {
             name: {
                 caption: self._place(text.tokenize(tokenizer, captions[caption], length, pad))
@@ -93,5 +106,10 @@ class Conditioner:
         }
         return Batch(*self._encoded[1], reward_ids)
 
-    def _place(self, ids: np.ndarray) -> jax.Array:
-        return sharding.place(self._mesh, self._batch_size, ids)
+    def _features(self, examples: Examples) -> tuple[jax.Array, jax.Array]:
+        if self._encode is None:
+            return self._place(examples.arrays["text"]), self._place(examples.arrays["pooled"])
+        return self._encode(examples.prompts, self._batch_size)
+
+    def _place(self, local: np.ndarray) -> jax.Array:
+        return sharding.place(self._mesh, self._batch_size, local)

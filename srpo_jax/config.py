@@ -17,6 +17,7 @@ REWARDS = ("hps", "pickscore", "clip")
 BRANCHES = ("denoise", "inversion")
 
 SOLVERS = ("euler", "ab2")
+ENCODE = ("online", "stored")
 DTYPES = ("bfloat16", "float32")
 ATTENTION = ("xla", "cudnn", "splash")
 REMAT = ("none", "dots", "full")
@@ -54,7 +55,20 @@ def default() -> ConfigDict:
 
     # --- the data ---
     c.data = ConfigDict()
-    c.data.prompts = config_dict.placeholder(str)  # text file, UTF-8, one prompt a line
+    # online: the text encoders stay in memory and encode each batch | stored: a data set by python -m srpo_jax.encode
+    c.data.encode = "online"
+    # Of online: text (one prompt a line), CSV, TSV, JSON, JSON Lines or Parquet by the file's name, a pattern of files,
+    # or tfds:NAME[:SPLIT]; see data/sources.py.
+    c.data.prompts = config_dict.placeholder(str)
+    c.data.column = config_dict.placeholder(str)  # of the prompts, where there are several: prompt, caption or text
+    c.data.path = config_dict.placeholder(str)  # of stored: the data set's folder
+    # Which of the prompts are used, either way; how many each condition leaves out is printed.
+    c.data.filter = ConfigDict()
+    c.data.filter.min_length = 0  # characters
+    c.data.filter.max_length = 0  # characters; 0 is no limit
+    c.data.filter.include = ""  # regular expression that has to be found in a prompt
+    c.data.filter.exclude = ""  # one that must not be found
+    c.data.filter.unique = False  # of equal prompts keep the first
     c.data.batch_size = 32  # samples in one update, over all devices
     c.data.text_length = 512  # T5 tokens of a prompt
     c.data.height = 720  # of the images, in pixels; multiples of 16
@@ -124,8 +138,8 @@ def default() -> ConfigDict:
     c.checkpoint.keep = 3  # newest checkpoints that are kept
     c.sample = ConfigDict()
     c.sample.every = 10  # updates between sample grids, the first before training; 0 draws none
-    c.sample.prompts = config_dict.placeholder(str)  # text file of held-out prompts
-    c.sample.count = 8  # prompts taken from the head of that file
+    c.sample.prompts = config_dict.placeholder(str)  # held-out prompts, a source as data.prompts
+    c.sample.count = 8  # prompts taken from its head
     c.sample.seed = 1  # of the samples' noise: the same at every grid
     c.sample.steps = 50
     c.sample.guidance = 3.5
@@ -186,6 +200,7 @@ def validate(config: ConfigDict, paths: bool = True) -> None:
     for key, choices in (
         ("method", METHODS),
         ("model.dtype", DTYPES),
+        ("data.encode", ENCODE),
         ("model.attention", ATTENTION),
         ("remat.transformer", REMAT),
         ("remat.autoencoder", REMAT),
@@ -197,7 +212,7 @@ def validate(config: ConfigDict, paths: bool = True) -> None:
         require(key, flat[key] in choices, f"choose one of {', '.join(choices)}")
     if flat["model.attention"] == "cudnn":
         require("model.dtype", flat["model.dtype"] == "bfloat16", "model.attention=cudnn needs bfloat16")
-    for key in ("model.path", "data.prompts"):
+    for key in ("model.path", "data.prompts" if flat["data.encode"] == "online" else "data.path"):
         require(key, flat[key] or not paths, f"give a path: --config.{key}=...")
     for key in (
         *("steps", "model.scan_unroll", "data.batch_size", "data.text_length", "rollout.steps", "rollout.reuse"),
@@ -205,7 +220,10 @@ def validate(config: ConfigDict, paths: bool = True) -> None:
         *("sample.steps", "refl.late_steps", "draft_lv.renoisings"),
     ):
         require(key, flat[key] >= 1, "must be at least 1")
-    for key in ("seed", "optim.warmup_steps", "optim.weight_decay", "sample.every", "sample.seed"):
+    for key in (
+        *("seed", "data.filter.min_length", "data.filter.max_length", "optim.warmup_steps", "optim.weight_decay"),
+        *("sample.every", "sample.seed"),
+    ):
         require(key, flat[key] >= 0, "must not be negative")
     for key in ("rollout.shift", "optim.learning_rate", "optim.eps", "optim.clip_norm"):
         require(key, flat[key] > 0, "must be greater than 0")

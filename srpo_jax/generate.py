@@ -21,7 +21,7 @@ from PIL import Image
 
 from srpo_jax import checkpoint, conditions, errors, flow, program, sampling, sharding, storage, text
 from srpo_jax.config import ATTENTION, DTYPES
-from srpo_jax.data import prompts as prompt_files
+from srpo_jax.data import sources
 from srpo_jax.errors import UserError
 from srpo_jax.models.compute import Compute, Params, path_name
 from srpo_jax.weights import engine, folder
@@ -122,8 +122,8 @@ def generate(
         sigmas=flow.pipeline_schedule(steps, tokens, scheduler),
         guidance=guidance if config.guidance_embeds else None,
     )
-    sampler = sampling.Sampler(mesh, encode, function, tokens, batch_size)
-    chunks = sampler.prepare(prompts, seed=seed, noise=latents)
+    sampler = sampling.Sampler(mesh, function, tokens, batch_size)
+    chunks = sampler.prepare(encode, prompts, seed=seed, noise=latents)
     files = [out / f"{index:04d}-{_words(prompt)}.png" for index, prompt in enumerate(prompts)]
     pending = iter(files)
     with tqdm.tqdm(total=len(prompts), unit="image", disable=not sys.stderr.isatty()) as bar:
@@ -148,7 +148,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--model", required=True, help="pipeline folder made by `python -m srpo_jax.convert import`")
     what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--prompts", help="text file, UTF-8, one prompt a line")
+    what.add_argument("--prompts", help="file of prompts: text (one a line), CSV, JSON, JSON Lines or Parquet")
     what.add_argument("--prompt", help="one prompt")
     parser.add_argument("--out", required=True, help="folder for the images, local or gs://BUCKET/PATH")
     parser.add_argument("--checkpoint", help="workdir of a training run, whose transformer replaces the model's")
@@ -190,7 +190,7 @@ def main(arguments: list[str] | None = None) -> None:
             raise UserError(f"--{flag.replace('_', '-')}={getattr(args, flag)}: must be at least 1")
     if args.checkpoint is None and (args.step is not None or args.ema):
         raise UserError("--step and --ema choose from a --checkpoint; give one")
-    prompts = [args.prompt] if args.prompts is None else prompt_files.read_prompts(args.prompts)
+    prompts = [args.prompt] if args.prompts is None else sources.read(args.prompts)
     files = generate(
         args.model,
         prompts,

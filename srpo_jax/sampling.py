@@ -112,19 +112,23 @@ class Sampler:
 
     Args:
       mesh: where the parameters live.
-      encode: the text encoders, ``encode(prompts, batch_size)`` (``conditions.TextEncoders``).
       sample: from ``make_sampler``.
       tokens: image tokens, N.
       batch_size: images made at once, a multiple of ``sharding.batch_parts``.
     """
 
-    def __init__(self, mesh: Mesh, encode: Encode, sample: Callable[..., jax.Array], tokens: int, batch_size: int):
-        self._mesh, self._encode, self._tokens, self._batch_size = mesh, encode, tokens, batch_size
+    def __init__(self, mesh: Mesh, sample: Callable[..., jax.Array], tokens: int, batch_size: int):
+        self._mesh, self._tokens, self._batch_size = mesh, tokens, batch_size
         # Images come back to every process, however the batch was split.
         self._sample = jax.jit(sample, out_shardings=sharding.replicated(mesh))
 
-    def prepare(self, prompts: Sequence[str], *, seed: int = 0, noise: np.ndarray | None = None) -> list[Chunk]:
-        """Encodes prompts and draws noise for them (or takes ``noise`` [len(prompts), N, 64]), on the devices."""
+    def prepare(
+        self, encode: Encode, prompts: Sequence[str], *, seed: int = 0, noise: np.ndarray | None = None
+    ) -> list[Chunk]:
+        """Encodes prompts and draws noise for them (or takes ``noise`` [len(prompts), N, 64]), on the devices.
+
+        ``encode`` are the text encoders, ``encode(prompts, batch_size)`` (``conditions.TextEncoders``).
+        """
         size, split = self._batch_size, sharding.of_batch(self._mesh)
         draw = jax.jit(lambda indices: draw_noise(indices, seed, self._tokens), out_shardings=split)
         rows = sharding.local_rows(self._mesh, size)
@@ -132,7 +136,7 @@ class Sampler:
         for first in range(0, len(prompts), size):
             # The last batch is filled up with its last prompt: one compiled program for all.
             wanted = np.minimum(np.arange(first, first + size), len(prompts) - 1)
-            text, pooled = self._encode([prompts[wanted[row]] for row in rows], size)
+            text, pooled = encode([prompts[wanted[row]] for row in rows], size)
             if noise is None:
                 start = draw(sharding.place(self._mesh, size, wanted[rows].astype(np.int32)))
             else:

@@ -187,6 +187,28 @@ def local_rows(mesh: Mesh, batch_size: int) -> list[int]:
     return sorted(set(np.concatenate([rows[index] for index in indices.values()]).tolist()))
 
 
+def row_groups(mesh: Mesh, batch_size: int) -> list[tuple[list[int], list[int]]]:
+    """[(processes, rows), ...]: processes whose devices hold the same samples of a batch, and these; no sample twice.
+
+    Raises UserError for a mesh on which two processes share some of their samples but not all.
+    """
+    rows, held = np.arange(batch_size), {}
+    for device, index in of_batch(mesh).devices_indices_map((batch_size,)).items():
+        held.setdefault(device.process_index, set()).update(rows[index].tolist())
+    groups = {}
+    for process in sorted(held):
+        groups.setdefault(tuple(sorted(held[process])), []).append(process)
+    if sum(map(len, groups)) != batch_size:
+        raise UserError("config.mesh: some processes share a part of their samples; choose another tensor")
+    return [(processes, list(rows)) for rows, processes in groups.items()]
+
+
+def fetch(array: jax.Array) -> np.ndarray:
+    """This process's ``local_rows`` of an array that is split as ``of_batch``: undoes ``place``."""
+    parts = {shard.index[0].start or 0: shard.data for shard in array.addressable_shards}
+    return np.concatenate([np.asarray(parts[start]) for start in sorted(parts)])
+
+
 def place(mesh: Mesh, batch_size: int, local: np.ndarray) -> jax.Array:
     """A global array ``[batch_size, ...]`` split over the mesh from the ``local_rows`` of every process."""
     position = {row: place for place, row in enumerate(local_rows(mesh, batch_size))}

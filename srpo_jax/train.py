@@ -19,7 +19,7 @@ from ml_collections import ConfigDict
 
 from srpo_jax import checkpoint, conditions, distributed, flow, metrics, program, sampling, sharding, storage
 from srpo_jax import config as config_lib
-from srpo_jax.data import prompts
+from srpo_jax.data import loading, sources
 from srpo_jax.errors import UserError
 from srpo_jax.step import Frozen, TrainState
 
@@ -41,32 +41,37 @@ def train(config: ConfigDict, workdir: str | os.PathLike) -> int | None:
     if newest is not None and newest >= config.steps:
         print(f"{workdir} has all of its {config.steps} updates; nothing to do")
         return None
-    captions = prompts.read_prompts(config.data.prompts)
-    held_out = prompts.read_prompts(config.sample.prompts)[: config.sample.count] if config.sample.every else []
     architecture = program.read_architecture(config)
+    source = loading.open_source(config, architecture.transformer)
+    held_out = sources.read(config.sample.prompts)[: config.sample.count] if config.sample.every else []
     if config.compilation_cache:
         jax.config.update("jax_compilation_cache_dir", os.path.expanduser(config.compilation_cache))
 
     # === Mesh and program =============================================================================================
     mesh = sharding.make_mesh(config.mesh)
     built = program.build(config, mesh, architecture)
-    conditioner = conditions.Conditioner(config, built, architecture)
+    online = config.data.encode == "online"
+    encode = conditions.text_encoders(config, built, architecture) if online or held_out else None
+    samples = SampleGrid(config, built, encode, held_out, workdir) if held_out else None
+    conditioner = conditions.Conditioner(config, built, architecture, encode if online else None)
+    del encode  # with stored features, T5 makes room here for what is trained
     frozen = program.load_frozen(config, built)
-
-    samples = SampleGrid(config, built, conditioner, held_out, workdir) if held_out else None
     state = program.initial_state(config, built) if newest is None else None
 
     # === State: new, or of the newest checkpoint; from here on the workdir belongs to this run ========================
     checkpoint.write_config(workdir, config)
     checkpoints = checkpoint.Checkpoints(workdir, config.checkpoint.keep)
     rows = sharding.local_rows(mesh, config.data.batch_size)
-    stream = prompts.batches(captions, config.data.batch_size, config.seed, rows)
+    stream = loading.batches(source, config.data.batch_size, config.seed, rows)
     if newest is not None:
         state, run = checkpoints.restore(newest, built.state)
+        if run["source"] != source.digest:
+            raise UserError(f"{workdir} was trained on other prompts than there are now; choose another --workdir")
         stream.set_state(run["data"])
     step = newest or 0
     report = metrics.Metrics(workdir, step, config.steps)
     report.say(f"{_describe(built)}; from update {step} to {config.steps} in {workdir}")
+    report.say(source.summary)
 
     try:
         # === Compile ==================================================================================================
@@ -78,20 +83,22 @@ def train(config: ConfigDict, workdir: str | os.PathLike) -> int | None:
         with Interruption() as interruption, jax.transfer_guard("disallow"):
             if samples and step % config.sample.every == 0 and samples.lacks(step):
                 samples.draw(step, state, frozen)
-            position, texts = stream.get_state(), next(stream)
-            batch = conditioner.batch(texts, step + 1)
+            position, examples = stream.get_state(), next(stream)
+            batch = conditioner.batch(examples, step + 1)
             started = time.perf_counter()
             while step < config.steps:
                 step += 1
                 state, values = update(state, frozen, batch)
                 # The next batch is prepared while the devices are busy with this one. Updates that share a rollout
                 # share its prompts; a run that goes on among them starts from where these were read.
+                preparing = time.perf_counter()
                 renew = step % config.rollout.reuse == 0
                 if renew:
                     position = stream.get_state()
                 if step < config.steps:
-                    texts = next(stream) if renew else texts
-                    batch = conditioner.batch(texts, step + 1)
+                    examples = next(stream) if renew else examples
+                    batch = conditioner.batch(examples, step + 1)
+                data_seconds = time.perf_counter() - preparing
 
                 # --- metrics ---
                 values = {name: value.item() for name, value in jax.device_get(values).items()}
@@ -102,13 +109,15 @@ def train(config: ConfigDict, workdir: str | os.PathLike) -> int | None:
                         f"{checkpoints.latest()}. Try a lower config.optim.learning_rate"
                     )
                 values |= {"step_seconds": seconds, "images_per_second": config.data.batch_size / seconds}
+                values["data_seconds"] = data_seconds  # a part of step_seconds, lost only if it comes near them
                 report.write(step, values)
 
                 # --- checkpoint ---
                 # A signal reaches the processes of a job at different moments: all leave after the same update.
                 stop = distributed.largest(interruption.signal or 0) if step < config.steps else 0
                 if stop or step == config.steps or step % config.checkpoint.every == 0:
-                    run = {"seed": config.seed, "data": position, "config": config_lib.flatten(config)}
+                    run = {"seed": config.seed, "data": position, "source": source.digest}
+                    run["config"] = config_lib.flatten(config)
                     report.flush()
                     checkpoints.save(step, state, run)
                 if stop:
@@ -134,7 +143,7 @@ class SampleGrid:
         self,
         config: ConfigDict,
         built: program.Program,
-        conditioner: conditions.Conditioner,
+        encode: conditions.TextEncoders,
         held_out: list[str],
         workdir: epath.Path,
     ):
@@ -152,8 +161,8 @@ class SampleGrid:
             sigmas=flow.pipeline_schedule(sample.steps, settings.tokens, scheduler),
             guidance=sample.guidance if networks.guidance else None,
         )
-        self._sampler = sampling.Sampler(built.mesh, conditioner.encode, function, settings.tokens, batch_size)
-        self._chunks = self._sampler.prepare(held_out, seed=sample.seed)
+        self._sampler = sampling.Sampler(built.mesh, function, settings.tokens, batch_size)
+        self._chunks = self._sampler.prepare(encode, held_out, seed=sample.seed)
 
     def lacks(self, step: int) -> bool:
         """Whether the grid of a step was never drawn, as before training and where a run was stopped."""

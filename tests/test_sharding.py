@@ -15,6 +15,7 @@ from jax.sharding import AbstractMesh
 from jax.sharding import PartitionSpec as P
 
 from srpo_jax import checkpoint, conditions, program, sharding
+from srpo_jax.data.loading import Examples
 from srpo_jax.errors import UserError
 from srpo_jax.models.autoencoder import AutoencoderConfig
 from srpo_jax.models.clip import VIT_H_14, ClipTextConfig
@@ -126,8 +127,9 @@ def update_on_every_mesh(models, out):
         mesh = sharding.make_mesh(config.mesh, jax.devices()[: int(np.prod(shape))])
         architecture = program.read_architecture(config)
         built = program.build(config, mesh, architecture)
-        conditioner = conditions.Conditioner(config, built, architecture)
-        batch = conditioner.batch([tiny.PROMPTS[i % 7] for i in sharding.local_rows(mesh, 16)], 1)
+        encode = conditions.text_encoders(config, built, architecture)
+        prompts = [tiny.PROMPTS[i % 7] for i in sharding.local_rows(mesh, 16)]
+        batch = conditions.Conditioner(config, built, architecture, encode).batch(Examples(prompts, {}), 1)
         state, frozen = program.initial_state(config, built), program.load_frozen(config, built)
         compiled = built.lower().compile()
         state, metrics = compiled(state, frozen, batch)

@@ -16,7 +16,8 @@ import tiny
 from ml_collections import ConfigDict
 from PIL import Image
 
-from srpo_jax import checkpoint, conditions, config, metrics, train
+from srpo_jax import checkpoint, conditions, config, encode, metrics, sharding, train
+from srpo_jax.data import loading
 from srpo_jax.errors import UserError
 from srpo_jax.weights import folder
 
@@ -60,7 +61,7 @@ def same(first, second):
 
 def numbers(workdir):
     """The metrics of a run without its clock."""
-    clock = {"step_seconds", "images_per_second"}
+    clock = {"step_seconds", "images_per_second", "data_seconds"}
     return [{name: value for name, value in record.items() if name not in clock} for record in metrics.read(workdir)]
 
 
@@ -71,7 +72,7 @@ def test_a_run_leaves_metrics_samples_checkpoints_and_its_config(whole, models):
     records = metrics.read(whole)
     assert [record["step"] for record in records] == [1, 2, 3, 4]
     names = {f"{term}/{name}" for term in ("denoise", "inversion") for name in ("loss", "reward", "caption_reward")}
-    assert set(records[0]) == names | {"step", "loss", "grad_norm", "step_seconds", "images_per_second"}
+    assert set(records[0]) == names | {"step", "loss", "grad_norm", "step_seconds", "data_seconds", "images_per_second"}
     assert checkpoint.steps(whole) == [2, 4]
     saved = json.loads((whole / "config.json").read_text())
     assert saved["optim"]["ema_decay"] == 0.5 and saved["data"]["prompts"] == str(models / "train.txt")
@@ -280,6 +281,12 @@ def test_every_key_is_read(recipe, tmp_path, monkeypatch):
         function = getattr(config, name)
         monkeypatch.setattr(config, name, lambda c, f=function: f(plain if isinstance(c, Recording) else c))
     train.train(recorded, tmp_path / "run")
+    # What another source of data reads.
+    data = tmp_path / "data"
+    mesh, options = sharding.make_mesh(plain.mesh), dict(text_length=plain.data.text_length, dtype=plain.model.dtype)
+    encode.encode_prompts(plain.model.path, tiny.PROMPTS, data, mesh=mesh, **options)
+    recorded.data.encode, recorded.data.path = "stored", str(data)
+    assert len(loading.open_source(recorded, tiny.FLUX)) == len(tiny.PROMPTS)
     unread = set(config.flatten(plain)) - seen
     assert not unread
     assert "optim.lr" not in seen and len(seen) > 50

@@ -51,8 +51,8 @@ class Painter:
         repeated = [prompt for prompt in prompts for _ in range(seeds)]
         parts = sharding.batch_parts(mesh)
         batch = -(-min(BATCH, len(repeated)) // parts) * parts
-        self._sampler = sampling.Sampler(mesh, encode, sampler, tokens, batch)
-        self._chunks = self._sampler.prepare(repeated, seed=config.sample.seed)
+        self._sampler = sampling.Sampler(mesh, sampler, tokens, batch)
+        self._chunks = self._sampler.prepare(encode, repeated, seed=config.sample.seed)
 
     def __call__(self, params: Params) -> np.ndarray:
         """uint8 pictures ``[P, seeds, H, W, 3]`` by a transformer's parameters (``base`` holds the pipeline's own)."""

@@ -1,0 +1,287 @@
+"""Encoding: the text encoders' numbers, going on after a kill, several devices and processes, and the command."""
+
+import json
+import os
+import pathlib
+import shutil
+import signal
+import subprocess
+import sys
+import types
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+from test_distributed import free_port
+
+from srpo_jax import encode, sharding, text
+from srpo_jax.data import stored
+from srpo_jax.errors import UserError
+from srpo_jax.models.compute import Compute
+from srpo_jax.weights import fingerprint, folder
+from srpo_jax.weights.files import SafetensorsFile
+
+TEXTS = [*tiny.PROMPTS, *tiny.HELD_OUT]  # ten
+TESTS = pathlib.Path(__file__).parent
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return tiny.write_pipeline(tmp_path_factory.mktemp("models") / "pipeline")
+
+
+def run(model, out, **changes):
+    mesh = sharding.make_mesh(types.SimpleNamespace(data=1, fsdp=-1, tensor=1))
+    options = dict(text_length=tiny.LENGTH, mesh=mesh, batch_size=4, shard_size=3, source="a test") | changes
+    return encode.encode_prompts(model, TEXTS, out, **options)
+
+
+@pytest.fixture(scope="module")
+def whole(model, tmp_path_factory):
+    """The folder of ten prompts, encoded in one go."""
+    out = tmp_path_factory.mktemp("data") / "whole"
+    run(model, out)
+    return out
+
+
+def read(path):
+    """(prompts, arrays [N, ...] by name) of a data set."""
+    data = stored.DataSet(path)
+    examples = data.read(range(len(data)))
+    names = set(examples[0]) - {"prompt"}
+    return [e["prompt"] for e in examples], {name: np.stack([e[name] for e in examples]) for name in names}
+
+
+def shards(path):
+    return {file.name: file.read_bytes() for file in path.glob("srpo-*")}
+
+
+def test_features_are_those_of_the_text_encoders(model, whole):
+    prompts, arrays = read(whole)
+    encoders = text.TextEncoders(model, Compute(dtype=jnp.bfloat16, param_dtype=jnp.bfloat16))
+    expected = dict(zip(("text", "pooled"), encoders.encode(TEXTS, tiny.LENGTH, batch=4), strict=True))
+    assert prompts == TEXTS and arrays.keys() == expected.keys()
+    for name, array in expected.items():
+        assert arrays[name].dtype == jnp.bfloat16 and arrays[name].tobytes() == np.asarray(array).tobytes()
+    manifest = stored.read_manifest(whole)
+    assert manifest.arrays["text"].shape == (tiny.LENGTH, 32) and manifest.arrays["pooled"].shape == (16,)
+    assert manifest.encoders == fingerprint.of_text_encoders(model)
+
+
+KILLED = """
+import os, signal, sys
+import test_encode
+from srpo_jax.data import stored
+
+write, count = stored.Writer.write, 0
+
+
+def write_and_kill(self, prompt, arrays):
+    global count
+    write(self, prompt, arrays)
+    count += 1
+    if count == 5:
+        os.kill(os.getpid(), signal.SIGKILL)  # in the middle of the second shard
+
+
+stored.Writer.write = write_and_kill
+test_encode.run(*sys.argv[1:])
+"""
+
+
+def test_a_killed_run_goes_on_where_it_stopped(model, whole, tmp_path, monkeypatch):
+    environment = os.environ | {"PYTHONPATH": f"{TESTS}:{TESTS.parent}"}
+    words = [sys.executable, "-c", KILLED, model, tmp_path / "data"]
+    child = subprocess.run([*map(str, words)], env=environment, capture_output=True, text=True)
+    assert child.returncode == -signal.SIGKILL, child.stderr
+    left = sorted(file.name for file in (tmp_path / "data").iterdir())
+    assert left == [
+        ".srpo-train.array_record-00001-of-00004.partial", "encoding.json", "prompts.json",
+        "srpo-train.array_record-00000-of-00004",
+    ]  # fmt: skip
+    with pytest.raises(UserError, match=r"not complete \(3 of 4 shards are missing\)"):
+        stored.DataSet(tmp_path / "data")
+
+    encoded = []
+    write = stored.Writer.write
+    monkeypatch.setattr(
+        stored.Writer, "write", lambda self, prompt, arrays: (encoded.append(prompt), write(self, prompt, arrays))
+    )
+    run(model, tmp_path / "data")
+    assert encoded == TEXTS[3:]
+    assert read(tmp_path / "data")[0] == TEXTS and shards(tmp_path / "data").keys() == shards(whole).keys()
+    for name, array in read(whole)[1].items():
+        np.testing.assert_array_equal(read(tmp_path / "data")[1][name], array)
+
+    # What is complete is left alone, and no encoder is loaded for it.
+    monkeypatch.setattr("srpo_jax.conditions.TextEncoders", lambda *args: pytest.fail("there is nothing to encode"))
+    before = shards(tmp_path / "data")
+    run(model, tmp_path / "data")
+    assert shards(tmp_path / "data") == before
+
+
+def test_a_folder_of_other_features_is_not_touched(model, whole):
+    before = shards(whole)
+    with pytest.raises(UserError, match=r"whole holds a data set that differs in the arrays \(length, dtype\)"):
+        run(model, whole, text_length=tiny.LENGTH - 1)
+    with pytest.raises(UserError, match="differs in the arrays"):
+        run(model, whole, dtype="float32")
+    assert shards(whole) == before
+
+
+# --- several devices and processes ------------------------------------------------------------------------------------
+
+
+def on_devices(model, out):
+    """Child: float32, so that only the order of sums differs from one device."""
+    mesh = sharding.make_mesh(types.SimpleNamespace(data=2, fsdp=2, tensor=2))
+    load, largest = folder.load, []
+
+    def recording(*args):
+        config, graphdef, params = load(*args)
+        kernel = params["blocks"]["mlp"]["gate"]["kernel"] if "text_encoder_2" in str(args[0]) else None
+        largest.extend([] if kernel is None else [max(s.data.size for s in kernel.addressable_shards) / kernel.size])
+        return config, graphdef, params
+
+    folder.load = recording
+    run(model, out, mesh=mesh, dtype="float32")
+    print(json.dumps(largest))
+
+
+def test_eight_devices_give_the_numbers_of_one_and_share_t5(model, tmp_path):
+    flags = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+    words = [
+        sys.executable,
+        "-c",
+        "import sys, test_encode; test_encode.on_devices(*sys.argv[1:])",
+        model,
+        tmp_path / "8",
+    ]
+    child = subprocess.run(
+        [*map(str, words)],
+        env=os.environ | {"PYTHONPATH": f"{TESTS}:{TESTS.parent}", "XLA_FLAGS": flags},
+        capture_output=True,
+        text=True,
+    )
+    assert child.returncode == 0, child.stderr
+    assert json.loads(child.stdout.splitlines()[-1]) == [1 / 4]
+    run(model, tmp_path / "1", dtype="float32")
+    (prompts, found), (_, expected) = read(tmp_path / "8"), read(tmp_path / "1")
+    assert prompts == TEXTS
+    for name, array in expected.items():
+        np.testing.assert_allclose(found[name], array, atol=2e-6 * np.abs(array).max())
+
+
+def test_two_processes_write_what_is_missing(model, whole, tmp_path):
+    """Two of four shards were lost: each process writes one."""
+    out, prompts = tmp_path / "two", tmp_path / "prompts.json"
+    shutil.copytree(whole, out)
+    for file in (
+        "dataset_info.json",
+        "srpo-train.array_record-00001-of-00004",
+        "srpo-train.array_record-00002-of-00004",
+    ):
+        (out / file).unlink()
+    prompts.write_text(json.dumps(TEXTS))
+    words = ["--model", model, "--prompts", prompts, "--out", out, "--text-length", tiny.LENGTH, "--batch", 4]
+    words += ["--coordinator", f"127.0.0.1:{free_port()}", "--process_count", 2, "--process_id"]
+    command = [sys.executable, "-m", "srpo_jax.encode", *map(str, words)]
+    environment = os.environ | {"PYTHONPATH": f"{TESTS}:{TESTS.parent}"}
+    children = [
+        subprocess.Popen([*command, str(i)], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        for i in (0, 1)
+    ]
+    output = [child.communicate() for child in children]
+    assert [child.returncode for child in children] == [0, 0], output
+    assert f"10 prompts in {out}" in output[0][0] and "10 prompts" not in output[1][0]
+    assert "10/10" in output[0][1] and "/10" not in output[1][1]  # one progress bar
+    (found, arrays), (_, expected) = read(out), read(whole)
+    assert found == TEXTS
+    for name, array in expected.items():
+        array = array.astype(np.float32)
+        np.testing.assert_allclose(arrays[name].astype(np.float32), array, atol=0.02 * np.abs(array).max())
+
+
+def test_processes_are_grouped_by_what_they_hold():
+    class Device:
+        def __init__(self, process):
+            self.process_index = process
+
+    class Split:
+        def devices_indices_map(self, shape):
+            return {Device(process): (slice(*rows),) for process, rows in held}
+
+    original = sharding.of_batch
+    sharding.of_batch = lambda mesh: Split()
+    try:
+        held = [(0, (0, 1)), (1, (1, 2)), (2, (0, 1)), (3, (1, 2))]
+        assert sharding.row_groups(None, 2) == [([0, 2], [0]), ([1, 3], [1])]
+        held = [(0, (0, 2)), (1, (1, 3)), (1, (0, 1)), (0, (2, 4))]
+        with pytest.raises(UserError, match="some processes share a part of their samples"):
+            sharding.row_groups(None, 4)
+    finally:
+        sharding.of_batch = original
+
+
+# --- fingerprints -----------------------------------------------------------------------------------------------------
+
+
+def test_fingerprints_tell_encoders_apart(model, tmp_path):
+    shutil.copytree(model, tmp_path / "copy")
+    expected = fingerprint.of_text_encoders(model)
+    assert fingerprint.of_text_encoders(tmp_path / "copy") == expected and len(set(expected.values())) == 4
+    weights = tmp_path / "copy" / "text_encoder_2" / "weights.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    (tmp_path / "copy" / "tokenizer" / "vocab.json").write_text("{}")
+    found = fingerprint.of_text_encoders(tmp_path / "copy")
+    assert {part for part in found if found[part] != expected[part]} == {"text_encoder_2", "tokenizer"}
+
+
+def test_fingerprints_sample_large_tensors_to_their_ends():
+    places = fingerprint._places(10_000_000_000)
+    assert len(places) == 1024 and places[0] == 0 and places[-1] == 10_000_000_000 - 1024
+    assert max(np.diff(places)) - min(np.diff(places)) <= 1
+    assert fingerprint._places(3000) == [0, 1024, 2048]
+
+
+def test_parameters_without_axes_have_fingerprints(model):
+    """Scalars as CLIP's temperature are read too."""
+    source = SafetensorsFile(model / "text_encoder" / "weights.safetensors")
+    assert source.specs and len(fingerprint.of_network(model / "text_encoder")) == 16
+
+
+# --- the command ------------------------------------------------------------------------------------------------------
+
+
+def test_the_command_filters_and_tells(model, tmp_path, capsys):
+    prompts = tmp_path / "prompts.csv"
+    prompts.write_text("prompt,n\n" + "".join(f"{text},1\n" for text in [*TEXTS, "red apple", "x"]))
+    words = ["--model", model, "--prompts", prompts, "--out", tmp_path / "data", "--text-length", tiny.LENGTH]
+    words += ["--min-length", 2, "--exclude", "^old", "--unique", "--sample", 4, "--column", "prompt"]
+    encode.main([*map(str, words)])
+    out = capsys.readouterr().out
+    counts = "1 shorter than 2, 1 with /^old/, 1 repeated, 5 not drawn; 4 stay"
+    assert f"prompts.csv: 12 prompts; left out: {counts}" in out and f"4 prompts in {tmp_path / 'data'}" in out
+    assert counts in stored.read_manifest(tmp_path / "data").source and len(stored.DataSet(tmp_path / "data")) == 4
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--batch", "0"], "--batch=0: must be at least 1"),
+        (["--column", "caption"], "no column 'caption'; there are 'prompt'"),
+        (["--model", "nothing"], "nothing/transformer is not a folder"),
+        (["--min-length", "9"], "no prompt is left"),
+        (["--fsdp", "3"], "needs 3 devices"),
+        (["--coordinator", "host:1"], "--process_id, --process_count is missing"),
+    ],
+)
+def test_bad_flags_leave_no_folder(model, tmp_path, words, message):
+    (tmp_path / "p.csv").write_text("prompt\na b\n")
+    usual = ["--model", str(model), "--prompts", str(tmp_path / "p.csv"), "--out", str(tmp_path / "data")]
+    with pytest.raises(UserError, match=message):
+        encode.main([*usual, *words])
+    assert not (tmp_path / "data").exists()
