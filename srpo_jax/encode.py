@@ -115,12 +115,17 @@ class Work:
 
     Attributes:
       shards: those that are missing, the same in every process.
+
+    Raises UserError if the processes were given different prompts or encoders.
     """
 
     def __init__(self, out: str | os.PathLike, manifest: stored.Manifest, mesh: Mesh, batch_size: int):
         self._out, self._manifest = out, manifest
         self._groups = sharding.row_groups(mesh, batch_size)
         here = jax.process_index()
+        mine = stored.digest([manifest.digest, *sorted(manifest.encoders.values())])
+        if np.unique(multihost_utils.process_allgather(np.uint32(int(mine[:8], 16)))).size > 1:
+            raise UserError(f"the processes of this job differ in their prompts or text encoders; {out} is left alone")
         self._group = next(index for index, (processes, _) in enumerate(self._groups) if here in processes)
         # Of processes that hold the same samples the first one writes.
         self._writes = self._groups[self._group][0][0] == here
@@ -237,17 +242,20 @@ def main(arguments: list[str] | None = None) -> None:
     summary = f"{args.prompts}: {filters.describe(len(prompts), counts)}"
     if jax.process_index() == 0:
         print(summary, flush=True)
-    manifest = encode_prompts(
-        args.model,
-        [prompts[place] for place in places],
-        args.out,
-        text_length=args.text_length,
-        dtype=args.dtype,
-        mesh=sharding.make_mesh(args),
-        batch_size=args.batch,
-        shard_size=args.shard_size,
-        source=summary,
-    )
+    try:
+        manifest = encode_prompts(
+            args.model,
+            [prompts[place] for place in places],
+            args.out,
+            text_length=args.text_length,
+            dtype=args.dtype,
+            mesh=sharding.make_mesh(args),
+            batch_size=args.batch,
+            shard_size=args.shard_size,
+            source=summary,
+        )
+    except KeyboardInterrupt:
+        raise UserError(f"interrupted; the same command goes on in {args.out}") from None
     if jax.process_index() == 0:
         print(f"{manifest.count} prompts in {args.out}")
 

@@ -203,6 +203,13 @@ def test_two_processes_write_what_is_missing(model, whole, tmp_path):
         np.testing.assert_allclose(arrays[name].astype(np.float32), array, atol=0.02 * np.abs(array).max())
 
 
+def test_processes_that_were_given_different_prompts(model, tmp_path, monkeypatch):
+    monkeypatch.setattr(encode.multihost_utils, "process_allgather", lambda own: np.array([own, own + 1]))
+    with pytest.raises(UserError, match="the processes of this job differ in their prompts or text encoders"):
+        run(model, tmp_path / "data")
+    assert not (tmp_path / "data").exists()
+
+
 def test_processes_are_grouped_by_what_they_hold():
     class Device:
         def __init__(self, process):
