@@ -33,7 +33,7 @@ SIGNS_OF_LOSS = (
 
 @contextlib.contextmanager
 def job(coordinator: str | None = None, process_id: int | None = None, process_count: int | None = None) -> Iterator:
-    """Joins this process to its job, as ``start`` does, for a block that trains.
+    """Joins this process to its job, as ``start`` does, for a block that works in step with the others.
 
     A process of a job whose block fails says why and is gone: the usual end would wait for the other processes, which
     wait for this one. So they notice at once, or after ``HEARTBEAT`` seconds, and end too. Exit codes: ``LOST`` if
@@ -52,7 +52,7 @@ def job(coordinator: str | None = None, process_id: int | None = None, process_c
             reason = str(error).splitlines()[0]
             print(
                 f"error: another process of this job is lost ({reason}); its own log may say why. The same command in "
-                "all processes goes on from the newest checkpoint",
+                "all processes goes on from what was saved",
                 file=sys.stderr,
             )
             code = LOST

@@ -238,26 +238,26 @@ def main(arguments: list[str] | None = None) -> None:
         args.min_length, args.max_length, args.include, args.exclude, args.unique, args.sample, args.seed
     )
     places, counts = filters.select(prompts, chosen)
-    distributed.start(args.coordinator, args.process_id, args.process_count)
     summary = f"{args.prompts}: {filters.describe(len(prompts), counts)}"
-    if jax.process_index() == 0:
-        print(summary, flush=True)
-    try:
-        manifest = encode_prompts(
-            args.model,
-            [prompts[place] for place in places],
-            args.out,
-            text_length=args.text_length,
-            dtype=args.dtype,
-            mesh=sharding.make_mesh(args),
-            batch_size=args.batch,
-            shard_size=args.shard_size,
-            source=summary,
-        )
-    except KeyboardInterrupt:
-        raise UserError(f"interrupted; the same command goes on in {args.out}") from None
-    if jax.process_index() == 0:
-        print(f"{manifest.count} prompts in {args.out}")
+    with distributed.job(args.coordinator, args.process_id, args.process_count):
+        if jax.process_index() == 0:
+            print(summary, flush=True)
+        try:
+            manifest = encode_prompts(
+                args.model,
+                [prompts[place] for place in places],
+                args.out,
+                text_length=args.text_length,
+                dtype=args.dtype,
+                mesh=sharding.make_mesh(args),
+                batch_size=args.batch,
+                shard_size=args.shard_size,
+                source=summary,
+            )
+        except KeyboardInterrupt:
+            raise UserError(f"interrupted; the same command goes on in {args.out}") from None
+        if jax.process_index() == 0:
+            print(f"{manifest.count} prompts in {args.out}")
 
 
 if __name__ == "__main__":

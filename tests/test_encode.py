@@ -275,6 +275,17 @@ def test_the_command_filters_and_tells(model, tmp_path, capsys):
     assert counts in stored.read_manifest(tmp_path / "data").source and len(stored.DataSet(tmp_path / "data")) == 4
 
 
+def test_an_interrupted_command_says_what_goes_on(model, tmp_path, monkeypatch):
+    def interrupted(*args, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(encode, "encode_prompts", interrupted)
+    (tmp_path / "p.txt").write_text("a\n")
+    words = ["--model", str(model), "--prompts", str(tmp_path / "p.txt"), "--out", str(tmp_path / "data")]
+    with pytest.raises(UserError, match="interrupted; the same command goes on in .*data"):
+        encode.main(words)
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [

@@ -167,6 +167,8 @@ def test_another_data_set_is_not_overwritten(tmp_path, change, words):
 def test_folders_that_are_no_data_sets(tmp_path):
     with pytest.raises(UserError, match="none is not a folder; expected a data set made by"):
         stored.DataSet(tmp_path / "none")
+    with pytest.raises(UserError, match="gs://bucket/data: ArrayRecord files lie in folders; mount the bucket"):
+        stored.DataSet("gs://bucket/data")
     with pytest.raises(UserError, match="encoding.json does not exist"):
         stored.DataSet(tmp_path)
     (tmp_path / "notes.txt").write_text("")

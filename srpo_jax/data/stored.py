@@ -79,7 +79,7 @@ def default_shard_size(arrays: Mapping[str, Spec]) -> int:
 
 def read_manifest(path: str | os.PathLike) -> Manifest:
     """The manifest of a data set, complete or not. Raises UserError if the folder has none or it is not ours."""
-    path = pathlib.Path(path)
+    path = _local(path)
     if not path.is_dir():
         raise UserError(f"{path} is not a folder; expected a data set made by `python -m srpo_jax.encode`")
     content = read_json(path / MANIFEST)
@@ -101,6 +101,12 @@ def read_prompts(path: str | os.PathLike) -> list[str]:
         return json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(f"{file} cannot be read ({error}); copy it again") from error
+
+
+def _local(path: str | os.PathLike) -> pathlib.Path:
+    if "://" in os.fspath(path):
+        raise UserError(f"{path}: ArrayRecord files lie in folders; mount the bucket (gcsfuse) and name the folder")
+    return pathlib.Path(path)
 
 
 def features(manifest: Manifest) -> Any:
@@ -136,7 +142,7 @@ def plan(path: str | os.PathLike, wanted: Manifest) -> Manifest:
 
     Raises UserError if the folder holds something else, or a data set that differs (the message says in what).
     """
-    path = pathlib.Path(path)
+    path = _local(path)
     if not path.exists() or (path.is_dir() and not any(path.iterdir())):
         return wanted
     if not (path / MANIFEST).exists():
