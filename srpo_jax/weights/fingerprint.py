@@ -1,7 +1,7 @@
 """Which weights and which tokenizer: a short text that other ones do not have, found without reading all of them.
 
 Of a network's file, its config, the name, shape and dtype of every tensor, and up to 1 MiB of each tensor's bytes,
-evenly spread over it, are hashed (SHA-256): some 10 MB of T5-XXL's 10 GB. Training, fine-tuning, merging and casting
+evenly spread over it, are hashed (SHA-256): 9 MB of T5-XXL's 9.5 GB. Training, fine-tuning, merging and casting
 change values everywhere, so they change what is hashed; an edit of a few numbers by hand may not. Of a tokenizer, all
 files are hashed whole.
 """
