@@ -19,6 +19,7 @@ BRANCHES = ("denoise", "inversion")
 SOLVERS = ("euler", "ab2")
 ENCODE = ("online", "stored")
 DTYPES = ("bfloat16", "float32")
+MOMENTS = ("float32", "bfloat16", "float8")
 ATTENTION = ("xla", "cudnn", "splash")
 REMAT = ("none", "dots", "full")
 
@@ -40,7 +41,7 @@ def default() -> ConfigDict:
     # --- the model ---
     c.model = ConfigDict()
     c.model.path = config_dict.placeholder(str)  # a pipeline folder written by `python -m srpo_jax.convert`
-    # Of matrix products and frozen weights: bfloat16 | float32. Trained weights are float32.
+    # Of matrix products and frozen weights: bfloat16 | float32. See optim.weights for trained ones.
     c.model.dtype = "bfloat16"
     c.model.round_time = False  # round 1000 * time and 1000 * guidance to bfloat16, as the released script's autocast
     c.model.attention = "xla"  # xla (everywhere) | cudnn (NVIDIA) | splash (TPU), see models/attention.py
@@ -126,6 +127,10 @@ def default() -> ConfigDict:
     c.optim.eps = 1e-8
     c.optim.weight_decay = 1e-4  # decoupled, on every parameter
     c.optim.clip_norm = 0.1  # of the gradient's global norm
+    # Of trained weights, float32 | bfloat16, and of AdamW's two moments, float32 | bfloat16 | float8 (8-bit floats with
+    # a scale for 128 of them). What is not float32 is rounded stochastically; see optim.py for the bytes.
+    c.optim.weights = "float32"
+    c.optim.moments = "float32"
     c.optim.accumulation = 1  # parts of a batch that pass one after the other; same update, less memory
     # The terms of a method (SRPO's two branches) pass as one larger batch and not one after the other: same update,
     # faster where there is memory for it.
@@ -208,8 +213,12 @@ def validate(config: ConfigDict, paths: bool = True) -> None:
         ("rollout.noise", ("shared", "per_sample")),
         ("rollout.solver", SOLVERS),
         ("reward.form", ("released", "paper")),
+        ("optim.weights", DTYPES),
+        ("optim.moments", MOMENTS),
     ):
         require(key, flat[key] in choices, f"choose one of {', '.join(choices)}")
+    require("optim.weights", DTYPES.index(flat["optim.weights"]) >= DTYPES.index(flat["model.dtype"]),
+            "must be float32 where model.dtype is")  # fmt: skip
     if flat["model.attention"] == "cudnn":
         require("model.dtype", flat["model.dtype"] == "bfloat16", "model.attention=cudnn needs bfloat16")
     for key in ("model.path", "data.prompts" if flat["data.encode"] == "online" else "data.path"):

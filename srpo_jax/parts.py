@@ -10,10 +10,9 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import optax
 from ml_collections import ConfigDict
 
-from srpo_jax import flops, rewards, sharding, step
+from srpo_jax import flops, optim, rewards, sharding, step
 from srpo_jax.models.compute import path_name
 from srpo_jax.program import Program
 from srpo_jax.step import Batch
@@ -85,9 +84,13 @@ def take_apart(config: ConfigDict, built: Program) -> Iterator[Part]:
 
         return jax.grad(total)(decoded)
 
+    def gradient_of(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(leaf.shape, jnp.float32, sharding=leaf.sharding)
+
     def optimizer(params: Any, opt_state: Any, grads: Any) -> tuple[Any, Any]:
-        updates, opt_state = built.optimizer.update(grads, opt_state, params)
-        return optax.apply_updates(params, updates), opt_state
+        key = jax.random.key(0)
+        updates, opt_state = built.optimizer.update(grads, opt_state, params, key=key)
+        return optim.apply_updates(params, updates, key), opt_state
 
     yield Part("captions", jax.jit(captions), (frozen, batch), passes)
     if config.rollout.steps:
@@ -104,7 +107,7 @@ def take_apart(config: ConfigDict, built: Program) -> Iterator[Part]:
             donate_argnums=(0, 1),
             out_shardings=(in_place, jax.tree.map(lambda leaf: leaf.sharding, opt_state)),
         ),
-        (params, opt_state, params),
+        (params, opt_state, jax.tree.map(gradient_of, params)),
         1,
     )
 

@@ -66,7 +66,7 @@ def read_architecture(config: ConfigDict) -> Architecture:
 
 
 class Computes(NamedTuple):
-    """Execution options of each network: only the transformer's weights are float32 masters."""
+    """Execution options of each network: the transformer's weights, which are trained, have a dtype of their own."""
 
     transformer: Compute
     autoencoder: Compute
@@ -85,7 +85,9 @@ def computes(config: ConfigDict, mesh: Mesh) -> Computes:
         constrain=sharding.constraint(mesh),
     )
     return Computes(
-        transformer=dataclasses.replace(frozen, param_dtype=jnp.float32, remat=config.remat.transformer),
+        transformer=dataclasses.replace(
+            frozen, param_dtype=jnp.dtype(config.optim.weights), remat=config.remat.transformer
+        ),
         autoencoder=dataclasses.replace(frozen, remat=config.remat.autoencoder),
         # Rewards read 257 patches or 77 words: too few for a kernel to save memory, with heads (80 wide in ViT-H-14)
         # that kernels do not take. T5 adds a bias to its logits, which not every backend can.
@@ -113,7 +115,7 @@ class Program:
     mesh: Mesh
     networks: Networks
     settings: Settings
-    optimizer: optax.GradientTransformation
+    optimizer: optax.GradientTransformationExtraArgs
     computes: Computes
     state: TrainState
     frozen: Frozen
@@ -154,7 +156,7 @@ def build(config: ConfigDict, mesh: Mesh, architecture: Architecture) -> Program
         step=jax.ShapeDtypeStruct((), jnp.int32, sharding=everywhere),
         params=params,
         opt_state=_with_sharding(jax.eval_shape(optimizer.init, params), opt_sharding),
-        ema=params if config.optim.ema_decay else None,
+        ema=_in_float32(params) if config.optim.ema_decay else None,
         rollout=_abstract_rollout(config, mesh, settings) if settings.reuse > 1 else None,
     )
     update, seed = step.make_update(networks, settings, optimizer), config.seed
@@ -186,6 +188,10 @@ def _network(mesh: Mesh, network: str, sizes: Any, compute: Compute) -> tuple[An
 
 def _with_sharding(tree: Any, shardings: Any) -> Any:
     return jax.tree.map(lambda leaf, s: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=s), tree, shardings)
+
+
+def _in_float32(tree: Any) -> Any:
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.float32, sharding=leaf.sharding), tree)
 
 
 def _abstract_rollout(config: ConfigDict, mesh: Mesh, settings: Settings) -> Rollout:
@@ -225,10 +231,14 @@ def initial_state(config: ConfigDict, program: Program) -> TrainState:
         params=params,
         opt_state=jax.jit(program.optimizer.init, out_shardings=shardings.opt_state)(params),
         # A copy: the update takes the memory of both.
-        ema=None if shardings.ema is None else jax.jit(lambda p: jax.tree.map(jnp.copy, p))(params),
+        ema=None if shardings.ema is None else jax.jit(lambda p: jax.tree.map(_copy_in_float32, p))(params),
         # Never read: the first update makes the first rollout.
         rollout=jax.jit(lambda: _zeros(program.state.rollout), out_shardings=shardings.rollout)(),
     )
+
+
+def _copy_in_float32(x: jax.Array) -> jax.Array:
+    return jnp.array(x, jnp.float32, copy=True)
 
 
 def _zeros(tree: Any) -> Any:

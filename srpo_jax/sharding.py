@@ -129,11 +129,19 @@ def of_tree(mesh: Mesh, network: str, params: Any) -> Any:
 
 
 def of_optimizer(mesh: Mesh, optimizer: optax.GradientTransformation, params: Any, shardings: Any) -> Any:
-    """The shardings of an optimiser's state: what belongs to a parameter lies where it lies, counters everywhere."""
+    """The shardings of an optimiser's state: what belongs to a parameter lies where it lies, counters everywhere.
+
+    The scales of 8-bit moments have a shorter last axis; where the mesh does not divide it, it stays whole.
+    """
     abstract = jax.eval_shape(optimizer.init, params)
+
+    def beside(leaf: jax.ShapeDtypeStruct, sharding: NamedSharding) -> NamedSharding:
+        axes = zip(leaf.shape, sharding.spec, strict=False)
+        return NamedSharding(mesh, P(*(axis if axis and not size % mesh.shape[axis] else None for size, axis in axes)))
+
     return optax.tree.map_params(
         optimizer,
-        lambda _, sharding: sharding,
+        beside,
         abstract,
         shardings,
         transform_non_params=lambda _: replicated(mesh),

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
-from srpo_jax import direct_align, flow, methods, rewards
+from srpo_jax import direct_align, flow, methods, optim, rewards
 from srpo_jax.direct_align import Grid
 from srpo_jax.methods import Term
 from srpo_jax.models.compute import Params, bind, cast_weights
@@ -388,7 +388,7 @@ def gradient(
     """The gradient of one part of a batch, summed over the method's terms, and metrics ``[terms]`` by name.
 
     It is added to ``total``, if that is given: parts and terms then share one sum, and not a sum of sums, each of which
-    is as large as the parameters.
+    is as large as the parameters. Sums are float32, whatever the parameters are.
     """
     text = embed_captions(networks, frozen, batch)
     weights = in_compute_dtype(networks, params)
@@ -407,15 +407,20 @@ def gradient(
     if settings.merge_terms or count == 1:  # compilers do less well inside of a loop
         grads, metrics = differentiate(*merge_terms(batch, terms, captions), count)
         if total is None:
-            return jax.tree.map(lambda g, p: g.astype(p.dtype), grads, params), metrics
+            return jax.tree.map(lambda g: g.astype(jnp.float32), grads), metrics
         return jax.tree.map(jnp.add, total, grads), metrics
 
     def add_term(total: Params, term: Term) -> tuple[Params, dict[str, jax.Array]]:
         grads, metrics = differentiate(batch, term, captions)
         return jax.tree.map(jnp.add, total, grads), metrics
 
-    total, metrics = jax.lax.scan(add_term, jax.tree.map(jnp.zeros_like, params) if total is None else total, terms)
+    total, metrics = jax.lax.scan(add_term, no_gradient(params) if total is None else total, terms)
     return total, {name: values[:, 0] for name, values in metrics.items()}
+
+
+def no_gradient(params: Params) -> Params:
+    """Zeros to add gradients to, float32."""
+    return jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params)
 
 
 # --- the update -----------------------------------------------------------------------------------------------------
@@ -447,7 +452,7 @@ def renew_rollout(
 
 
 def make_update(
-    networks: Networks, settings: Settings, optimizer: optax.GradientTransformation
+    networks: Networks, settings: Settings, optimizer: optax.GradientTransformationExtraArgs
 ) -> Callable[[TrainState, Frozen, Batch, jax.Array], tuple[TrainState, dict[str, jax.Array]]]:
     """Builds ``update(state, frozen, batch, key) -> (state, metrics)``, pure and ready for ``jax.jit``.
 
@@ -471,13 +476,13 @@ def make_update(
         if parts == 1:
             grads, metrics = gradient(networks, settings, state.params, frozen, batch, draws)
         else:
-            zeros = jax.tree.map(jnp.zeros_like, state.params)
-            grads, metrics = jax.lax.scan(add_part, zeros, split_batch((batch, draws), parts))
+            grads, metrics = jax.lax.scan(add_part, no_gradient(state.params), split_batch((batch, draws), parts))
             grads = jax.tree.map(lambda g: g / parts, grads)
             metrics = jax.tree.map(lambda m: m.mean(0), metrics)
 
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
+        moments_key, weights_key = (jax.random.fold_in(key, purpose) for purpose in (4, 5))  # 0 to 3: see draw
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params, key=moments_key)
+        params = optim.apply_updates(state.params, updates, weights_key)
         ema = state.ema
         if ema is not None:
             decay = settings.ema_decay

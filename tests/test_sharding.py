@@ -14,7 +14,8 @@ import tiny
 from jax.sharding import AbstractMesh
 from jax.sharding import PartitionSpec as P
 
-from srpo_jax import checkpoint, conditions, program, sharding
+from srpo_jax import checkpoint, conditions, optim, program, sharding
+from srpo_jax.config import default
 from srpo_jax.data.loading import Examples
 from srpo_jax.errors import UserError
 from srpo_jax.models.autoencoder import AutoencoderConfig
@@ -97,6 +98,33 @@ def test_an_indivisible_dimension_names_the_parameter():
         place("double_blocks.img_attn.qkv.bias", (19, 3, 24, 128))
 
 
+@pytest.mark.parametrize(
+    ("weights", "moments", "each"),
+    [("float32", "float32", 12), ("bfloat16", "bfloat16", 6), ("bfloat16", "float8", 4 + 2 * 4 / 128)],
+)
+def test_the_optimizer_of_full_size(weights, moments, each):
+    """Bytes of weights and moments a parameter; moments lie where their parameters lie, and so do their scales."""
+    config = default().optim
+    config.weights, config.moments = weights, moments
+    mesh, params = AbstractMesh((1, 8, 2), sharding.AXES), parameters("flux")
+    params = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, weights), params)
+    places = sharding.of_tree(mesh, "flux", params)
+    optimizer = optim.make_optimizer(config)
+    abstract = jax.eval_shape(optimizer.init, params)
+    found = sharding.of_optimizer(mesh, optimizer, params, places)
+    state, wanted = abstract[1], engine.flatten(places)
+    found, moment = (found[1].mu, state.mu) if moments == "float32" else (found[1].root.values, state.root.values)
+    assert engine.flatten(found) == wanted
+    assert all(leaf.dtype == (optim.FLOAT8 if moments == "float8" else moments) for leaf in jax.tree.leaves(moment))
+    bytes_of = [leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves((params, state))]
+    count = sum(leaf.size for leaf in jax.tree.leaves(params))
+    assert sum(bytes_of) / count == pytest.approx(each, rel=1e-3)
+    if moments == "float8":
+        scales = engine.flatten(sharding.of_optimizer(mesh, optimizer, params, places)[1].root.scale)
+        whole = [name for name in scales if scales[name].spec != wanted[name].spec and wanted[name].spec != P()]
+        assert whole == []
+
+
 # --- the update on eight devices --------------------------------------------------------------------------------------
 
 MESHES = {"one": (1, 1, 1), "fsdp": (1, 8, 1), "all": (2, 2, 2)}
@@ -136,7 +164,7 @@ def update_on_every_mesh(models, out):
         report[name] = {key: float(value) for key, value in metrics.items()}
         for leaf, like in zip(jax.tree.leaves(state), jax.tree.leaves(built.state), strict=True):
             assert leaf.sharding.is_equivalent_to(like.sharding, leaf.ndim)
-        qkv = state.opt_state[1][0].mu["double_blocks"]["img_attn"]["qkv"]["kernel"]
+        qkv = state.opt_state[1].mu["double_blocks"]["img_attn"]["qkv"]["kernel"]
         report[name]["largest_shard_of_qkv"] = max(s.data.size for s in qkv.addressable_shards) / qkv.size
         checkpoints = checkpoint.Checkpoints(pathlib.Path(out) / name, keep=1)
         checkpoints.save(1, state, {})

@@ -136,6 +136,26 @@ def test_a_run_resumed_between_the_updates_of_a_rollout(recipe, tmp_path):
     assert any(name.startswith("rollout") for name in first)
 
 
+def test_a_run_in_few_bits_goes_on_bit_for_bit(recipe, tmp_path):
+    """The random bits of the rounding are those of the update, whoever makes it."""
+    config = recipe(
+        steps=3, checkpoint__every=1, model__dtype="bfloat16", optim__weights="bfloat16", optim__moments="float8",
+        optim__ema_decay=0.5, optim__accumulation=2,
+    )  # fmt: skip
+    train.train(config, tmp_path / "whole")
+    shutil.copytree(tmp_path / "whole", tmp_path / "resumed")
+    for later in (2, 3):
+        shutil.rmtree(tmp_path / "resumed" / "checkpoints" / f"{later}")
+    train.train(config, tmp_path / "resumed")
+    same(arrays(tmp_path / "whole", 3), arrays(tmp_path / "resumed", 3))
+    assert numbers(tmp_path / "whole") == numbers(tmp_path / "resumed")
+    first, third = (arrays(tmp_path / "whole", step)[0] for step in (1, 3))
+    dtypes = {kind: {str(a.dtype) for name, a in first.items() if name.startswith(kind)} for kind in ("params", "ema")}
+    assert dtypes == {"params": {"bfloat16"}, "ema": {"float32"}}
+    moved = [name for name in first if name.startswith("params") and (first[name] != third[name]).any()]
+    assert len(moved) == len([name for name in first if name.startswith("params")])
+
+
 def test_a_finished_run_has_nothing_to_do(whole, recipe, capsys):
     before = (whole / "metrics.jsonl").read_bytes()
     assert train.train(recipe(steps=4, optim__ema_decay=0.5, sample__every=2), whole) is None
