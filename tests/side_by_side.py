@@ -18,6 +18,7 @@ import time
 os.environ.setdefault("XLA_FLAGS", "")  # the tests' own flags, which importing conftest would set, make slow programs
 import conftest  # noqa: F401  (makes torchvision importable, which diffusers wants)
 import jax
+import jax.numpy as jnp
 import numpy as np
 import torch
 import torch_baseline
@@ -59,8 +60,37 @@ def same_inputs(architecture: program.Architecture, settings: step.Settings, cou
     return step.Batch(text, pooled, ids), step.draw(settings, jax.random.key(1), count)
 
 
+# Pixels are clipped to 0 .. 1, and the gradient of one that is clipped is 0. Rounding, up to 4e-6 in a pixel here,
+# takes one at the border to either side: one of 37,000 changes the whole gradient by half a percent.
+BORDER = 2e-5
+
+
+def clear_of_the_border(built, params, frozen, batch, draws) -> step.Draws:
+    """The draws with other noise for the samples of which a pixel lies within ``BORDER`` of being clipped."""
+    networks, settings = built.networks, built.settings
+
+    @jax.jit
+    def touches(draws):
+        text = step.embed_captions(networks, frozen, batch)
+        terms = step.make_terms(networks, settings, params, batch, draws, text)
+        decoded = jax.lax.map(
+            lambda term: step.run_term(networks, settings, params, frozen, batch, term).decoded, terms
+        )
+        pixels = decoded / 2 + 0.5
+        return (jnp.minimum(jnp.abs(pixels), jnp.abs(pixels - 1)) < BORDER).any((0, 2, 3, 4))
+
+    for attempt in range(50):
+        touching = touches(draws)
+        if not touching.any():
+            return draws
+        other = jax.random.normal(jax.random.key(attempt), draws.noise.shape)
+        draws = draws._replace(noise=jnp.where(touching[:, None, None], other, draws.noise))
+    raise AssertionError("pixels lie at the border of clipping whatever the noise")
+
+
 def compare(built, architecture, params, frozen, batch, draws, theirs) -> dict[str, float]:
     """The relative differences of the losses and of the whole gradient. Fails if they are not those of rounding."""
+    draws = clear_of_the_border(built, params, frozen, batch, draws)
     gradient = jax.jit(lambda *values: step.gradient(built.networks, built.settings, *values))
     ours, metrics = gradient(params, frozen, batch, draws)
     losses = theirs.gradient(torch_baseline.inputs_of(batch, draws))
@@ -73,7 +103,7 @@ def compare(built, architecture, params, frozen, batch, draws, theirs) -> dict[s
         "losses": float(np.max(np.abs(np.asarray(metrics["loss"]) - losses) / np.abs(losses))),
         "gradient": float(distance / np.sqrt(sum(np.square(g).sum() for g in found.values()))),
     }
-    assert difference["losses"] < 1e-4 and difference["gradient"] < 1e-3, difference
+    assert difference["losses"] < 1e-4 and difference["gradient"] < 1e-4, difference
     return difference
 
 

@@ -41,9 +41,9 @@ def write_and_strike(self, step, values):
     strike("update", step)
 
 
-def tell_batch(self, captions, step):
-    print(json.dumps([step, captions]), flush=True)
-    return batch(self, captions, step)
+def tell_batch(self, examples, step):
+    print(json.dumps([step, examples.prompts]), flush=True)
+    return batch(self, examples, step)
 
 
 def finalize_and_strike(self, directory):  # process 0 does it when all have written their arrays
@@ -112,7 +112,7 @@ def test_two_processes_lose_one_twice_resume_stop_and_one_goes_on(tmp_path):
     assert "2 cpu device(s)" in first[2] and "step 4/4" in first[2]
     assert "step" not in second[2] and len(list((calm / "tensorboard").iterdir())) == 1  # only the first reports
     batches = [dict(map(json.loads, re.findall(r"^\[\d.*", child[1], re.M))) for child in (first, second)]
-    assert all(len(rows) == 1 for part in batches for rows in part.values())  # each its own half
+    assert all(len(rows) == 1 for part in batches for rows in part.values()), batches  # each its own half
     for step in (1, 2, 3, 4):
         assert batches[0][step] != batches[1][step]
     for process in (0, 1):  # all of them write
