@@ -233,8 +233,8 @@ def validate(config: ConfigDict, paths: bool = True) -> None:
     ):
         require(key, flat[key] >= 1, "must be at least 1")
     for key in (
-        *("seed", "lora.rank", "data.filter.min_length", "data.filter.max_length", "optim.warmup_steps", "optim.weight_decay"),
-        *("sample.every", "sample.seed"),
+        *("seed", "data.filter.min_length", "data.filter.max_length", "optim.warmup_steps", "optim.weight_decay"),
+        *("lora.rank", "sample.every", "sample.seed"),
     ):
         require(key, flat[key] >= 0, "must not be negative")
     for key in ("lora.alpha", "rollout.shift", "optim.learning_rate", "optim.eps", "optim.clip_norm"):
@@ -286,7 +286,7 @@ def _check_keys(config: ConfigDict) -> None:
 
 def _check_lora(flat: dict[str, Any], require: Any) -> None:
     require("lora.quantize", flat["lora.quantize"] == "none" or flat["lora.rank"],
-            "weights that are trained cannot be quantised; train factors beside them, as --config.lora.rank=16")  # fmt: skip
+            "trained weights cannot be quantised; train factors beside them: --config.lora.rank=16")  # fmt: skip
     require("lora.targets", flat["lora.targets"], "name one or more layers")
     for pattern in flat["lora.targets"]:
         try:

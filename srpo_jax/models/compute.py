@@ -83,7 +83,9 @@ def bind(graphdef: nnx.GraphDef, params: Params) -> Any:
 
 
 def cast_weights(params: Params, dtype: Any) -> Params:
-    """float32 kernels, biases and low-rank factors in ``dtype``, as layers cast them wherever they use them; all else as it is.
+    """float32 kernels, biases and low-rank factors in ``dtype``, as layers cast them wherever they use them.
+
+    All else stays as it is.
 
     Worth its memory where weights are used many times: a layer that casts reads four bytes and writes two before it
     reads the two that it wants. A gradient taken at the result is of ``dtype`` too, as matrix products give it.

@@ -12,7 +12,6 @@ and the pair (factors, frozen rest).
 import dataclasses
 import re
 import zlib
-from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
