@@ -6,6 +6,7 @@ below is an error, in a recipe and on the command line.
 
 import difflib
 import json
+import re
 from typing import Any
 
 from ml_collections import ConfigDict, config_dict
@@ -22,6 +23,7 @@ DTYPES = ("bfloat16", "float32")
 MOMENTS = ("float32", "bfloat16", "float8")
 ATTENTION = ("xla", "cudnn", "splash")
 REMAT = ("none", "dots", "full")
+QUANTIZE = ("none", "int8", "nf4")
 
 # A run may be resumed with other values of these: they change where and how fast it runs, not what it computes.
 RESUMABLE = (
@@ -46,6 +48,15 @@ def default() -> ConfigDict:
     c.model.round_time = False  # round 1000 * time and 1000 * guidance to bfloat16, as the released script's autocast
     c.model.attention = "xla"  # xla (everywhere) | cudnn (NVIDIA) | splash (TPU), see models/attention.py
     c.model.scan_unroll = 1  # transformer blocks in one iteration of the scan
+
+    # --- LoRA: low-rank factors are trained beside a frozen transformer, see docs/lora.md ---
+    c.lora = ConfigDict()
+    c.lora.rank = 0  # of the factors; 0 trains the transformer itself
+    c.lora.alpha = 16.0  # the product of two factors counts alpha / rank
+    # Layers of the blocks that get factors: regular expressions, each for whole paths as double_blocks.img_attn.qkv.
+    c.lora.targets = (r"double_blocks\.\w+_(attn|mlp)\.\w+", r"single_blocks\.(qkv|mlp_in|out)")
+    # How the kernels of the frozen blocks are stored: none (as model.dtype) | int8 | nf4 (4 bits)
+    c.lora.quantize = "none"
 
     # What a block keeps for the backward pass: none (everything) | dots (matrix products) | full (its input alone).
     # "none" is fastest and takes the most memory.
@@ -210,6 +221,7 @@ def validate(config: ConfigDict, paths: bool = True) -> None:
         ("remat.transformer", REMAT),
         ("remat.autoencoder", REMAT),
         ("remat.reward", REMAT),
+        ("lora.quantize", QUANTIZE),
         ("rollout.noise", ("shared", "per_sample")),
         ("rollout.solver", SOLVERS),
         ("reward.form", ("released", "paper")),
@@ -231,10 +243,10 @@ def validate(config: ConfigDict, paths: bool = True) -> None:
         require(key, flat[key] >= 1, "must be at least 1")
     for key in (
         *("seed", "data.filter.min_length", "data.filter.max_length", "optim.warmup_steps", "optim.weight_decay"),
-        *("sample.every", "sample.seed"),
+        *("lora.rank", "sample.every", "sample.seed"),
     ):
         require(key, flat[key] >= 0, "must not be negative")
-    for key in ("rollout.shift", "optim.learning_rate", "optim.eps", "optim.clip_norm"):
+    for key in ("lora.alpha", "rollout.shift", "optim.learning_rate", "optim.eps", "optim.clip_norm"):
         require(key, flat[key] > 0, "must be greater than 0")
     for key in ("optim.b1", "optim.b2", "optim.ema_decay"):
         require(key, 0 <= flat[key] < 1, "must be at least 0 and less than 1")
@@ -251,6 +263,7 @@ def validate(config: ConfigDict, paths: bool = True) -> None:
     if flat["method"] == "refl":
         # Its gradient needs a late state of the trajectory, at a step drawn anew, not where the trajectory ends.
         require("rollout.reuse", flat["rollout.reuse"] == 1, "method=refl needs a rollout at every update; set it to 1")
+    _check_lora(flat, require)
     _check_align(flat, require)
     _check_rewards(flat, require, paths)
     for key in ("mesh.data", "mesh.fsdp", "mesh.tensor"):
@@ -278,6 +291,19 @@ def _check_keys(config: ConfigDict) -> None:
     for key in known:
         if key not in given:
             raise UserError(f"config.{key} is missing; start the config from srpo_jax.config.default()")
+
+
+def _check_lora(flat: dict[str, Any], require: Any) -> None:
+    require("optim.weights", not flat["lora.rank"] or flat["optim.weights"] == "float32",
+            "low-rank factors are small and stay float32; set it to float32, or lora.rank to 0")  # fmt: skip
+    require("lora.quantize", flat["lora.quantize"] == "none" or flat["lora.rank"],
+            "trained weights cannot be quantised; train factors beside them: --config.lora.rank=16")  # fmt: skip
+    require("lora.targets", flat["lora.targets"], "name one or more layers")
+    for pattern in flat["lora.targets"]:
+        try:
+            re.compile(pattern)
+        except (re.error, TypeError) as error:
+            raise UserError(f"config.lora.targets: {pattern!r} is not a regular expression: {error}") from error
 
 
 def _check_align(flat: dict[str, Any], require: Any) -> None:

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from srpo_jax import flops, optim, rewards, sharding, step
-from srpo_jax.models.compute import path_name
+from srpo_jax.models.compute import join, path_name
 from srpo_jax.program import Program
 from srpo_jax.step import Batch
 
@@ -43,8 +43,14 @@ def take_apart(config: ConfigDict, built: Program) -> Iterator[Part]:
     count, terms = config.data.batch_size // passes, flops.terms(config)
     # Samples of a gradient, and gradients of a pass.
     wide, gradients = (count * terms, 1) if settings.merge_terms else (count, terms)
-    params, frozen, opt_state = built.state.params, built.frozen, built.state.opt_state
+    params, opt_state = built.state.params, built.state.opt_state
+    frozen, base = built.frozen._replace(base=None), built.frozen.base
     in_place = jax.tree.map(lambda leaf: leaf.sharding, params)
+    # An update casts its weights once, for every part of a batch.
+    weights = jax.eval_shape(lambda params, base: step.in_compute_dtype(networks, params, base), params, base)
+    weights = jax.tree.map(
+        lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where), weights, in_place
+    )
 
     def rows(size: int, tree: Any) -> Any:
         return jax.tree.map(lambda x: jax.ShapeDtypeStruct((size, *x.shape[1:]), x.dtype, sharding=split), tree)
@@ -59,14 +65,15 @@ def take_apart(config: ConfigDict, built: Program) -> Iterator[Part]:
     def captions(frozen: Any, batch: Batch) -> Any:
         return step.embed_captions(networks, frozen, batch)
 
-    def rollout(params: Any, batch: Batch, noise: jax.Array) -> jax.Array:
-        return step.rollout(networks, settings, params, batch, noise)
+    def rollout(weights: Any, base: Any, batch: Batch, noise: jax.Array) -> jax.Array:
+        return step.rollout(networks, settings, join(weights, base), batch, noise)
 
-    def transformer(params: Any, batch: Batch, x: jax.Array, sigma: jax.Array, cotangent: jax.Array) -> Any:
-        def product(params: Any) -> jax.Array:
-            return jnp.vdot(cotangent, step.velocity(networks, settings, params, batch, x, sigma, settings.guidance))
+    def transformer(weights: Any, base: Any, batch: Batch, x: jax.Array, sigma: jax.Array, cotangent: jax.Array) -> Any:
+        def product(weights: Any) -> jax.Array:
+            read = join(weights, base)
+            return jnp.vdot(cotangent, step.velocity(networks, settings, read, batch, x, sigma, settings.guidance))
 
-        return jax.grad(product)(params)
+        return jax.grad(product)(weights)
 
     def autoencoder(frozen: Any, x: jax.Array, cotangent: jax.Array) -> jax.Array:
         def product(x: jax.Array) -> jax.Array:
@@ -94,9 +101,9 @@ def take_apart(config: ConfigDict, built: Program) -> Iterator[Part]:
 
     yield Part("captions", jax.jit(captions), (frozen, batch), passes)
     if config.rollout.steps:
-        yield Part("rollout", jax.jit(rollout), (params, batch, rows(count, tokens)), passes / settings.reuse)
+        yield Part("rollout", jax.jit(rollout), (weights, base, batch, rows(count, tokens)), passes / settings.reuse)
     gradients *= passes
-    arguments = params, rows(wide, batch), tokens, array(), tokens
+    arguments = weights, base, rows(wide, batch), tokens, array(), tokens
     yield Part("transformer", jax.jit(transformer, out_shardings=in_place), arguments, gradients)
     yield Part("autoencoder", jax.jit(autoencoder), (frozen, tokens, picture), gradients)
     yield Part("reward", jax.jit(reward), (frozen, picture, targets), gradients)

@@ -20,13 +20,15 @@ from ml_collections import ConfigDict
 
 from srpo_jax import optim, sharding, step
 from srpo_jax.errors import UserError
+from srpo_jax.models import lora
 from srpo_jax.models.autoencoder import AutoencoderConfig
 from srpo_jax.models.clip import ClipConfig
-from srpo_jax.models.compute import Compute
+from srpo_jax.models.compute import Compute, Params
 from srpo_jax.models.flux import FluxConfig
+from srpo_jax.models.lora import Lora
 from srpo_jax.rewards import Reward
 from srpo_jax.step import Batch, Frozen, Networks, Rollout, Settings, TrainState
-from srpo_jax.weights import folder
+from srpo_jax.weights import folder, quantized
 
 # Folders of a pipeline, and the networks in them.
 TRANSFORMER, AUTOENCODER = "transformer", "vae"
@@ -66,7 +68,7 @@ def read_architecture(config: ConfigDict) -> Architecture:
 
 
 class Computes(NamedTuple):
-    """Execution options of each network: the transformer's weights, which are trained, have a dtype of their own."""
+    """Execution options of each network: weights that are trained have a dtype of their own."""
 
     transformer: Compute
     autoencoder: Compute
@@ -84,10 +86,10 @@ def computes(config: ConfigDict, mesh: Mesh) -> Computes:
         mesh=mesh,
         constrain=sharding.constraint(mesh),
     )
+    # With LoRA the factors are trained, which are float32 always.
+    stored = frozen.param_dtype if config.lora.rank else jnp.dtype(config.optim.weights)
     return Computes(
-        transformer=dataclasses.replace(
-            frozen, param_dtype=jnp.dtype(config.optim.weights), remat=config.remat.transformer
-        ),
+        transformer=dataclasses.replace(frozen, param_dtype=stored, remat=config.remat.transformer),
         autoencoder=dataclasses.replace(frozen, remat=config.remat.autoencoder),
         # Rewards read 257 patches or 77 words: too few for a kernel to save memory, with heads (80 wide in ViT-H-14)
         # that kernels do not take. T5 adds a bias to its logits, which not every backend can.
@@ -140,7 +142,7 @@ def build(config: ConfigDict, mesh: Mesh, architecture: Architecture) -> Program
             "along the mesh's data and fsdp axes"
         )
     options = computes(config, mesh)
-    graphdef, params = _network(mesh, "flux", architecture.transformer, options.transformer)
+    graphdef, params, base = _transformer(mesh, architecture.transformer, options.transformer, config)
     autoencoder, autoencoder_params = _network(mesh, "autoencoder", architecture.autoencoder, options.autoencoder)
     rewards, reward_params = {}, {}
     for name, (_, weight) in used_rewards(config).items():
@@ -171,7 +173,7 @@ def build(config: ConfigDict, mesh: Mesh, architecture: Architecture) -> Program
         optimizer=optimizer,
         computes=options,
         state=state,
-        frozen=Frozen(autoencoder_params, reward_params),
+        frozen=Frozen(autoencoder_params, reward_params, base),
         batch=_abstract_batch(config, mesh, architecture),
         update=jax.jit(
             seeded_update,
@@ -184,6 +186,18 @@ def build(config: ConfigDict, mesh: Mesh, architecture: Architecture) -> Program
 def _network(mesh: Mesh, network: str, sizes: Any, compute: Compute) -> tuple[Any, Any]:
     graphdef, params = folder.abstract(network, sizes, compute)
     return graphdef, _with_sharding(params, sharding.of_tree(mesh, network, params))
+
+
+def _transformer(mesh: Mesh, sizes: FluxConfig, compute: Compute, config: ConfigDict) -> tuple[Any, Any, Any]:
+    """(graph definition, what is trained, what is frozen beside it or None)."""
+    settings = Lora.from_config(config.lora)
+    if settings is None:
+        return *_network(mesh, "flux", sizes, compute), None
+    try:
+        graphdef, params = lora.abstract(sizes, compute, settings)
+    except ValueError as error:
+        raise UserError(f"config.lora.targets: {error}") from error
+    return graphdef, *lora.split(_with_sharding(params, sharding.of_tree(mesh, "flux", params)))
 
 
 def _with_sharding(tree: Any, shardings: Any) -> Any:
@@ -221,11 +235,14 @@ def _abstract_batch(config: ConfigDict, mesh: Mesh, architecture: Architecture) 
 
 
 def initial_state(config: ConfigDict, program: Program) -> TrainState:
-    """The state before the first update: the pipeline's transformer, each device reading its own shards of it."""
-    mesh = program.mesh
-    path = pathlib.Path(config.model.path) / TRANSFORMER
-    params = folder.load(path, "flux", program.computes.transformer, sharding.of(mesh, "flux"))[2]
+    """The state before the first update: the pipeline's transformer, each device reading its own shards of it, or new
+    factors beside it."""
     shardings = jax.tree.map(lambda leaf: leaf.sharding, program.state)
+    if program.frozen.base is None:
+        params = _load_transformer(config, program)
+    else:
+        make = jax.jit(lambda: lora.initial(program.state.params, config.seed), out_shardings=shardings.params)
+        params = make()
     return TrainState(
         step=jax.device_put(np.int32(0), shardings.step),
         params=params,
@@ -246,7 +263,7 @@ def _zeros(tree: Any) -> Any:
 
 
 def load_frozen(config: ConfigDict, program: Program) -> Frozen:
-    """The autoencoder and the rewards, in the compute dtype."""
+    """The autoencoder, the rewards and, with LoRA, the transformer, in the compute dtype or quantised."""
     mesh, options = program.mesh, program.computes
     path = pathlib.Path(config.model.path) / AUTOENCODER
     autoencoder = folder.load(path, "autoencoder", options.autoencoder, sharding.of(mesh, "autoencoder"))[2]
@@ -254,4 +271,12 @@ def load_frozen(config: ConfigDict, program: Program) -> Frozen:
         name: folder.load(reward, "clip", options.reward, sharding.of(mesh, "clip"))[2]
         for name, (reward, _) in used_rewards(config).items()
     }
-    return Frozen(autoencoder, rewards)
+    return Frozen(autoencoder, rewards, None if program.frozen.base is None else _load_transformer(config, program))
+
+
+def _load_transformer(config: ConfigDict, program: Program) -> Params:
+    path = pathlib.Path(config.model.path) / TRANSFORMER
+    compute, place = program.computes.transformer, sharding.of(program.mesh, "flux")
+    if config.lora.quantize != "none":
+        return quantized.load(path, config.lora.quantize, compute, place)
+    return folder.load(path, "flux", compute, place)[2]

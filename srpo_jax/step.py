@@ -21,7 +21,7 @@ from flax import nnx
 from srpo_jax import direct_align, flow, methods, optim, rewards
 from srpo_jax.direct_align import Grid
 from srpo_jax.methods import Term
-from srpo_jax.models.compute import Params, bind, cast_weights
+from srpo_jax.models.compute import Params, bind, cast_weights, join
 from srpo_jax.rewards import Reward
 
 LATENT_FACTOR = 8  # pixels of an image per latent position, along each side
@@ -41,7 +41,7 @@ class TrainState:
 
     Attributes:
       step: updates done, int32 scalar.
-      params: of the transformer.
+      params: of the transformer; with LoRA, its low-rank factors alone.
       opt_state: of the optimiser.
       ema: moving average of ``params`` (float32), or None.
       rollout: the newest one, where each serves several updates (``Settings.reuse``); None otherwise.
@@ -72,10 +72,12 @@ class Networks:
 
 
 class Frozen(NamedTuple):
-    """Parameters that training reads and never changes."""
+    """Parameters that training reads and never changes; ``base`` is the rest of the transformer's, beside low-rank
+    factors that are trained (LoRA), or None."""
 
     autoencoder: Params
     rewards: dict[str, Params]
+    base: Params | None = None
 
 
 class Batch(NamedTuple):
@@ -248,9 +250,12 @@ def velocity(
     ).astype(jnp.float32)
 
 
-def in_compute_dtype(networks: Networks, params: Params) -> Params:
-    """The transformer's parameters as its layers use them: cast once, where they are about to be used many times."""
-    return cast_weights(params, bind(networks.transformer, params).compute.dtype)
+def in_compute_dtype(networks: Networks, params: Params, base: Params | None = None) -> Params:
+    """The transformer's parameters as its layers use them: cast once, where they are about to be used many times.
+
+    With ``base`` (``Frozen``), which has its dtype already, ``params`` are the rest.
+    """
+    return cast_weights(params, bind(networks.transformer, join(params, base)).compute.dtype)
 
 
 def rollout(
@@ -391,15 +396,16 @@ def gradient(
     is as large as the parameters. Sums are float32, whatever the parameters are.
     """
     text = embed_captions(networks, frozen, batch)
-    weights = in_compute_dtype(networks, params)
-    terms = make_terms(networks, settings, weights, batch, draws, text)
+    weights = in_compute_dtype(networks, params, frozen.base)
+    terms = make_terms(networks, settings, join(weights, frozen.base), batch, draws, text)
     captions = {name: embeddings["caption"] for name, embeddings in text.items()}
 
     def differentiate(
         batch: Batch, term: Term, captions: dict[str, jax.Array], count: int = 1
     ) -> tuple[Params, dict[str, jax.Array]]:
         def loss(weights: Params) -> tuple[jax.Array, dict[str, jax.Array]]:
-            return term_loss(networks, settings, weights, frozen, batch, term, captions, count)
+            read = join(weights, frozen.base)
+            return term_loss(networks, settings, read, frozen, batch, term, captions, count)
 
         return jax.grad(loss, has_aux=True)(weights)
 
@@ -438,14 +444,15 @@ def join_batch(tree: Any) -> Any:
 
 
 def renew_rollout(
-    networks: Networks, settings: Settings, state: TrainState, batch: Batch, noise: jax.Array
+    networks: Networks, settings: Settings, state: TrainState, frozen: Frozen, batch: Batch, noise: jax.Array
 ) -> Rollout:
     """The rollout that an update works on: a new one from ``noise`` at every ``settings.reuse``-th update, else the
     state's. The update that makes one and those that use it again must be given the same prompts."""
 
     def roll() -> Rollout:
         parts = split_batch((batch, noise), settings.accumulation)
-        latents = jax.lax.map(lambda part: rollout(networks, settings, state.params, *part), parts)
+        params = join(state.params, frozen.base)
+        latents = jax.lax.map(lambda part: rollout(networks, settings, params, *part), parts)
         return Rollout(join_batch(latents), noise)
 
     return jax.lax.cond(state.step % settings.reuse == 0, roll, lambda: state.rollout)
@@ -467,7 +474,7 @@ def make_update(
         kept = None
         if settings.reuse > 1:
             # The image keeps its noise: the two belong to one trajectory. Grid positions and control words are new.
-            kept = renew_rollout(networks, settings, state, batch, draws.noise)
+            kept = renew_rollout(networks, settings, state, frozen, batch, draws.noise)
             batch, draws = batch._replace(latents=kept.latents), draws._replace(noise=kept.noise)
 
         def add_part(total: Params, part: tuple[Batch, Draws]) -> tuple[Params, dict[str, jax.Array]]:

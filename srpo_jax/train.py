@@ -21,6 +21,7 @@ from srpo_jax import checkpoint, conditions, distributed, flow, metrics, program
 from srpo_jax import config as config_lib
 from srpo_jax.data import loading, sources
 from srpo_jax.errors import UserError
+from srpo_jax.models.compute import join
 from srpo_jax.step import Frozen, TrainState
 
 
@@ -170,7 +171,7 @@ class SampleGrid:
 
     def draw(self, step: int, state: TrainState, frozen: Frozen) -> None:
         """Draws with the moving average of the weights if there is one, and writes the grid."""
-        params = state.params if state.ema is None else state.ema
+        params = join(state.params if state.ema is None else state.ema, frozen.base)
         images = np.concatenate(list(self._sampler.draw(params, frozen.autoencoder, self._chunks)))
         if jax.process_index() == 0:
             sampling.save_image(sampling.grid(images), self._file(step))
@@ -204,6 +205,8 @@ class Interruption:
 
 def _describe(built: program.Program) -> str:
     count = sum(leaf.size for leaf in jax.tree.leaves(built.state.params))
+    beside = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(built.frozen.base))
+    words = f" in low-rank factors, beside {beside / 1e9:.4g} GB of frozen weights" if beside else ""
     axes = ", ".join(f"{axis}={size}" for axis, size in built.mesh.shape.items())
     devices = f"{built.mesh.devices.size} {jax.default_backend()} device(s)"
-    return f"{count / 1e6:.4g} million parameters on {devices} ({axes})"
+    return f"{count / 1e6:.4g} million parameters{words} on {devices} ({axes})"

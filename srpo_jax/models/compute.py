@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 Params = dict[str, Any]
+LORA_FACTORS = ("lora_a", "lora_b")  # names of the low-rank factors beside a kernel, see lora
 
 
 def _unconstrained(x: jax.Array, name: str) -> jax.Array:
@@ -82,16 +83,29 @@ def bind(graphdef: nnx.GraphDef, params: Params) -> Any:
 
 
 def cast_weights(params: Params, dtype: Any) -> Params:
-    """float32 kernels and biases in ``dtype``, as layers cast them wherever they use them; all else as it is.
+    """float32 kernels, biases and low-rank factors in ``dtype``, as layers cast them wherever they use them.
+
+    All else stays as it is.
 
     Worth its memory where weights are used many times: a layer that casts reads four bytes and writes two before it
     reads the two that it wants. A gradient taken at the result is of ``dtype`` too, as matrix products give it.
     """
 
     def cast(path: tuple, leaf: jax.Array) -> jax.Array:
-        return leaf.astype(dtype) if path[-1].key in ("kernel", "bias") and leaf.dtype == jnp.float32 else leaf
+        named = path[-1].key in ("kernel", "bias", *LORA_FACTORS)
+        return leaf.astype(dtype) if named and leaf.dtype == jnp.float32 else leaf
 
     return jax.tree_util.tree_map_with_path(cast, params)
+
+
+def join(first: Params, second: Params | None) -> Params:
+    """One nesting of two that share no leaf, as what is trained of a network and what is frozen. None is nothing."""
+    if second is None:
+        return first
+    joined = dict(first)
+    for key, child in second.items():
+        joined[key] = join(joined[key], child) if key in joined else child
+    return joined
 
 
 def path_name(path: tuple) -> str:
