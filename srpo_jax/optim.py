@@ -13,6 +13,7 @@ Everything is computed in float32; what is stored in fewer bits is rounded stoch
 bfloat16 weights of the size of 1 do not move at all at a rate of 5e-6.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -23,6 +24,38 @@ from srpo_jax import rounding
 from srpo_jax.models.compute import Params
 
 FLOAT8 = jnp.float8_e4m3fn
+# Parameters that are updated at a time. A larger stack of layers is updated layer by layer, in its own memory: what is
+# between gradient and weights, float32 all of it, is then as large as a layer and not as a stack.
+LARGEST = 2**26
+
+
+class Optimizer(NamedTuple):
+    """What an update of a training step needs.
+
+    Attributes:
+      init: ``init(params) -> state``.
+      apply: ``apply(params, grads, state, key, norm) -> (params, state)``: the parameters after the update, in their
+        dtypes. ``grads`` are float32 and ``norm`` is their global norm; ``key`` is for stochastic rounding.
+    """
+
+    init: Callable[[Params], Any]
+    apply: Callable[[Params, Params, Any, jax.Array, jax.Array], tuple[Params, Any]]
+
+
+class Moment(NamedTuple):
+    """A moment of every parameter: ``values``, a tree like the parameters, and their scales if they are 8-bit floats
+    (``rounding.Scaled``), else None."""
+
+    values: Params
+    scale: Params | None
+
+
+class AdamState(NamedTuple):
+    """Adam's state: updates done, the first moment, and the root of the second one, whose range is half as wide."""
+
+    count: jax.Array
+    mean: Moment
+    root: Moment
 
 
 def learning_rate(optim: Any) -> optax.Schedule:
@@ -36,105 +69,87 @@ def learning_rate(optim: Any) -> optax.Schedule:
     return optax.linear_schedule(start, optim.learning_rate, optim.warmup_steps - 1)
 
 
-def make_optimizer(optim: Any) -> optax.GradientTransformationExtraArgs:
+def make_optimizer(optim: Any) -> Optimizer:
     """AdamW (arXiv 1711.05101) from the ``optim`` part of a config; decoupled weight decay on every parameter.
 
-    Its ``update`` takes a ``key`` besides gradients (any float dtype), state and parameters, and returns float32
-    updates for ``apply_updates``. The moving average of the weights and the accumulation of gradients belong to the
-    training step, see ``step.make_update``.
+    The moving average of the weights and the accumulation of gradients belong to the training step, see
+    ``step.make_update``.
     """
-    adam = _in_float32(optax.scale_by_adam(optim.b1, optim.b2, optim.eps))
-    if optim.moments != "float32":
-        adam = _compressed(adam, optim.moments)
-    return optax.chain(
-        optax.clip_by_global_norm(optim.clip_norm),
-        adam,
-        optax.add_decayed_weights(optim.weight_decay),
-        optax.scale_by_learning_rate(learning_rate(optim)),
-    )
-
-
-def apply_updates(params: Params, updates: Params, key: jax.Array) -> Params:
-    """``params + updates`` in the dtypes of ``params``; what is not float32 is rounded stochastically."""
-
-    def add(p: jax.Array, u: jax.Array, key: jax.Array) -> jax.Array:
-        total = p.astype(jnp.float32) + u
-        return total if p.dtype == jnp.float32 else rounding.stochastic(total, p.dtype, key)
-
-    return jax.tree.map(add, params, updates, _keys(key, params))
-
-
-def _in_float32(adam: optax.GradientTransformation) -> optax.GradientTransformation:
-    """Adam whose moments are float32 whatever the parameters are."""
-
-    def init(params: Params) -> optax.ScaleByAdamState:
-        return adam.init(jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params))
-
-    def update(grads: Params, state: optax.ScaleByAdamState, params: Params | None = None) -> Any:
-        return adam.update(jax.tree.map(lambda g: g.astype(jnp.float32), grads), state, params)
-
-    return optax.GradientTransformation(init, update)
-
-
-# --- moments in fewer bits --------------------------------------------------------------------------------------------
-
-
-class Moment(NamedTuple):
-    """A moment of every parameter: ``values``, a tree like the parameters, and their scales if they are 8-bit floats
-    (``rounding.Scaled``), else None."""
-
-    values: Params
-    scale: Params | None
-
-
-class CompressedAdamState(NamedTuple):
-    """Adam's state: updates done, the first moment, and the root of the second one, whose range is half as wide."""
-
-    count: jax.Array
-    mean: Moment
-    root: Moment
-
-
-def _compressed(adam: optax.GradientTransformation, moments: str) -> optax.GradientTransformationExtraArgs:
-    """Adam with moments of type ``moments``, "bfloat16" or "float8", between updates."""
-    eight = moments == "float8"
-    dtype = jnp.dtype(FLOAT8 if eight else moments)
+    adam, schedule = optax.scale_by_adam(optim.b1, optim.b2, optim.eps), learning_rate(optim)
+    scaled = optim.moments == "float8"
+    dtype = jnp.dtype(FLOAT8 if scaled else optim.moments)
 
     def zeros(params: Params) -> Moment:
         values = jax.tree.map(lambda p: jnp.zeros(p.shape, dtype), params)
-        if not eight:
+        if not scaled:
             return Moment(values, None)
         return Moment(values, jax.tree.map(lambda p: jnp.ones(rounding.scale_shape(p.shape)), params))
 
-    def read(moment: Moment) -> Params:
-        if not eight:
-            return jax.tree.map(lambda x: x.astype(jnp.float32), moment.values)
-        return jax.tree.map(lambda x, s: rounding.unscaled(rounding.Scaled(x, s)), *moment)
+    def read(moment: Moment) -> jax.Array:
+        return rounding.unscaled(rounding.Scaled(*moment)) if scaled else moment.values.astype(jnp.float32)
 
-    def write(moment: Params, key: jax.Array, floor: bool) -> Moment:
-        keys = _keys(key, moment)
-        if not eight:
-            return Moment(jax.tree.map(lambda x, k: rounding.stochastic(x, dtype, k), moment, keys), None)
-        pairs = jax.tree.map(lambda x, k: rounding.scaled(x, dtype, k, floor), moment, keys)
-        inner = jax.tree.structure(rounding.Scaled(0, 0))
-        return Moment(*jax.tree.transpose(jax.tree.structure(moment), inner, pairs))
+    def write(x: jax.Array, key: jax.Array, floor: bool) -> Moment:
+        return Moment(*rounding.scaled(x, dtype, key, floor)) if scaled else Moment(_store(x, dtype, key), None)
 
-    def init(params: Params) -> CompressedAdamState:
-        return CompressedAdamState(jnp.zeros((), jnp.int32), zeros(params), zeros(params))
+    def init(params: Params) -> AdamState:
+        return AdamState(jnp.zeros((), jnp.int32), zeros(params), zeros(params))
 
-    def update(
-        grads: Params, state: CompressedAdamState, params: Params | None = None, *, key: jax.Array, **extra: Any
-    ) -> tuple[Params, CompressedAdamState]:
-        whole = optax.ScaleByAdamState(state.count, read(state.mean), jax.tree.map(jnp.square, read(state.root)))
-        updates, whole = adam.update(grads, whole, params)
-        mean = write(whole.mu, jax.random.fold_in(key, 0), floor=False)
-        root = write(jax.tree.map(jnp.sqrt, whole.nu), jax.random.fold_in(key, 1), floor=True)
-        return updates, CompressedAdamState(whole.count, mean, root)
+    def apply(
+        params: Params, grads: Params, state: AdamState, key: jax.Array, norm: jax.Array
+    ) -> tuple[Params, AdamState]:
+        clip = jnp.minimum(1.0, optim.clip_norm / jnp.maximum(norm, jnp.finfo(jnp.float32).tiny))
+        rate = schedule(state.count)
 
-    return optax.GradientTransformationExtraArgs(init, update)
+        def change(p: jax.Array, mean: Moment, root: Moment, grad: jax.Array, key: jax.Array) -> tuple:
+            """Of one parameter, or of one layer of a stack of them."""
+            keys = jax.random.split(key, 3)
+            before = optax.ScaleByAdamState(state.count, read(mean), jnp.square(read(root)))
+            direction, after = adam.update(grad * clip, before)
+            old = p.astype(jnp.float32)
+            new = old - rate * (direction + optim.weight_decay * old)
+            mean, root = write(after.mu, keys[0], floor=False), write(jnp.sqrt(after.nu), keys[1], floor=True)
+            return _store(new, p.dtype, keys[2]), mean, root
+
+        structure = jax.tree.structure(params)
+        columns = [_leaves(structure, tree) for tree in (params, state.mean, state.root, grads)]
+        changed = [
+            _by_layers(change, *row, jax.random.fold_in(key, number))
+            for number, row in enumerate(zip(*columns, strict=True))
+        ]
+        params, mean, root = (_tree(structure, column) for column in zip(*changed, strict=True))
+        return params, AdamState(state.count + 1, mean, root)
+
+    return Optimizer(init, apply)
 
 
-def _keys(key: jax.Array, tree: Any) -> Any:
-    """A key for every leaf of a tree."""
-    leaves, structure = jax.tree.flatten(tree)
-    return jax.tree.unflatten(structure, [jax.random.fold_in(key, i) for i in range(len(leaves))])
+def _store(x: jax.Array, dtype: Any, key: jax.Array) -> jax.Array:
+    return x if dtype == jnp.float32 else rounding.stochastic(x, dtype, key)
+
+
+def _by_layers(change: Callable, p: jax.Array, mean: Moment, root: Moment, grad: jax.Array, key: jax.Array) -> tuple:
+    """``change`` of a parameter; of a large stack, layer by layer in its own memory."""
+    if p.size <= LARGEST or p.ndim < 3:
+        return change(p, mean, root, grad, key)
+
+    def layer(i: jax.Array, kept: tuple) -> tuple:
+        taken, slope = jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, i, keepdims=False), (kept, grad))
+        made = change(*taken, slope, jax.random.fold_in(key, i))
+        return jax.tree.map(lambda x, new: jax.lax.dynamic_update_index_in_dim(x, new, i, 0), kept, made)
+
+    return jax.lax.fori_loop(0, p.shape[0], layer, (p, mean, root))
+
+
+def _leaves(structure: Any, tree: Any) -> list:
+    """What belongs to each parameter, in order: arrays of a tree like the parameters, or ``Moment`` of arrays."""
+    if not isinstance(tree, Moment):
+        return structure.flatten_up_to(tree)
+    scales = [None] * structure.num_leaves if tree.scale is None else structure.flatten_up_to(tree.scale)
+    return [Moment(*pair) for pair in zip(structure.flatten_up_to(tree.values), scales, strict=True)]
+
+
+def _tree(structure: Any, leaves: tuple) -> Any:
+    """Undoes ``_leaves``."""
+    if not isinstance(leaves[0], Moment):
+        return structure.unflatten(leaves)
+    scales = None if leaves[0].scale is None else structure.unflatten([leaf.scale for leaf in leaves])
+    return Moment(structure.unflatten([leaf.values for leaf in leaves]), scales)

@@ -10,9 +10,10 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import optax
 from ml_collections import ConfigDict
 
-from srpo_jax import flops, optim, rewards, sharding, step
+from srpo_jax import flops, rewards, sharding, step
 from srpo_jax.models.compute import join, path_name
 from srpo_jax.program import Program
 from srpo_jax.step import Batch
@@ -95,9 +96,7 @@ def take_apart(config: ConfigDict, built: Program) -> Iterator[Part]:
         return jax.ShapeDtypeStruct(leaf.shape, jnp.float32, sharding=leaf.sharding)
 
     def optimizer(params: Any, opt_state: Any, grads: Any) -> tuple[Any, Any]:
-        key = jax.random.key(0)
-        updates, opt_state = built.optimizer.update(grads, opt_state, params, key=key)
-        return optim.apply_updates(params, updates, key), opt_state
+        return built.optimizer.apply(params, grads, opt_state, jax.random.key(0), optax.tree.norm(grads))
 
     yield Part("captions", jax.jit(captions), (frozen, batch), passes)
     if config.rollout.steps:

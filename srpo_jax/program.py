@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
@@ -26,6 +25,7 @@ from srpo_jax.models.clip import ClipConfig
 from srpo_jax.models.compute import Compute, Params
 from srpo_jax.models.flux import FluxConfig
 from srpo_jax.models.lora import Lora
+from srpo_jax.optim import Optimizer
 from srpo_jax.rewards import Reward
 from srpo_jax.step import Batch, Frozen, Networks, Rollout, Settings, TrainState
 from srpo_jax.weights import folder, quantized
@@ -117,7 +117,7 @@ class Program:
     mesh: Mesh
     networks: Networks
     settings: Settings
-    optimizer: optax.GradientTransformationExtraArgs
+    optimizer: Optimizer
     computes: Computes
     state: TrainState
     frozen: Frozen

@@ -20,6 +20,7 @@ from jax.sharding import PartitionSpec as P
 
 from srpo_jax.errors import UserError
 from srpo_jax.models.compute import path_name
+from srpo_jax.optim import Optimizer
 
 AXES = ("data", "fsdp", "tensor")
 BATCH = ("data", "fsdp")
@@ -138,7 +139,7 @@ def of_tree(mesh: Mesh, network: str, params: Any) -> Any:
     return jax.tree_util.tree_map_with_path(lambda path, leaf: sharding(path_name(path), leaf.shape), params)
 
 
-def of_optimizer(mesh: Mesh, optimizer: optax.GradientTransformation, params: Any, shardings: Any) -> Any:
+def of_optimizer(mesh: Mesh, optimizer: Optimizer, params: Any, shardings: Any) -> Any:
     """The shardings of an optimiser's state: what belongs to a parameter lies where it lies, counters everywhere.
 
     The scales of 8-bit moments have a shorter last axis; where the mesh does not divide it, it stays whole.

@@ -18,10 +18,11 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
-from srpo_jax import direct_align, flow, methods, optim, rewards
+from srpo_jax import direct_align, flow, methods, rewards
 from srpo_jax.direct_align import Grid
 from srpo_jax.methods import Term
 from srpo_jax.models.compute import Params, bind, cast_weights, join
+from srpo_jax.optim import Optimizer
 from srpo_jax.rewards import Reward
 
 LATENT_FACTOR = 8  # pixels of an image per latent position, along each side
@@ -389,11 +390,13 @@ def gradient(
     batch: Batch,
     draws: Draws,
     total: Params | None = None,
+    share: float = 1.0,
 ) -> tuple[Params, dict[str, jax.Array]]:
     """The gradient of one part of a batch, summed over the method's terms, and metrics ``[terms]`` by name.
 
     It is added to ``total``, if that is given: parts and terms then share one sum, and not a sum of sums, each of which
-    is as large as the parameters. Sums are float32, whatever the parameters are.
+    is as large as the parameters. Sums are float32, whatever the parameters are. ``share`` scales what is added, as for
+    a mean over parts of a batch.
     """
     text = embed_captions(networks, frozen, batch)
     weights = in_compute_dtype(networks, params, frozen.base)
@@ -409,16 +412,19 @@ def gradient(
 
         return jax.grad(loss, has_aux=True)(weights)
 
+    def add(total: Params, grads: Params) -> Params:
+        return jax.tree.map(lambda t, g: t + share * g.astype(jnp.float32), total, grads)
+
     count = terms.weight.shape[0]
     if settings.merge_terms or count == 1:  # compilers do less well inside of a loop
         grads, metrics = differentiate(*merge_terms(batch, terms, captions), count)
         if total is None:
-            return jax.tree.map(lambda g: g.astype(jnp.float32), grads), metrics
-        return jax.tree.map(jnp.add, total, grads), metrics
+            return jax.tree.map(lambda g: share * g.astype(jnp.float32), grads), metrics
+        return add(total, grads), metrics
 
     def add_term(total: Params, term: Term) -> tuple[Params, dict[str, jax.Array]]:
         grads, metrics = differentiate(batch, term, captions)
-        return jax.tree.map(jnp.add, total, grads), metrics
+        return add(total, grads), metrics
 
     total, metrics = jax.lax.scan(add_term, no_gradient(params) if total is None else total, terms)
     return total, {name: values[:, 0] for name, values in metrics.items()}
@@ -459,7 +465,7 @@ def renew_rollout(
 
 
 def make_update(
-    networks: Networks, settings: Settings, optimizer: optax.GradientTransformationExtraArgs
+    networks: Networks, settings: Settings, optimizer: Optimizer
 ) -> Callable[[TrainState, Frozen, Batch, jax.Array], tuple[TrainState, dict[str, jax.Array]]]:
     """Builds ``update(state, frozen, batch, key) -> (state, metrics)``, pure and ready for ``jax.jit``.
 
@@ -478,23 +484,22 @@ def make_update(
             batch, draws = batch._replace(latents=kept.latents), draws._replace(noise=kept.noise)
 
         def add_part(total: Params, part: tuple[Batch, Draws]) -> tuple[Params, dict[str, jax.Array]]:
-            return gradient(networks, settings, state.params, frozen, *part, total)
+            return gradient(networks, settings, state.params, frozen, *part, total, 1 / parts)
 
         if parts == 1:
             grads, metrics = gradient(networks, settings, state.params, frozen, batch, draws)
         else:
             grads, metrics = jax.lax.scan(add_part, no_gradient(state.params), split_batch((batch, draws), parts))
-            grads = jax.tree.map(lambda g: g / parts, grads)
             metrics = jax.tree.map(lambda m: m.mean(0), metrics)
 
-        moments_key, weights_key = (jax.random.fold_in(key, purpose) for purpose in (4, 5))  # 0 to 3: see draw
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params, key=moments_key)
-        params = optim.apply_updates(state.params, updates, weights_key)
+        norm = optax.tree.norm(grads)
+        rounding_key = jax.random.fold_in(key, 4)  # 0 to 3: see draw
+        params, opt_state = optimizer.apply(state.params, grads, state.opt_state, rounding_key, norm)
         ema = state.ema
         if ema is not None:
             decay = settings.ema_decay
             ema = jax.tree.map(lambda old, new: decay * old + (1 - decay) * new.astype(jnp.float32), ema, params)
-        summary = {"loss": metrics["loss"].sum(), "grad_norm": optax.tree.norm(grads)}
+        summary = {"loss": metrics["loss"].sum(), "grad_norm": norm}
         for index, name in enumerate(settings.term_names):
             for metric, values in metrics.items():
                 # Several re-noisings share one name: their mean stands for them.

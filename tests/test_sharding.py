@@ -8,6 +8,7 @@ import subprocess
 import sys
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
@@ -112,15 +113,16 @@ def test_the_optimizer_of_full_size(weights, moments, each):
     optimizer = optim.make_optimizer(config)
     abstract = jax.eval_shape(optimizer.init, params)
     found = sharding.of_optimizer(mesh, optimizer, params, places)
-    state, wanted = abstract[1], engine.flatten(places)
-    found, moment = (found[1].mu, state.mu) if moments == "float32" else (found[1].root.values, state.root.values)
-    assert engine.flatten(found) == wanted
-    assert all(leaf.dtype == (optim.FLOAT8 if moments == "float8" else moments) for leaf in jax.tree.leaves(moment))
-    bytes_of = [leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves((params, state))]
+    wanted = engine.flatten(places)
+    for moment, where in ((abstract.mean, found.mean), (abstract.root, found.root)):
+        assert engine.flatten(where.values) == wanted
+        kinds = {leaf.dtype for leaf in jax.tree.leaves(moment.values)}
+        assert kinds == {jnp.dtype(optim.FLOAT8 if moments == "float8" else moments)}
+    bytes_of = [leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves((params, abstract))]
     count = sum(leaf.size for leaf in jax.tree.leaves(params))
     assert sum(bytes_of) / count == pytest.approx(each, rel=1e-3)
     if moments == "float8":
-        scales = engine.flatten(sharding.of_optimizer(mesh, optimizer, params, places)[1].root.scale)
+        scales = engine.flatten(found.root.scale)
         whole = [name for name in scales if scales[name].spec != wanted[name].spec and wanted[name].spec != P()]
         assert whole == []
 
@@ -164,7 +166,7 @@ def update_on_every_mesh(models, out):
         report[name] = {key: float(value) for key, value in metrics.items()}
         for leaf, like in zip(jax.tree.leaves(state), jax.tree.leaves(built.state), strict=True):
             assert leaf.sharding.is_equivalent_to(like.sharding, leaf.ndim)
-        qkv = state.opt_state[1].mu["double_blocks"]["img_attn"]["qkv"]["kernel"]
+        qkv = state.opt_state.mean.values["double_blocks"]["img_attn"]["qkv"]["kernel"]
         report[name]["largest_shard_of_qkv"] = max(s.data.size for s in qkv.addressable_shards) / qkv.size
         checkpoints = checkpoint.Checkpoints(pathlib.Path(out) / name, keep=1)
         checkpoints.save(1, state, {})
@@ -226,7 +228,7 @@ def test_every_mesh_gives_the_numbers_of_one_device(updated, name):
 def moment(workdir):
     """The first moments of the checkpoint of step 1, by path."""
     stored = tiny.read_arrays(workdir / "checkpoints" / "1" / "opt_state")
-    return {path: leaf for path, leaf in stored.items() if "['mu']" in path}
+    return {path: leaf for path, leaf in stored.items() if "['mean']" in path}
 
 
 def test_checkpoints_move_between_meshes(models, updated):

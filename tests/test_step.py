@@ -13,6 +13,7 @@ from srpo_jax import direct_align, flow, rewards, step
 from srpo_jax.config import default
 from srpo_jax.models import autoencoder, clip, flux
 from srpo_jax.models.compute import Compute, build
+from srpo_jax.optim import Optimizer
 
 BATCH, TEXT = 4, 5
 FLUX = flux.FluxConfig(
@@ -68,9 +69,18 @@ def distance(a, b):
     return float(difference / optax.tree.norm(b))
 
 
+def sgd(rate):
+    """Plain gradient descent, without a state."""
+
+    def apply(params, grads, state, key, norm):
+        return jax.tree.map(lambda p, g: p - rate * g, params, grads), state
+
+    return Optimizer(lambda params: (), apply)
+
+
 def run_update(tiny, settings, batch, key=0):
     networks, params, frozen = tiny
-    optimizer = optax.sgd(1.0)
+    optimizer = sgd(1.0)
     state = step.TrainState(jnp.int32(0), params, optimizer.init(params), params if settings.ema_decay else None)
     return jax.jit(step.make_update(networks, settings, optimizer))(state, frozen, batch, jax.random.key(key))
 
@@ -199,7 +209,7 @@ def test_a_rollout_serves_several_updates(tiny, batch):
     """The second update works on the first one's images and noise; the third makes images of its own."""
     recipe, rate = settings(reuse=2, accumulation=2), 1e-2
     networks, params, frozen = tiny
-    optimizer = optax.sgd(rate)
+    optimizer = sgd(rate)
     update = jax.jit(step.make_update(networks, recipe, optimizer))
     roll = jax.jit(functools.partial(step.rollout, networks, recipe))
     grad = jax.jit(functools.partial(step.gradient, networks, recipe))
