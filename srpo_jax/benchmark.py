@@ -146,6 +146,7 @@ def measure(function: Any, arguments: tuple[Any, ...], runs: int, repeat: Callab
         "temporaries": plan.temp_size_in_bytes,
         "aliased": plan.alias_size_in_bytes,
     }  # fmt: skip
+    _check_fits(memory)
     values, taken = parts.fill(arguments), []
     for run in range(runs + 1):
         jax.block_until_ready(values)
@@ -157,6 +158,21 @@ def measure(function: Any, arguments: tuple[Any, ...], runs: int, repeat: Callab
             values = repeat(values, result)
         del result
     return Timing(compile_seconds, taken, memory)
+
+
+def planned_bytes(memory: dict[str, int]) -> int:
+    """The memory of a device that a program takes in all, of ``Timing.memory``."""
+    return memory["arguments"] + memory["results"] - memory["aliased"] + memory["temporaries"]
+
+
+def _check_fits(memory: dict[str, int]) -> None:
+    limit = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
+    if memory and limit and planned_bytes(memory) > limit:
+        raise UserError(
+            f"the program needs {planned_bytes(memory) / GIB:.1f} GiB, {memory['temporaries'] / GIB:.1f} of them "
+            f"temporaries, and the device offers {limit / GIB:.1f}: try a smaller --device-batch, optim.weights and "
+            "optim.moments of fewer bits, or lora.rank"
+        )
 
 
 def peak(devices: list[jax.Device]) -> tuple[float | None, str]:
@@ -256,7 +272,7 @@ def _summarise(report: dict[str, Any], config: ConfigDict, say: Callable[[str], 
     say(f"{report['samples_per_second']:.4g} samples/s; the parts that were timed alone take {share:.2f} of the update")
     memory, stats = update["memory"], report["memory_stats"]
     if memory:
-        total = memory["arguments"] + memory["results"] - memory["aliased"] + memory["temporaries"]
+        total = planned_bytes(memory)
         report["planned_bytes"] = total
         temporaries = memory["temporaries"] / GIB
         say(f"memory of a device as planned: {total / GIB:.3g} GiB, of it {temporaries:.3g} temporaries")

@@ -18,6 +18,7 @@ REWARDS = ("hps", "pickscore", "clip")
 BRANCHES = ("denoise", "inversion")
 
 SOLVERS = ("euler", "ab2")
+ROLLOUT_DTYPES = ("model", "int8", "float8")
 ENCODE = ("online", "stored")
 DTYPES = ("bfloat16", "float32")
 MOMENTS = ("float32", "bfloat16", "float8")
@@ -91,6 +92,8 @@ def default() -> ConfigDict:
     c.rollout.steps = 25
     # How a step goes: euler, as released | ab2 (second order at the same cost: fewer steps do)
     c.rollout.solver = "euler"
+    # Of its blocks' matrix products: model (as model.dtype) | int8 | float8 (H100 and later), see docs/rollouts.md
+    c.rollout.dtype = "model"
     c.rollout.guidance = 1.0  # distilled guidance given to the transformer
     c.rollout.shift = 3.0  # time shift of the noise schedule, here and of the training grid
     c.rollout.noise = "shared"  # shared: one noise for the whole batch, as released | per_sample
@@ -224,6 +227,7 @@ def validate(config: ConfigDict, paths: bool = True) -> None:
         ("lora.quantize", QUANTIZE),
         ("rollout.noise", ("shared", "per_sample")),
         ("rollout.solver", SOLVERS),
+        ("rollout.dtype", ROLLOUT_DTYPES),
         ("reward.form", ("released", "paper")),
         ("optim.weights", DTYPES),
         ("optim.moments", MOMENTS),
@@ -294,6 +298,8 @@ def _check_keys(config: ConfigDict) -> None:
 
 
 def _check_lora(flat: dict[str, Any], require: Any) -> None:
+    require("rollout.dtype", flat["rollout.dtype"] == "model" or flat["lora.quantize"] == "none",
+            "the blocks' weights are quantised already; set it to model, or lora.quantize to none")  # fmt: skip
     require("optim.weights", not flat["lora.rank"] or flat["optim.weights"] == "float32",
             "low-rank factors are small and stay float32; set it to float32, or lora.rank to 0")  # fmt: skip
     require("lora.quantize", flat["lora.quantize"] == "none" or flat["lora.rank"],

@@ -21,7 +21,9 @@ from flax import nnx
 from srpo_jax import direct_align, flow, methods, rewards
 from srpo_jax.direct_align import Grid
 from srpo_jax.methods import Term
+from srpo_jax.models import lora
 from srpo_jax.models.compute import Params, bind, cast_weights, join
+from srpo_jax.models.eight_bit import EightBitKernel
 from srpo_jax.optim import Optimizer
 from srpo_jax.rewards import Reward
 
@@ -108,6 +110,7 @@ class Settings:
     width: int
     rollout_steps: int
     solver: str
+    rollout_dtype: str
     rollout_guidance: float
     shift: float
     shared_noise: bool
@@ -144,6 +147,7 @@ class Settings:
             width=config.data.width,
             rollout_steps=config.rollout.steps,
             solver=config.rollout.solver,
+            rollout_dtype=config.rollout.dtype,
             rollout_guidance=config.rollout.guidance,
             shift=config.rollout.shift,
             shared_noise=config.rollout.noise == "shared",
@@ -259,6 +263,20 @@ def in_compute_dtype(networks: Networks, params: Params, base: Params | None = N
     return cast_weights(params, bind(networks.transformer, join(params, base)).compute.dtype)
 
 
+def in_eight_bits(networks: Networks, params: Params, kind: str) -> tuple[Networks, Params]:
+    """The networks with a transformer whose blocks multiply 8-bit numbers, and its parameters.
+
+    Modulations stay as they are: they read one vector a sample, and all tokens follow them.
+    """
+    transformer = bind(networks.transformer, params)
+    for path, (module, name) in lora.layers(transformer).items():
+        if not path.endswith("mod"):
+            layer = getattr(module, name)
+            layer.kernel = EightBitKernel(layer.kernel[...], kind)
+    graphdef, state = nnx.split(transformer)
+    return dataclasses.replace(networks, transformer=graphdef), nnx.to_pure_dict(state)
+
+
 def rollout(
     networks: Networks,
     settings: Settings,
@@ -268,8 +286,9 @@ def rollout(
     stop: jax.Array | None = None,
 ) -> jax.Array:
     """Latents [B, N, 64] made from ``noise`` without gradient; ``stop`` as in ``flow.sample``."""
-
     weights = in_compute_dtype(networks, params)
+    if settings.rollout_dtype != "model":
+        networks, weights = in_eight_bits(networks, weights, settings.rollout_dtype)
 
     def field(x: jax.Array, sigma: jax.Array) -> jax.Array:
         return velocity(networks, settings, weights, batch, x, sigma, settings.rollout_guidance)

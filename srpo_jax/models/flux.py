@@ -16,6 +16,7 @@ from flax import nnx
 
 from srpo_jax.models.attention import attention
 from srpo_jax.models.compute import Compute
+from srpo_jax.models.eight_bit import EightBitKernel
 from srpo_jax.models.stack import scan_blocks, stack
 
 TIME_CHANNELS = 256  # of the sinusoids of time and guidance
@@ -96,7 +97,10 @@ class Linear(nnx.Module):
         self.dtype = compute.dtype
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        y = jnp.tensordot(x.astype(self.dtype), self.kernel[...].astype(self.dtype), axes=1)
+        if isinstance(self.kernel, EightBitKernel):
+            y = self.kernel.product(x, self.dtype)
+        else:
+            y = jnp.tensordot(x.astype(self.dtype), self.kernel[...].astype(self.dtype), axes=1)
         return y + self.bias[...].astype(self.dtype)
 
 
