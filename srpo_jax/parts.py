@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 
 from srpo_jax import flops, rewards, sharding, step
 from srpo_jax.models.compute import join, path_name
-from srpo_jax.program import Program
+from srpo_jax.program import Program, compiler_options
 from srpo_jax.step import Batch
 
 INIT = 0.02  # half the range of random weights; norms keep the activations in bounds
@@ -59,6 +59,7 @@ def take_apart(config: ConfigDict, built: Program) -> Iterator[Part]:
     def array(*shape: int) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct((wide, *shape), jnp.float32, sharding=split)
 
+    jit = functools.partial(jax.jit, compiler_options=compiler_options(mesh))
     batch = rows(count, built.batch)
     tokens = array(settings.tokens, settings.token_width)
     picture = array(settings.height, settings.width, 3)
@@ -98,17 +99,17 @@ def take_apart(config: ConfigDict, built: Program) -> Iterator[Part]:
     def optimizer(params: Any, opt_state: Any, grads: Any) -> tuple[Any, Any]:
         return built.optimizer.apply(params, grads, opt_state, jax.random.key(0), optax.tree.norm(grads))
 
-    yield Part("captions", jax.jit(captions), (frozen, batch), passes)
+    yield Part("captions", jit(captions), (frozen, batch), passes)
     if config.rollout.steps:
-        yield Part("rollout", jax.jit(rollout), (weights, base, batch, rows(count, tokens)), passes / settings.reuse)
+        yield Part("rollout", jit(rollout), (weights, base, batch, rows(count, tokens)), passes / settings.reuse)
     gradients *= passes
     arguments = weights, base, rows(wide, batch), tokens, array(), tokens
-    yield Part("transformer", jax.jit(transformer, out_shardings=in_place), arguments, gradients)
-    yield Part("autoencoder", jax.jit(autoencoder), (frozen, tokens, picture), gradients)
-    yield Part("reward", jax.jit(reward), (frozen, picture, targets), gradients)
+    yield Part("transformer", jit(transformer, out_shardings=in_place), arguments, gradients)
+    yield Part("autoencoder", jit(autoencoder), (frozen, tokens, picture), gradients)
+    yield Part("reward", jit(reward), (frozen, picture, targets), gradients)
     yield Part(
         "optimizer",
-        jax.jit(
+        jit(
             optimizer,
             donate_argnums=(0, 1),
             out_shardings=(in_place, jax.tree.map(lambda leaf: leaf.sharding, opt_state)),

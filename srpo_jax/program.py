@@ -98,6 +98,19 @@ def computes(config: ConfigDict, mesh: Mesh) -> Computes:
     )
 
 
+# On NVIDIA GPUs, cuBLAS's matrix products are faster than XLA's own at FLUX's sizes, and need no tuning when they are
+# compiled (docs/performance.md).
+GPU_OPTIONS = {"xla_gpu_enable_triton_gemm": False}
+
+
+def compiler_options(mesh: Mesh) -> dict[str, Any]:
+    """What XLA is told for a mesh's devices, unless the environment's XLA_FLAGS says otherwise."""
+    if mesh.devices.flat[0].platform not in ("gpu", "cuda"):
+        return {}
+    told = os.environ.get("XLA_FLAGS", "")
+    return {name: value for name, value in GPU_OPTIONS.items() if name not in told}
+
+
 # --- the program ------------------------------------------------------------------------------------------------------
 
 
@@ -179,6 +192,7 @@ def build(config: ConfigDict, mesh: Mesh, architecture: Architecture) -> Program
             seeded_update,
             donate_argnums=0,
             out_shardings=(jax.tree.map(lambda leaf: leaf.sharding, state), everywhere),
+            compiler_options=compiler_options(mesh),
         ),
     )
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+import types
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +11,7 @@ import pytest
 import tiny
 
 from srpo_jax import architectures, benchmark, errors, flops, hardware, parts, program, sharding
+from srpo_jax.errors import UserError
 from srpo_jax.models import clip
 
 TOWERS = clip.ClipConfig(
@@ -130,3 +132,27 @@ def test_the_command(monkeypatch, capsys, tmp_path):
     benchmark.main()
     report = json.loads(out.read_text())
     assert list(report["parts"]) == ["captions", "reward"] and report["config"]["data.batch_size"] == 1
+
+
+def test_options_of_compilers(monkeypatch):
+    """GPUs have some, others none; what the environment's flags name is left to them."""
+
+    def options(platform):
+        devices = np.array([types.SimpleNamespace(platform=platform)])
+        return program.compiler_options(types.SimpleNamespace(devices=devices))
+
+    monkeypatch.delenv("XLA_FLAGS", raising=False)
+    assert options("gpu") == {"xla_gpu_enable_triton_gemm": False}
+    assert options("cpu") == options("tpu") == {}
+    monkeypatch.setenv("XLA_FLAGS", "--xla_gpu_enable_triton_gemm=true")
+    assert options("gpu") == {}
+
+
+def test_a_program_that_does_not_fit(monkeypatch):
+    """The plan is compared with what the device offers before anything is made."""
+    device = types.SimpleNamespace(memory_stats=lambda: {"bytes_limit": 2**20})
+    monkeypatch.setattr(benchmark.jax, "local_devices", lambda: [device])
+    where = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    wide = jax.ShapeDtypeStruct((512, 1024), jnp.float32, sharding=where)
+    with pytest.raises(UserError, match=r"needs 0\.0 GiB, .* try a smaller --device-batch"):
+        benchmark.measure(jax.jit(lambda x: x + 1), (wide,), 1)
