@@ -276,7 +276,13 @@ def load_frozen(config: ConfigDict, program: Program) -> Frozen:
 
 def _load_transformer(config: ConfigDict, program: Program) -> Params:
     path = pathlib.Path(config.model.path) / TRANSFORMER
-    compute, place = program.computes.transformer, sharding.of(program.mesh, "flux")
-    if config.lora.quantize != "none":
-        return quantized.load(path, config.lora.quantize, compute, place)
+    return load_transformer(path, program.computes.transformer, program.mesh, config.lora.quantize)
+
+
+def load_transformer(path: str | os.PathLike, compute: Compute, mesh: Mesh, quantize: str = "none") -> Params:
+    """A transformer's parameters on a mesh, from a folder of ours: in ``compute.param_dtype``, or the kernels of its
+    blocks quantised (``lora.quantize``), as an adapted network has them."""
+    place = sharding.of(mesh, "flux")
+    if quantize != "none":
+        return quantized.load(path, quantize, compute, place)
     return folder.load(path, "flux", compute, place)[2]

@@ -80,7 +80,7 @@ class LoraLinear(Linear):
         return super().__call__(x) + jnp.tensordot(low, b, axes=1)
 
 
-def _factor_shapes(kernel: tuple[int, ...], rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+def factor_shapes(kernel: tuple[int, ...], rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """The shapes of A and B beside a stacked kernel [layers, in, *out]."""
     layers, features_in, *out = kernel
     parts = tuple(out[:1]) if len(out) > 1 else ()
@@ -112,7 +112,7 @@ def adapt(network: Flux, lora: Lora) -> Flux:
     for path in chosen(lora, found):
         module, name = found[path]
         layer = getattr(module, name)
-        shape_a, shape_b = _factor_shapes(layer.kernel.shape, lora.rank)
+        shape_a, shape_b = factor_shapes(layer.kernel.shape, lora.rank)
         setattr(module, name, LoraLinear(layer, jnp.zeros(shape_a), jnp.zeros(shape_b), lora.scale))
     return network
 
