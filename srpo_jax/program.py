@@ -194,7 +194,7 @@ def _transformer(mesh: Mesh, sizes: FluxConfig, compute: Compute, config: Config
     if settings is None:
         return *_network(mesh, "flux", sizes, compute), None
     try:
-        graphdef, params = lora.abstract(sizes, compute, settings)
+        graphdef, params = lora.abstract(sizes, compute, settings, jnp.dtype(config.optim.weights))
     except ValueError as error:
         raise UserError(f"config.lora.targets: {error}") from error
     return graphdef, *lora.split(_with_sharding(params, sharding.of_tree(mesh, "flux", params)))
