@@ -86,7 +86,7 @@ def computes(config: ConfigDict, mesh: Mesh) -> Computes:
         mesh=mesh,
         constrain=sharding.constraint(mesh),
     )
-    # With LoRA the factors are trained, which are float32 always.
+    # With LoRA, optim.weights is about the factors.
     stored = frozen.param_dtype if config.lora.rank else jnp.dtype(config.optim.weights)
     return Computes(
         transformer=dataclasses.replace(frozen, param_dtype=stored, remat=config.remat.transformer),
