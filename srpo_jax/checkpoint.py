@@ -1,7 +1,7 @@
 """Checkpoints of a run, by Orbax, and the workdir that holds them.
 
     WORKDIR/config.json                the run's configuration; WORKDIR is a local folder or gs://BUCKET/PATH
-    WORKDIR/checkpoints/STEP/params    the transformer's weights
+    WORKDIR/checkpoints/STEP/params    the transformer's weights; with LoRA, its low-rank factors alone
                             /opt_state, /ema and /rollout (if there are)
                             /run       JSON: step, random seed, position in the data, configuration
 
@@ -24,6 +24,7 @@ from srpo_jax import config as config_lib
 from srpo_jax import storage
 from srpo_jax.errors import UserError
 from srpo_jax.models.compute import Params
+from srpo_jax.models.lora import Lora
 from srpo_jax.step import TrainState
 
 CONFIG, CHECKPOINTS = "config.json", "checkpoints"
@@ -209,7 +210,7 @@ class StoredArray:
 
 
 def load_params(workdir: str | os.PathLike, step: int | None = None, ema: bool = False) -> Params:
-    """The transformer's parameters in a checkpoint, nested, as ``StoredArray`` leaves: nothing is read yet.
+    """What was trained of the transformer (see ``lora``), nested, as ``StoredArray`` leaves: nothing is read yet.
 
     Args:
       workdir: of the run.
@@ -237,3 +238,18 @@ def load_params(workdir: str | os.PathLike, step: int | None = None, ema: bool =
         return StoredArray(folder, tuple(entry.key for entry in path), meta.shape, meta.dtype)
 
     return jax.tree_util.tree_map_with_path(leaf, tree)
+
+
+def lora(workdir: str | os.PathLike) -> Lora | None:
+    """How the low-rank factors of a run with checkpoints adapt their base; None if it trained the transformer itself.
+
+    Raises UserError if the run's configuration cannot be read.
+    """
+    file = storage.path(workdir) / CONFIG
+    if not file.exists():  # not a run's, but a folder of checkpoints
+        return None
+    try:
+        content = json.loads(file.read_text(encoding="utf-8")).get("lora", {"rank": 0})
+        return Lora.from_config(ConfigDict(content))
+    except (ValueError, OSError, AttributeError) as error:
+        raise UserError(f"{file} cannot be read: {error}") from error

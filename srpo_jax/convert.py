@@ -7,7 +7,8 @@
 
 ``import`` reads a diffusers FLUX pipeline folder, a folder or file of one of its components, Black Forest Labs' single
 files, CLIP in the names of transformers or open_clip (HPS-v2.1, PickScore), and T5. ``export`` writes what diffusers
-(``--format diffusers``), Black Forest Labs' code (``bfl``) and ComfyUI (``comfyui``) read. Both are strict (every
+(``--format diffusers``), Black Forest Labs' code (``bfl``) and ComfyUI (``comfyui``) read, and of LoRA runs the
+factors alone, as diffusers (``lora-diffusers``) and ComfyUI (``lora-comfyui``) read them. Both are strict (every
 tensor is used once, or nothing is written and one message says what is wrong), exact, and hold one tensor in memory.
 """
 
@@ -30,7 +31,9 @@ import tqdm
 from srpo_jax import errors
 from srpo_jax.errors import UserError
 from srpo_jax.models.compute import Params
+from srpo_jax.models.lora import Lora
 from srpo_jax.weights import engine, folder, formats
+from srpo_jax.weights import lora as weights_lora
 from srpo_jax.weights.files import SafetensorsWriter, Spec, new_folder, read_json
 
 # A pipeline folder's networks by their subfolder, and what goes along as it is.
@@ -185,6 +188,7 @@ def export_folder(
     dtype: np.dtype | None = None,
     max_shard_size: int = MAX_SHARD_SIZE,
     transformer: Params | None = None,
+    lora: Lora | None = None,
 ) -> None:
     """Writes a pipeline or a single network of ours in a format that others read.
 
@@ -196,6 +200,8 @@ def export_folder(
       dtype: to store in; None keeps ours.
       max_shard_size: in bytes; larger diffusers networks are cut into several files with an index.
       transformer: trained parameters to write instead of the source's transformer.
+      lora: that these are low-rank factors, to be merged into the source's transformer (whose merged kernels are then
+        float32 unless ``dtype`` says otherwise); from ``checkpoint.lora``.
 
     Raises UserError, and writes nothing, if the source is not in our format or the trained parameters do not fit it.
     """
@@ -212,7 +218,7 @@ def export_folder(
         for part in parts:
             network, config, weights = folder.open_weights(source / part, COMPONENTS.get(part))
             if transformer is not None and network == "flux":
-                weights = _trained(transformer, weights)
+                weights = _trained(transformer, weights) if lora is None else _merged(transformer, lora, weights)
             elif transformer is not None and not whole:
                 raise UserError(f"{source} is a {network} network: a checkpoint has none to put there")
             _export_network(network, config, weights, out, part, format, dtype, max_shard_size)
@@ -251,6 +257,44 @@ def _trained(params: Params, weights: engine.ParameterSource) -> engine.Paramete
     if wrong := sorted(name for name in shapes.keys() | expected.keys() if shapes.get(name) != expected.get(name)):
         raise UserError(f"the checkpoint is not of {weights.path}: {len(wrong)} parameters differ, as {wrong[0]}")
     return trained
+
+
+def _merged(params: Params, lora: Lora, weights: engine.ParameterSource) -> engine.ParameterSource:
+    return weights_lora.MergedSource(weights, engine.flatten(params), lora)
+
+
+def export_lora(
+    source: str | os.PathLike,
+    target: str | os.PathLike,
+    format: str,
+    factors: Params,
+    lora: Lora,
+    dtype: np.dtype | None = None,
+) -> None:
+    """Writes low-rank factors in a format that others read, a file in a new folder.
+
+    Args:
+      source: the pipeline or transformer that they adapt, a folder that ``import_folder`` made.
+      target: the folder to make.
+      format: of ``weights.lora.FORMATS``.
+      factors, lora: from ``checkpoint.load_params`` and ``checkpoint.lora``.
+      dtype: to store in; None is float32.
+
+    Raises UserError, and writes nothing, if the factors are not of the source's transformer.
+    """
+    source = pathlib.Path(source)
+    path = source if folder.is_ours(source) else source / "transformer"
+    _, config, weights = folder.open_weights(path, "flux")
+    leaves = engine.flatten(factors)
+    weights_lora.check(weights.specs, leaves, lora, weights.path)
+    tensors = dict(weights_lora.exported(config, leaves, lora, format))
+    specs = {name: Spec(tensor.shape, dtype or np.dtype(np.float32)) for name, tensor in tensors.items()}
+    subfolder, stem = weights_lora.PLACES[format]
+    with new_folder(target) as out:
+        (out / subfolder).mkdir(exist_ok=True)
+        with SafetensorsWriter(out / subfolder / f"{stem}.safetensors", specs, {"format": "pt"}) as file:
+            for name, tensor in tensors.items():
+                file.write(name, tensor)
 
 
 def _export_network(
@@ -385,7 +429,8 @@ def _parser() -> argparse.ArgumentParser:
     give = commands.add_parser("export", help="our format -> others' files")
     give.add_argument("--source", required=True, help="folder that import made")
     give.add_argument("--target", required=True, help="folder to make")
-    give.add_argument("--format", choices=STYLES, required=True)
+    words = "lora-...: the factors of a LoRA run alone; the others merge them into the weights"
+    give.add_argument("--format", choices=(*STYLES, *weights_lora.FORMATS), required=True, help=words)
     give.add_argument("--dtype", choices=DTYPES, default="keep", help="to store in (default: ours)")
     give.add_argument("--max-shard-size", type=_size, default=MAX_SHARD_SIZE, help="of diffusers files (default: 10GB)")
     give.add_argument("--checkpoint", help="workdir of a training run, whose transformer replaces the source's")
@@ -406,12 +451,20 @@ def main(arguments: list[str] | None = None) -> None:
     elif args.command == "export":
         if args.checkpoint is None and (args.step is not None or args.ema):
             raise UserError("--step and --ema choose from a --checkpoint; give one")
-        transformer = None
+        transformer = lora = None
         if args.checkpoint is not None:
             from srpo_jax import checkpoint
 
             transformer = checkpoint.load_params(args.checkpoint, args.step, args.ema)
-        export_folder(args.source, args.target, args.format, DTYPES[args.dtype], args.max_shard_size, transformer)
+            lora = checkpoint.lora(args.checkpoint)
+        dtype = DTYPES[args.dtype]
+        if args.format in weights_lora.FORMATS:
+            if lora is None:
+                what = "no --checkpoint is given" if transformer is None else f"{args.checkpoint} trained all weights"
+                raise UserError(f"--format {args.format} is for a run with config.lora.rank; {what}")
+            export_lora(args.source, args.target, args.format, transformer, lora, dtype)
+        else:
+            export_folder(args.source, args.target, args.format, dtype, args.max_shard_size, transformer, lora)
     else:
         for line in describe(args.path):
             print(line)

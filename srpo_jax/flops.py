@@ -15,6 +15,7 @@ XLA's own ``cost_analysis`` counts the body of a scan once, however often it run
 """
 
 import dataclasses
+import math
 from typing import NamedTuple
 
 from ml_collections import ConfigDict
@@ -24,9 +25,11 @@ from srpo_jax.architectures import TextArchitecture
 from srpo_jax.models.autoencoder import AutoencoderConfig
 from srpo_jax.models.clip import ClipConfig, ClipTextConfig
 from srpo_jax.models.flux import MLP_RATIO, TIME_CHANNELS, FluxConfig
+from srpo_jax.models.lora import STACKS, Lora, chosen, factor_shapes
 from srpo_jax.models.t5 import T5Config
 from srpo_jax.program import CAPTIONS, Architecture, used_rewards
 from srpo_jax.step import LATENT_FACTOR
+from srpo_jax.weights import folder
 
 FUSED_ATTENTION = ("cudnn", "splash")  # backends that keep no attention matrix and make the logits again
 
@@ -97,8 +100,7 @@ def transformer(config: FluxConfig, image_tokens: int, text_tokens: int) -> Forw
     """FLUX: one sample, embedders and modulations included."""
     width, tokens = config.width, image_tokens + text_tokens
     blocks = config.num_layers + config.num_single_layers
-    # Both kinds of block: qkv 3, out 1, MLP 2 * MLP_RATIO widths squared a token.
-    products = blocks * (4 + 2 * MLP_RATIO) * 2 * width**2 * tokens
+    products = _block_products(config, tokens)
     # Shift, scale and gate of one vector, for each of two streams' two halves, or once.
     modulations = (config.num_layers * 12 + config.num_single_layers * 3) * 2 * width**2
     attention = blocks * 2 * 2 * tokens**2 * width
@@ -114,6 +116,66 @@ def transformer(config: FluxConfig, image_tokens: int, text_tokens: int) -> Forw
         again={"none": 0, "dots": 0, "full": products + modulations},
         again_attention={"none": 0, "dots": attention, "full": attention},
     )
+
+
+class Factors(NamedTuple):
+    """LoRA's low-rank factors: how many numbers, and the FLOPs of their products for one sample's forward pass."""
+
+    parameters: int
+    products: float
+
+
+def factors(config: FluxConfig, lora: Lora, image_tokens: int, text_tokens: int) -> Factors:
+    """All factors beside the transformer's layers."""
+    count, products = 0, 0.0
+    for name, kernel in _adapted(config, lora).items():
+        size = sum(math.prod(shape) for shape in factor_shapes(kernel, lora.rank))
+        stream = image_tokens if ".img_" in name else text_tokens if ".txt_" in name else image_tokens + text_tokens
+        count += size
+        products += 2 * size * (1 if name.endswith("mod") else stream)
+    return Factors(count, products)
+
+
+def _adapted(config: FluxConfig, lora: Lora) -> dict[str, tuple[int, ...]]:
+    """The shapes of the kernels that have factors, by layer."""
+    kernels = {
+        name.removesuffix(".kernel"): shape
+        for name, shape in folder.shapes("flux", config).items()
+        if name.startswith(STACKS) and name.endswith(".kernel")
+    }
+    return {name: kernels[name] for name in chosen(lora, kernels)}
+
+
+def adapted(
+    config: FluxConfig, lora: Lora, image_tokens: int, text_tokens: int, *, remat: str, attention: str
+) -> Work:
+    """A forward and a backward pass of the transformer in which factors alone are trained.
+
+    Frozen kernels have no gradient, and the gradient that passes through the blocks does not go on to the condition:
+    modulations are constants, unless they are adapted.
+    """
+    flux, low = transformer(config, image_tokens, text_tokens), factors(config, lora, image_tokens, text_tokens)
+    width, tokens, names = config.width, image_tokens + text_tokens, _adapted(config, lora)
+    through = _block_products(config, tokens) + 2 * width * config.out_channels * image_tokens
+    model = flux.total + low.products + through + 2 * flux.attention + 2 * low.products
+    again = flux.again_attention[remat]
+    if remat == "full":
+        again += flux.again["full"] + low.products
+        # A block's last products are read by the gradient of their gate alone.
+        for mod, layers, wide, count in (
+            ("double_blocks.img_mod", config.num_layers, MLP_RATIO, image_tokens),
+            ("double_blocks.txt_mod", config.num_layers, MLP_RATIO, text_tokens),
+            ("single_blocks.mod", config.num_single_layers, 1 + MLP_RATIO, tokens),
+        ):
+            again -= 0 if mod in names else layers * wide * 2 * width**2 * count
+    if attention in FUSED_ATTENTION:
+        again += flux.attention / 2
+    return Work(model, model + again)
+
+
+def _block_products(config: FluxConfig, tokens: int) -> float:
+    """Both kinds of block: qkv 3, out 1, MLP 2 * MLP_RATIO widths squared a token."""
+    return (config.num_layers + config.num_single_layers) * (4 + 2 * MLP_RATIO) * 2 * config.width**2 * tokens
 
 
 def decoder(config: AutoencoderConfig, height: int, width: int) -> Forward:
@@ -267,13 +329,21 @@ def sample(config: ConfigDict, architecture: Architecture) -> dict[str, Work]:
     flux = transformer(architecture.transformer, image_tokens, data.text_length)
     vae = decoder(architecture.autoencoder, data.height, data.width)
     count, nothing = terms(config), Work(0.0, 0.0)
+    rolled, lora = flux.inference(), Lora.from_config(config.lora)
+    options = dict(remat=remat.transformer, attention=config.model.attention)
+    if lora is None:
+        trained = flux.gradient(trained=True, **options)
+    else:
+        sizes = architecture.transformer, lora, image_tokens, data.text_length
+        trained, low = adapted(*sizes, **options), factors(*sizes).products
+        rolled += Work(low, low)
     towers = [architecture.rewards[name] for name in used_rewards(config)]
     return {
         "captions": sum(
             (text_tower(clip.text_config, clip.projection_dim).inference() * len(CAPTIONS) for clip in towers), nothing
         ),
-        "rollout": flux.inference() * (config.rollout.steps / config.rollout.reuse),
-        "transformer": flux.gradient(trained=True, remat=remat.transformer, attention=config.model.attention) * count,
+        "rollout": rolled * (config.rollout.steps / config.rollout.reuse),
+        "transformer": trained * count,
         # The frozen networks attend in plain XLA whatever the backend.
         "autoencoder": vae.gradient(trained=False, remat=remat.autoencoder, attention="xla") * count,
         "reward": sum(
@@ -290,7 +360,9 @@ def update(config: ConfigDict, architecture: Architecture) -> dict[str, Work]:
     Text encoders are not in it: they run beside the update, see ``text_encoders``.
     """
     parts = {name: work * config.data.batch_size for name, work in sample(config, architecture).items()}
-    once = float(ADAMW * parameters(architecture.transformer))
+    lora = Lora.from_config(config.lora)
+    sizes = architecture.transformer
+    once = float(ADAMW * (parameters(sizes) if lora is None else factors(sizes, lora, 0, 0).parameters))
     return parts | {"optimizer": Work(once, once)}
 
 

@@ -4,6 +4,7 @@
 """
 
 import argparse
+import dataclasses
 import os
 import pathlib
 import re
@@ -20,33 +21,50 @@ from jax.sharding import Mesh
 from PIL import Image
 
 from srpo_jax import checkpoint, conditions, errors, flow, program, sampling, sharding, storage, text
-from srpo_jax.config import ATTENTION, DTYPES
+from srpo_jax.config import ATTENTION, DTYPES, QUANTIZE
 from srpo_jax.data import sources
 from srpo_jax.errors import UserError
-from srpo_jax.models.compute import Compute, Params, path_name
+from srpo_jax.models import lora as models_lora
+from srpo_jax.models.compute import Compute, Params, join, path_name
+from srpo_jax.models.lora import Lora
 from srpo_jax.weights import engine, folder
+from srpo_jax.weights import lora as weights_lora
+from srpo_jax.weights.files import Spec
 
 MAX_TEXT = 512  # T5 tokens of FLUX.1-dev; also what diffusers' pipeline takes unless told otherwise
 
 
-def load_transformer(path: pathlib.Path, compute: Compute, mesh: Mesh, trained: Params | None) -> tuple:
+def load_transformer(
+    path: pathlib.Path,
+    compute: Compute,
+    mesh: Mesh,
+    trained: Params | None,
+    lora: Lora | None = None,
+) -> tuple:
     """(config, graph definition, parameters on the mesh) of a pipeline's transformer, or with ``trained`` parameters.
 
+    These stand in its place or, where ``lora`` says so, are factors beside it, which is then stored as ``lora`` says.
     Raises UserError if they are not of this transformer.
     """
     if trained is None:
         return folder.load(path, "flux", compute, sharding.of(mesh, "flux"))
     config = program.read_config(path, "flux")
-    graphdef, like = folder.abstract("flux", config, compute)
-    wanted, found = ({name: leaf.shape for name, leaf in engine.flatten(tree).items()} for tree in (like, trained))
-    if wrong := sorted(name for name in wanted.keys() | found.keys() if wanted.get(name) != found.get(name)):
-        raise UserError(f"the checkpoint is not of {path}: {len(wrong)} parameters differ, as {wrong[0]}")
     place = sharding.of(mesh, "flux")
 
     def read(key: tuple, array: checkpoint.StoredArray) -> jax.Array:
         how = ocp.ArrayRestoreArgs(sharding=place(path_name(key), array.shape), dtype=compute.param_dtype)
         return array.read(how)
 
+    if lora is not None:
+        shapes = {name: Spec(shape, np.dtype(np.float32)) for name, shape in folder.shapes("flux", config).items()}
+        weights_lora.check(shapes, engine.flatten(trained), lora, path)
+        graphdef, _ = models_lora.abstract(config, compute, lora)
+        factors = jax.tree_util.tree_map_with_path(read, trained)
+        return config, graphdef, join(factors, program.load_transformer(path, compute, mesh, lora.quantized))
+    graphdef, like = folder.abstract("flux", config, compute)
+    wanted, found = ({name: leaf.shape for name, leaf in engine.flatten(tree).items()} for tree in (like, trained))
+    if wrong := sorted(name for name in wanted.keys() | found.keys() if wanted.get(name) != found.get(name)):
+        raise UserError(f"the checkpoint is not of {path}: {len(wrong)} parameters differ, as {wrong[0]}")
     return config, graphdef, jax.tree_util.tree_map_with_path(read, trained)
 
 
@@ -62,6 +80,7 @@ def generate(
     seed: int = 0,
     latents: np.ndarray | None = None,
     trained: Params | None = None,
+    lora: Lora | None = None,
     dtype: str = "float32",
     attention: str = "xla",
     batch_size: int | None = None,
@@ -80,6 +99,7 @@ def generate(
       seed: of the initial noise; image i has its own whatever the batch.
       latents: initial noise [len(prompts), N, 64], packed, instead.
       trained: the transformer's parameters from ``checkpoint.load_params`` instead of the folder's.
+      lora: from ``checkpoint.lora``: that ``trained`` are factors beside the folder's, and how that is stored.
       dtype: of all weights and matrix products.
       attention: backend.
       batch_size: images at a time; default is one a device.
@@ -109,7 +129,7 @@ def generate(
     if text_length is None:
         text_length = min(MAX_TEXT, text.load_tokenizer(model / "tokenizer_2").model_max_length)
 
-    config, transformer, params = load_transformer(model / program.TRANSFORMER, compute, mesh, trained)
+    config, transformer, params = load_transformer(model / program.TRANSFORMER, compute, mesh, trained, lora)
     _, autoencoder, decoder_params = folder.load(
         model / program.AUTOENCODER, "autoencoder", compute, sharding.of(mesh, "autoencoder")
     )
@@ -154,6 +174,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--checkpoint", help="workdir of a training run, whose transformer replaces the model's")
     parser.add_argument("--step", type=int, help="of the checkpoint (default: the newest)")
     parser.add_argument("--ema", action="store_true", help="take the checkpoint's moving average")
+    words = "how a LoRA's base is stored: none (in --dtype), int8, nf4, or as it was trained (default: none)"
+    parser.add_argument("--quantize", choices=(*QUANTIZE, "trained"), default="none", help=words)
     parser.add_argument("--height", type=int, default=1024, help="pixels, a multiple of 16 (default: 1024)")
     parser.add_argument("--width", type=int, default=1024, help="pixels, a multiple of 16 (default: 1024)")
     parser.add_argument("--steps", type=int, default=50, help="of the sampler (default: 50)")
@@ -190,6 +212,11 @@ def main(arguments: list[str] | None = None) -> None:
             raise UserError(f"--{flag.replace('_', '-')}={getattr(args, flag)}: must be at least 1")
     if args.checkpoint is None and (args.step is not None or args.ema):
         raise UserError("--step and --ema choose from a --checkpoint; give one")
+    lora = None if args.checkpoint is None else checkpoint.lora(args.checkpoint)
+    if lora is None and args.quantize != "none":
+        raise UserError(f"--quantize={args.quantize} is for the base of a LoRA run; give one as --checkpoint")
+    if lora is not None and args.quantize != "trained":
+        lora = dataclasses.replace(lora, quantized=args.quantize)
     prompts = [args.prompt] if args.prompts is None else sources.read(args.prompts)
     files = generate(
         args.model,
@@ -202,6 +229,7 @@ def main(arguments: list[str] | None = None) -> None:
         seed=args.seed,
         latents=None if args.latents is None else _read_latents(args.latents),
         trained=None if args.checkpoint is None else checkpoint.load_params(args.checkpoint, args.step, args.ema),
+        lora=lora,
         dtype=args.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16"),
         attention=args.attention,
         batch_size=args.batch,

@@ -86,7 +86,7 @@ def computes(config: ConfigDict, mesh: Mesh) -> Computes:
         mesh=mesh,
         constrain=sharding.constraint(mesh),
     )
-    # With LoRA the factors are trained, which are float32 always.
+    # With LoRA, optim.weights is about the factors.
     stored = frozen.param_dtype if config.lora.rank else jnp.dtype(config.optim.weights)
     return Computes(
         transformer=dataclasses.replace(frozen, param_dtype=stored, remat=config.remat.transformer),
@@ -208,7 +208,7 @@ def _transformer(mesh: Mesh, sizes: FluxConfig, compute: Compute, config: Config
     if settings is None:
         return *_network(mesh, "flux", sizes, compute), None
     try:
-        graphdef, params = lora.abstract(sizes, compute, settings)
+        graphdef, params = lora.abstract(sizes, compute, settings, jnp.dtype(config.optim.weights))
     except ValueError as error:
         raise UserError(f"config.lora.targets: {error}") from error
     return graphdef, *lora.split(_with_sharding(params, sharding.of_tree(mesh, "flux", params)))
@@ -290,7 +290,13 @@ def load_frozen(config: ConfigDict, program: Program) -> Frozen:
 
 def _load_transformer(config: ConfigDict, program: Program) -> Params:
     path = pathlib.Path(config.model.path) / TRANSFORMER
-    compute, place = program.computes.transformer, sharding.of(program.mesh, "flux")
-    if config.lora.quantize != "none":
-        return quantized.load(path, config.lora.quantize, compute, place)
+    return load_transformer(path, program.computes.transformer, program.mesh, config.lora.quantize)
+
+
+def load_transformer(path: str | os.PathLike, compute: Compute, mesh: Mesh, quantize: str = "none") -> Params:
+    """A transformer's parameters on a mesh, from a folder of ours: in ``compute.param_dtype``, or the kernels of its
+    blocks quantised (``lora.quantize``), as an adapted network has them."""
+    place = sharding.of(mesh, "flux")
+    if quantize != "none":
+        return quantized.load(path, quantize, compute, place)
     return folder.load(path, "flux", compute, place)[2]

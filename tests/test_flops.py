@@ -10,8 +10,8 @@ import pytest
 
 from srpo_jax import architectures, flops, optim, program, sharding
 from srpo_jax.config import default
-from srpo_jax.models import clip
-from srpo_jax.models.compute import Compute, bind
+from srpo_jax.models import clip, lora
+from srpo_jax.models.compute import Compute, bind, join
 from srpo_jax.weights import folder
 
 FLUX = dataclasses.replace(architectures.FLUX_DEV, num_layers=1, num_single_layers=2)
@@ -64,6 +64,28 @@ def test_transformer_gradient(remat):
     work = flops.transformer(FLUX, IMAGE, TEXT).gradient(trained=True, remat=remat, attention="xla")
     assert work.hardware == pytest.approx(found, rel=0.01)
     assert (work.model == work.hardware) == (remat == "none")
+
+
+@pytest.mark.parametrize("targets", [tuple(default().lora.targets), (".*",)], ids=["default", "all"])
+@pytest.mark.parametrize("remat", ["none", "dots", "full"])
+def test_transformer_gradient_of_factors(remat, targets):
+    """The frozen kernels' gradients, two thirds of a backward pass's weights, are not in the program."""
+    settings = lora.Lora(16, 16.0, targets)
+    graphdef, params = lora.abstract(FLUX, Compute(scan_unroll=100, remat=remat), settings)
+    run, inputs = run_flux(graphdef)
+    factors, base = lora.split(params)
+
+    def gradient(factors, base, *inputs):
+        return jax.grad(lambda factors: run(join(factors, base), *inputs).sum())(factors)
+
+    found = counted(gradient, factors, base, *inputs)
+    work = flops.adapted(FLUX, settings, IMAGE, TEXT, remat=remat, attention="xla")
+    assert work.hardware == pytest.approx(found, rel=0.01)
+    assert (work.model == work.hardware) == (remat == "none")
+    low = flops.factors(FLUX, settings, IMAGE, TEXT)
+    assert low.parameters == sum(leaf.size for leaf in jax.tree.leaves(factors))
+    forward = counted(lambda factors, base, *inputs: run(join(factors, base), *inputs), factors, base, *inputs)
+    assert flops.transformer(FLUX, IMAGE, TEXT).total + low.products == pytest.approx(forward, rel=0.01)
 
 
 @pytest.mark.parametrize("remat", ["none", "dots", "full"])

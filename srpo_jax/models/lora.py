@@ -80,7 +80,7 @@ class LoraLinear(Linear):
         return super().__call__(x) + jnp.tensordot(low, b, axes=1)
 
 
-def _factor_shapes(kernel: tuple[int, ...], rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+def factor_shapes(kernel: tuple[int, ...], rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """The shapes of A and B beside a stacked kernel [layers, in, *out]."""
     layers, features_in, *out = kernel
     parts = tuple(out[:1]) if len(out) > 1 else ()
@@ -106,20 +106,22 @@ def chosen(lora: Lora, names: Any) -> list[str]:
     return [name for name in names if any(re.fullmatch(pattern, name) for pattern in lora.targets)]
 
 
-def adapt(network: Flux, lora: Lora) -> Flux:
+def adapt(network: Flux, lora: Lora, dtype: Any) -> Flux:
     """Puts factors (zero) beside the kernels of the chosen layers, in place. Raises ValueError as ``chosen`` does."""
     found = layers(network)
     for path in chosen(lora, found):
         module, name = found[path]
         layer = getattr(module, name)
-        shape_a, shape_b = _factor_shapes(layer.kernel.shape, lora.rank)
-        setattr(module, name, LoraLinear(layer, jnp.zeros(shape_a), jnp.zeros(shape_b), lora.scale))
+        shape_a, shape_b = factor_shapes(layer.kernel.shape, lora.rank)
+        setattr(module, name, LoraLinear(layer, jnp.zeros(shape_a, dtype), jnp.zeros(shape_b, dtype), lora.scale))
     return network
 
 
-def abstract(config: FluxConfig, compute: Compute, lora: Lora) -> tuple[nnx.GraphDef, Params]:
-    """Graph definition and ``ShapeDtypeStruct`` parameters of the adapted transformer, whose frozen part is quantised
-    as ``lora`` says. Raises ValueError as ``chosen`` does."""
+def abstract(
+    config: FluxConfig, compute: Compute, lora: Lora, dtype: Any = jnp.float32
+) -> tuple[nnx.GraphDef, Params]:
+    """Graph definition and ``ShapeDtypeStruct`` parameters of the adapted transformer: factors of ``dtype``, and a
+    frozen part that is quantised as ``lora`` says. Raises ValueError as ``chosen`` does."""
 
     def construct(rngs: nnx.Rngs) -> Flux:
         network = Flux(config, compute, rngs=rngs)
@@ -127,7 +129,7 @@ def abstract(config: FluxConfig, compute: Compute, lora: Lora) -> tuple[nnx.Grap
             for module, name in layers(network).values():
                 layer = getattr(module, name)
                 layer.kernel = quantize.QuantizedKernel(layer.kernel[...], lora.quantized)
-        return adapt(network, lora)
+        return adapt(network, lora, dtype)
 
     return models_compute.abstract(construct)
 
