@@ -92,7 +92,7 @@ TRIALS = (
           xla="--xla_gpu_enable_latency_hiding_scheduler=true"),
     Trial("flags", "triton-gemm", "gradient 1.07x slower, the rollout the same; measured so on an H200",
           xla="--xla_gpu_enable_triton_gemm=true"),
-    Trial("flags", "slices-in-place", "rollout 1.1x faster a batch of 1: no copy of each layer's weights from its stack",
+    Trial("flags", "slices-in-place", "rollout 1.1x faster a batch of 1: layers' weights are not copied",
           xla="--xla_gpu_enable_dynamic_slice_fusion=true"),
     Trial("flags", "cublaslt", "within 2 %; bias and GELU may join the product", xla="--xla_gpu_enable_cublaslt=true"),
     Trial("flags", "no-command-buffer", "within 1 %: launches are hidden behind milliseconds of work",
