@@ -253,6 +253,12 @@ def terms(config: ConfigDict) -> int:
     }[config.method]
 
 
+def tokens(config: ConfigDict) -> tuple[int, int]:
+    """(image tokens, text tokens) of a sample in the transformer."""
+    side = LATENT_FACTOR * flow.PATCH
+    return (config.data.height // side) * (config.data.width // side), config.data.text_length
+
+
 def sample(config: ConfigDict, architecture: Architecture) -> dict[str, Work]:
     """The work that one sample of a batch takes in one update, by part, without the optimiser's.
 
@@ -263,8 +269,7 @@ def sample(config: ConfigDict, architecture: Architecture) -> dict[str, Work]:
     reward       the rewards' vision towers, forward and backward, once a term
     """
     data, remat = config.data, config.remat
-    image_tokens = (data.height // (LATENT_FACTOR * flow.PATCH)) * (data.width // (LATENT_FACTOR * flow.PATCH))
-    flux = transformer(architecture.transformer, image_tokens, data.text_length)
+    flux = transformer(architecture.transformer, *tokens(config))
     vae = decoder(architecture.autoencoder, data.height, data.width)
     count, nothing = terms(config), Work(0.0, 0.0)
     towers = [architecture.rewards[name] for name in used_rewards(config)]
