@@ -200,9 +200,7 @@ def _sizes(kind: str) -> list[int]:
 # --- collectives ------------------------------------------------------------------------------------------------------
 
 
-def _collective(
-    kind: str, instruction: _Instruction, body: _Computation, devices: int, runs: int
-) -> Collective:
+def _collective(kind: str, instruction: _Instruction, body: _Computation, devices: int, runs: int) -> Collective:
     size = sum(sum(_sizes(body[name].type)) for name in instruction.operands)
     text = instruction.attributes
     if kind == "collective-permute":

@@ -4,10 +4,10 @@ r"""Says whether a recipe fits an accelerator that is not there, and how long an
     python -m srpo_jax.preflight --config=configs/flux_dev_hps.py --topology=h100:8,h200:8 --device-batch=1 \
         --config.model.attention=cudnn --json=fits.json
 
-Compiles the training update itself, ahead of time: rollout, autoencoder, reward, gradient and optimiser. That takes a
-CPU two to five minutes and 4 GB of memory, and neither weights nor accelerator; sizes are those of the folders that the recipe names, or
-FLUX.1-dev's published ones. The compilers are extra packages: pip install 'srpo_jax[preflight-tpu]' (libtpu) and
-'srpo_jax[preflight-cuda]' (jax's CUDA plugin and cuDNN), of the version that belongs to the installed jax.
+Compiles the training update itself, ahead of time: rollout, autoencoder, reward, gradient and optimiser. That takes two
+CPU minutes and 4 GB of memory, no weights and no accelerator. Sizes are those of the folders that the recipe names, or
+FLUX.1-dev's published ones. The compilers are extra packages: pip install -e '.[preflight-tpu]' (libtpu) and
+pip install -e '.[preflight-cuda]' (jax's CUDA plugin and cuDNN), as they belong to the installed jax.
 
   --config         recipe; --config.KEY=VALUE overrides one of its keys
   --topology       TPU slice by shape in chips (v4, v5e, v5p, v6e: v5e:4x4, v5p:2x2x2) or GPUs (a100, a100-40gb, h100,
@@ -102,9 +102,7 @@ def check(case: Case) -> dict[str, Any]:
     memory = _memory(case, compiled, refused)
     found = hlo.Collectives((), ()) if compiled is None else hlo.collectives(compiled.as_text(), len(devices))
     moved = roofline.optimizer_traffic(built.state.params, built.state.opt_state)
-    time_of = roofline.estimate(
-        config, case.architecture.transformer, work, moved, found.found, target, devices
-    )
+    time_of = roofline.estimate(config, case.architecture.transformer, work, moved, found.found, target, devices)
     report = {
         "topology": target.name,
         "device": target.chip.name,
@@ -152,7 +150,7 @@ def _memory(case: Case, compiled: Any, refused: tuple[str, float] | None) -> dic
             "optimizer": roofline.shard_bytes(state.opt_state),
             "ema": roofline.shard_bytes(state.ema),
             "frozen": roofline.shard_bytes(built.frozen),
-            "batch": roofline.shard_bytes((built.batch, state.rollout)),
+            "batch": roofline.shard_bytes((built.batch, state.rollout, state.step)),
         },
         "text_encoders": encoder_bytes(case) if case.config.data.encode == "online" else 0,
         "capacity": case.target.memory,
@@ -165,10 +163,11 @@ def _memory(case: Case, compiled: Any, refused: tuple[str, float] | None) -> dic
         memory["temporaries"] = plan.temp_size_in_bytes
         memory["code"] = plan.generated_code_size_in_bytes
         memory["compiler_peak"] = plan.peak_memory_in_bytes
+        memory["compiler_arguments"] = plan.argument_size_in_bytes
+        # What a program does not read is no argument of its own, and stays on the device: the autoencoder's encoder.
+        held = max(plan.argument_size_in_bytes, sum(memory["arguments"].values()))
         results = plan.output_size_in_bytes - plan.alias_size_in_bytes  # what does not take an argument's place
-        memory["planned"] = (
-            plan.argument_size_in_bytes + results + plan.temp_size_in_bytes + plan.generated_code_size_in_bytes
-        )
+        memory["planned"] = held + results + plan.temp_size_in_bytes + plan.generated_code_size_in_bytes
     memory["needed"] = memory["planned"] + memory["text_encoders"]
     memory["headroom"] = memory["capacity"] - memory["needed"]
     return memory
@@ -287,8 +286,8 @@ def _clock(seconds: float) -> str:
 def table(reports: list[dict[str, Any]]) -> str:
     """Reports as a Markdown table."""
     lines = [
-        "| target | images | mesh (data, fsdp, tensor) | samples at a time | arguments | temporaries | needed, GiB | of "
-        "| interconnect, GB | s at best | s expected | |",
+        "| target | images | mesh (data, fsdp, tensor) | samples at a time | arguments, GiB | temporaries | needed "
+        "| of | received, GB | s at best | s expected | |",
         "|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for report in reports:

@@ -8,9 +8,9 @@
     interconnect   the collectives of the compiled program, each on the links between the devices of its groups
 
 Compute and memory follow each other, the interconnect may work beside both. Elementwise work, the reading of weights
-and convolutions' activations count as hidden behind products: with a few samples a device the products of FLUX are bound
-by arithmetic. So ``best`` is what no run beats. No product reaches a data sheet's peak either: ``expected`` takes a share
-of it.
+and the activations of convolutions count as hidden behind products: FLUX's, of 2,537 tokens and more, are bound by
+arithmetic. So ``best`` is what no run beats. No product reaches a data sheet's peak either: ``expected`` takes a
+share of it.
 """
 
 from collections.abc import Sequence
@@ -89,7 +89,8 @@ def estimate(
     memory = {"optimizer": optimizer_bytes / chip.bandwidth}
     if config.model.attention not in flops.FUSED_ATTENTION:
         memory["attention"] = attention_traffic(config, transformer) / count / chip.bandwidth
-    places, interconnect = [topologies.place(target, device) for device in devices], {}
+    interconnect: dict[str, float] = {}
+    places = [topologies.place(target, device) for device in devices] if collectives else []
     for item in collectives:
         seconds = item.runs * duration(item, target, places)
         interconnect[item.kind] = interconnect.get(item.kind, 0.0) + seconds

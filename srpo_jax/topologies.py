@@ -50,10 +50,8 @@ TPUS = {
     "v6e": Tpu("TPU v6e", 2, 16, 31.25 * GIB),
 }
 
-INSTALL = {
-    "tpu": "pip install 'srpo_jax[preflight-tpu]'",
-    "gpu": "pip install 'srpo_jax[preflight-cuda]'",
-}
+# Packages of the compilers, by platform: setup.py's extras.
+INSTALL = {"tpu": "pip install -e '.[preflight-tpu]'", "gpu": "pip install -e '.[preflight-cuda]'"}
 
 
 class Gpu(NamedTuple):

@@ -18,7 +18,7 @@ TURNS, INNER = 5, 3
 
 
 def compile_known_collectives():
-    """Child: prints the text of a program on a 2x4 mesh with one collective of every kind in a loop, and nested ones."""
+    """Child: prints the text of a program on a 2x4 mesh with a collective of every kind in a loop, one nested."""
     mesh = jax.make_mesh((2, 4), ("a", "b"), axis_types=(AxisType.Auto,) * 2)
 
     def program(x, y):
