@@ -17,13 +17,17 @@ XLA's own ``cost_analysis`` counts the body of a scan once, however often it run
 import dataclasses
 from typing import NamedTuple
 
+import jax
 from ml_collections import ConfigDict
 
 from srpo_jax import flow
 from srpo_jax.architectures import TextArchitecture
+from srpo_jax.models import lora
 from srpo_jax.models.autoencoder import AutoencoderConfig
 from srpo_jax.models.clip import ClipConfig, ClipTextConfig
+from srpo_jax.models.compute import Compute
 from srpo_jax.models.flux import MLP_RATIO, TIME_CHANNELS, FluxConfig
+from srpo_jax.models.lora import Lora
 from srpo_jax.models.t5 import T5Config
 from srpo_jax.program import CAPTIONS, Architecture, used_rewards
 from srpo_jax.step import LATENT_FACTOR
@@ -93,8 +97,8 @@ class Forward:
 # --- networks ---------------------------------------------------------------------------------------------------------
 
 
-def transformer(config: FluxConfig, image_tokens: int, text_tokens: int) -> Forward:
-    """FLUX: one sample, embedders and modulations included."""
+def transformer(config: FluxConfig, image_tokens: int, text_tokens: int, trained: bool = True) -> Forward:
+    """FLUX: one sample, embedders and modulations included. ``trained`` as for ``Forward.gradient``."""
     width, tokens = config.width, image_tokens + text_tokens
     blocks = config.num_layers + config.num_single_layers
     # Both kinds of block: qkv 3, out 1, MLP 2 * MLP_RATIO widths squared a token.
@@ -106,12 +110,14 @@ def transformer(config: FluxConfig, image_tokens: int, text_tokens: int) -> Forw
     inputs = TIME_CHANNELS * (vectors - 1) + config.pooled_projection_dim
     ends = vectors * 2 * width**2 + 2 * 2 * width**2 + 2 * width * config.out_channels * image_tokens
     first = 2 * width * (config.in_channels * image_tokens + config.joint_attention_dim * text_tokens + inputs)
+    # The gates' gradients read each block's last products, so none is spared; frozen gates have no gradient.
+    last = (config.num_layers * MLP_RATIO + config.num_single_layers * (1 + MLP_RATIO)) * 2 * width**2 * tokens
+    again = products + modulations - (0 if trained else last)
     return Forward(
         products=products + modulations + ends,
         first=first,
         attention=attention,
-        # The gates' gradients read each block's last products, so none is spared.
-        again={"none": 0, "dots": 0, "full": products + modulations},
+        again={"none": 0, "dots": 0, "full": again},
         again_attention={"none": 0, "dots": attention, "full": attention},
     )
 
@@ -237,6 +243,15 @@ def parameters(config: FluxConfig) -> int:
     return config.num_layers * 2 * stream + config.num_single_layers * single + embedders + ends
 
 
+def trained(config: ConfigDict, architecture: Architecture) -> int:
+    """How many parameters an update changes: the transformer's, or those of low-rank factors beside it."""
+    settings = Lora.from_config(config.lora)
+    if settings is None:
+        return parameters(architecture.transformer)
+    factors = lora.split(lora.abstract(architecture.transformer, Compute(), settings)[1])[0]
+    return sum(leaf.size for leaf in jax.tree.leaves(factors))
+
+
 # --- an update --------------------------------------------------------------------------------------------------------
 
 # The parts of an update, in the order in which they run.
@@ -269,7 +284,8 @@ def sample(config: ConfigDict, architecture: Architecture) -> dict[str, Work]:
     reward       the rewards' vision towers, forward and backward, once a term
     """
     data, remat = config.data, config.remat
-    flux = transformer(architecture.transformer, *tokens(config))
+    whole = not config.lora.rank  # beside low-rank factors the transformer is frozen
+    flux = transformer(architecture.transformer, *tokens(config), whole)
     vae = decoder(architecture.autoencoder, data.height, data.width)
     count, nothing = terms(config), Work(0.0, 0.0)
     towers = [architecture.rewards[name] for name in used_rewards(config)]
@@ -278,7 +294,8 @@ def sample(config: ConfigDict, architecture: Architecture) -> dict[str, Work]:
             (text_tower(clip.text_config, clip.projection_dim).inference() * len(CAPTIONS) for clip in towers), nothing
         ),
         "rollout": flux.inference() * (config.rollout.steps / config.rollout.reuse),
-        "transformer": flux.gradient(trained=True, remat=remat.transformer, attention=config.model.attention) * count,
+        # The factors' own products are 1 % of the transformer's at a rank of 16, and not counted.
+        "transformer": flux.gradient(trained=whole, remat=remat.transformer, attention=config.model.attention) * count,
         # The frozen networks attend in plain XLA whatever the backend.
         "autoencoder": vae.gradient(trained=False, remat=remat.autoencoder, attention="xla") * count,
         "reward": sum(
@@ -295,7 +312,7 @@ def update(config: ConfigDict, architecture: Architecture) -> dict[str, Work]:
     Text encoders are not in it: they run beside the update, see ``text_encoders``.
     """
     parts = {name: work * config.data.batch_size for name, work in sample(config, architecture).items()}
-    once = float(ADAMW * parameters(architecture.transformer))
+    once = float(ADAMW * trained(config, architecture))
     return parts | {"optimizer": Work(once, once)}
 
 

@@ -43,6 +43,7 @@ CHIPS: dict[str, Chip] = {
     "NVIDIA H100 PCIe": Chip("H100 PCIe", 756e12, 80 * GB, 2000e9, 64e9),
     "NVIDIA H100": Chip("H100 SXM", 989e12, 80 * GB, 3352e9, 450e9),
     "NVIDIA H200": Chip("H200", 989e12, 141 * GB, 4800e9, 450e9),
+    "NVIDIA GeForce RTX 4090": Chip("RTX 4090", 165e12, 24 * GB, 1008e9, 32e9),
     "NVIDIA B200": Chip("B200", 2250e12, 180 * GB, 7700e9, 900e9),
 }
 

@@ -11,7 +11,7 @@ pip install -e '.[preflight-cuda]' (jax's CUDA plugin and cuDNN), as they belong
 
   --config         recipe; --config.KEY=VALUE overrides one of its keys
   --topology       TPU slice by shape in chips (v4, v5e, v5p, v6e: v5e:4x4, v5p:2x2x2) or GPUs (a100, a100-40gb, h100,
-                   h100-pcie, h200: h100:8, h100:4x8 as hosts x GPUs); several with commas
+                   h100-pcie, h200, rtx4090: h100:8, h100:4x8 as hosts x GPUs); several with commas
   --size           of the images, HEIGHTxWIDTH, instead of the recipe's; several with commas
   --device-batch   samples that a device takes at a time: sets optim.accumulation
   --depth          DOUBLE,SINGLE blocks of the transformer instead of all
@@ -149,7 +149,8 @@ def _memory(case: Case, compiled: Any, refused: tuple[str, float] | None) -> dic
             "weights": roofline.shard_bytes(state.params),
             "optimizer": roofline.shard_bytes(state.opt_state),
             "ema": roofline.shard_bytes(state.ema),
-            "frozen": roofline.shard_bytes(built.frozen),
+            "base": roofline.shard_bytes(built.frozen.base),
+            "frozen": roofline.shard_bytes(built.frozen._replace(base=None)),
             "batch": roofline.shard_bytes((built.batch, state.rollout, state.step)),
         },
         "text_encoders": encoder_bytes(case) if case.config.data.encode == "online" else 0,
@@ -224,6 +225,9 @@ def advise(case: Case, report: dict[str, Any]) -> list[str]:
     if memory["text_encoders"]:
         size = memory["text_encoders"] / GIB
         advice.append(f"--config.data.encode=stored: encode the prompts first ({size:.2f} GiB of text encoders)")
+    if not config.lora.rank and config.optim.moments != "float8":
+        advice.append("--config.optim.weights=bfloat16 --config.optim.moments=float8: weights and moments in 4 bytes a "
+                      "parameter, not 12")  # fmt: skip
     if config.optim.ema_decay:
         advice.append(f"--config.optim.ema_decay=0: no average of the weights ({memory['arguments']['ema'] / GIB:.2f} "
                       "GiB)")  # fmt: skip
@@ -234,6 +238,10 @@ def advise(case: Case, report: dict[str, Any]) -> list[str]:
         advice.append(f"more devices along config.mesh.fsdp: at least {2 ** math.ceil(math.log2(count))} of this kind")
         if samples <= 1 and case.built.mesh.shape["tensor"] == 1 and report["devices"] > 1:
             advice.append("--config.mesh.tensor=2: two devices share a sample's activations (for the same batch)")
+        if not config.lora.rank:
+            advice.append("--config.lora.rank=16: train low-rank factors, with no gradient and moments of the rest")
+        elif config.lora.quantize != "nf4":
+            advice.append("--config.lora.quantize=nf4: the frozen transformer in 4 bits (int8: in 8)")
     return advice
 
 

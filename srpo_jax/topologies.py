@@ -66,6 +66,7 @@ class Gpu(NamedTuple):
       cache: bytes of L2.
       shared: bytes of shared memory in each multiprocessor.
       shared_block: bytes of it that a block can ask for.
+      threads: that each multiprocessor holds.
     """
 
     kind: str
@@ -76,6 +77,7 @@ class Gpu(NamedTuple):
     cache: int
     shared: int
     shared_block: int
+    threads: int = 2048
 
 
 GPUS = {
@@ -84,6 +86,7 @@ GPUS = {
     "h100-pcie": Gpu("NVIDIA H100 PCIe", (9, 0), 114, 128, 1.755, 50 * MIB, 228 * KIB, 227 * KIB),
     "h100": Gpu("NVIDIA H100 80GB HBM3", (9, 0), 132, 128, 1.98, 50 * MIB, 228 * KIB, 227 * KIB),
     "h200": Gpu("NVIDIA H200", (9, 0), 132, 128, 1.98, 50 * MIB, 228 * KIB, 227 * KIB),
+    "rtx4090": Gpu("NVIDIA GeForce RTX 4090", (8, 9), 128, 128, 2.52, 72 * MIB, 100 * KIB, 99 * KIB, 1536),
 }  # fmt: skip
 
 
@@ -235,7 +238,7 @@ gpu_device_info {{
   registers_per_block_limit: {64 * KIB}
   threads_per_warp: 32
   threads_per_block_limit: 1024
-  threads_per_core_limit: 2048
+  threads_per_core_limit: {gpu.threads}
   thread_dim_limit_x: 1024
   thread_dim_limit_y: 1024
   thread_dim_limit_z: 64

@@ -10,8 +10,8 @@ import pytest
 
 from srpo_jax import architectures, flops, optim, program, sharding
 from srpo_jax.config import default
-from srpo_jax.models import clip
-from srpo_jax.models.compute import Compute, bind
+from srpo_jax.models import clip, lora
+from srpo_jax.models.compute import Compute, bind, join
 from srpo_jax.weights import folder
 
 FLUX = dataclasses.replace(architectures.FLUX_DEV, num_layers=1, num_single_layers=2)
@@ -64,6 +64,34 @@ def test_transformer_gradient(remat):
     work = flops.transformer(FLUX, IMAGE, TEXT).gradient(trained=True, remat=remat, attention="xla")
     assert work.hardware == pytest.approx(found, rel=0.01)
     assert (work.model == work.hardware) == (remat == "none")
+
+
+@pytest.mark.parametrize("remat", ["none", "full"])
+def test_transformer_gradient_beside_factors(remat):
+    """With LoRA no gradient of the weights is taken; factors of rank 1 cost next to nothing."""
+    settings = lora.Lora(1, 1.0, tuple(default().lora.targets))
+    graphdef, params = lora.abstract(FLUX, Compute(scan_unroll=100, remat=remat), settings)
+    run, inputs = run_flux(graphdef)
+    factors, base = lora.split(params)
+
+    def loss(factors, base, *inputs):
+        return run(join(factors, base), *inputs).sum()
+
+    found = counted(jax.grad(loss), factors, base, *inputs)
+    work = flops.transformer(FLUX, IMAGE, TEXT, trained=False).gradient(trained=False, remat=remat, attention="xla")
+    assert work.hardware == pytest.approx(found, rel=0.01)
+
+
+def test_parameters_that_are_trained():
+    c = default()
+    architecture = program.Architecture(architectures.FLUX_DEV, VAE, {"hps": CLIP})
+    assert flops.trained(c, architecture) == flops.parameters(architectures.FLUX_DEV)
+    full = flops.update(c, architecture)
+    c.lora.rank, c.lora.targets = 4, (r"single_blocks\.out",)
+    assert flops.trained(c, architecture) == 38 * 4 * (5 * 3072 + 3072)
+    work = flops.update(c, architecture)
+    assert work["optimizer"].model == flops.ADAMW * flops.trained(c, architecture)
+    assert work["transformer"].model < 0.75 * full["transformer"].model and work["rollout"] == full["rollout"]
 
 
 @pytest.mark.parametrize("remat", ["none", "dots", "full"])
