@@ -47,6 +47,8 @@ GIB = 2.0**30
 FUSED = {"tpu": "splash", "gpu": "cudnn"}  # attention backend of a platform
 # XLA's Triton kernels for matrix products are tuned by running them; untuned, they refuse the reward's resize.
 COMPILER_OPTIONS = {"tpu": {}, "gpu": {"xla_gpu_enable_triton_gemm": False}}
+# The training run's compiler optimises more than this one, and may plan this much more memory.
+MARGIN = 0.5 * GIB
 # JAX takes this share of a GPU's memory unless XLA_PYTHON_CLIENT_MEM_FRACTION says otherwise.
 GPU_DEFAULT_SHARE = 0.75
 
@@ -208,6 +210,8 @@ def advise(case: Case, report: dict[str, Any]) -> list[str]:
     if config.model.attention != fused:
         advice.append(f"--config.model.attention={fused}: no attention matrix in memory, and faster")
     if report["fits"]:
+        if memory["headroom"] < MARGIN:
+            advice.append("little room: the training run's compiler optimises more, and may plan half a GiB more")
         if target.platform == "gpu" and memory["needed"] > GPU_DEFAULT_SHARE * memory["capacity"]:
             advice.append("XLA_PYTHON_CLIENT_MEM_FRACTION=0.95 in the environment: JAX takes 75 % of a GPU by default")
         # Every pass gathers the weights anew.

@@ -159,7 +159,7 @@ def prepare() -> None:
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
     os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-1")  # any: what is compiled for is named later
     for name in ("TF_CPP_MIN_LOG_LEVEL", "TPU_MIN_LOG_LEVEL", "TPU_STDERR_LOG_LEVEL"):
-        os.environ.setdefault(name, "3")
+        os.environ[name] = "3"  # whatever the import of JAX set it to; what matters comes as an exception
     jax.config.update("jax_platforms", "cpu")
     # The default takes four times as long, and half a GiB of temporaries more or less.
     jax.config.update("jax_optimization_level", "O0")

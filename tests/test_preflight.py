@@ -119,6 +119,19 @@ def test_advice_names_keys_that_exist(case, report):
     assert len(named) == 11 and {name.rstrip(".") for name in named} <= set(flat)
 
 
+def test_a_case_that_just_fits(case, report):
+    assert len(preflight.advise(case, report)) == 1
+    report["memory"]["headroom"] = 0.4 * 2**30
+    assert any(line.startswith("little room") for line in preflight.advise(case, report))
+
+
+def test_a_run_that_waits_for_others(case, report):
+    report["seconds"]["bound"] = "interconnect"
+    assert "smaller config.optim.accumulation" in preflight.advise(case, report)[-1]
+    case.config.optim.accumulation = 1
+    assert "accumulation" not in preflight.advise(case, report)[-1]
+
+
 def test_a_gpu_that_jax_would_not_fill(case, report):
     report["memory"]["needed"] = 0.8 * report["memory"]["capacity"]
     assert any("XLA_PYTHON_CLIENT_MEM_FRACTION" in line for line in preflight.advise(case, report))
