@@ -7,7 +7,7 @@ r"""Says whether a recipe fits an accelerator that is not there, and how long an
 Compiles the training update itself, ahead of time: rollout, autoencoder, reward, gradient and optimiser. That takes two
 CPU minutes and 4 GB of memory, no weights and no accelerator. Sizes are those of the folders that the recipe names, or
 FLUX.1-dev's published ones. The compilers are extra packages: pip install -e '.[preflight-tpu]' (libtpu) and
-pip install -e '.[preflight-cuda]' (jax's CUDA plugin and cuDNN), as they belong to the installed jax.
+pip install -e '.[preflight-cuda]' (jax's CUDA plugin, cuDNN), in the versions that belong to jax.
 
   --config         recipe; --config.KEY=VALUE overrides one of its keys
   --topology       TPU slice by shape in chips (v4, v5e, v5p, v6e: v5e:4x4, v5p:2x2x2) or GPUs (a100, a100-40gb, h100,
@@ -100,6 +100,8 @@ def check(case: Case) -> dict[str, Any]:
         compiled, refused = None, _refused(f"{error}")
         if refused is None:
             raise
+    except RuntimeError as error:  # of jax.nn, where the backend "cudnn" finds no library
+        raise UserError(f"{target.name}: {error} {topologies.INSTALL[target.platform]}") from error
     seconds = time.perf_counter() - started
     memory = _memory(case, compiled, refused)
     found = hlo.Collectives((), ()) if compiled is None else hlo.collectives(compiled.as_text(), len(devices))

@@ -100,9 +100,17 @@ def test_a_program_that_does_not_fit(case, monkeypatch):
     report = preflight.check(case)
     expected = 768 * 2**30 + sum(report["memory"]["arguments"].values())
     assert report["memory"]["planned"] == pytest.approx(expected)
+    monkeypatch.setattr(program.Program, "lower", lambda built: cudnn_is_missing())
+    with pytest.raises(errors.UserError, match=r"v5e:1x1: cuDNN not found. pip install -e '.\[preflight"):
+        preflight.check(case)
+    monkeypatch.setattr(program.Program, "lower", fail)
     message = "INTERNAL: something else"
     with pytest.raises(jax.errors.JaxRuntimeError, match="something else"):
         preflight.check(case)
+
+
+def cudnn_is_missing():
+    raise RuntimeError("cuDNN not found.")
 
 
 def test_advice_names_keys_that_exist(case, report):
