@@ -54,6 +54,10 @@ setuptools.setup(
     extras_require={
         "tpu": ["jax[tpu]>=0.10"],
         "cuda": ["jax[cuda12]>=0.10"],
+        # The compilers that srpo_jax.preflight runs on a machine without an accelerator.
+        "preflight-tpu": ["jax[tpu]>=0.10"],
+        # Of NVIDIA's libraries, compiling needs but one.
+        "preflight-cuda": ["jax[cuda12-local]>=0.10", "nvidia-cudnn-cu12>=9.8,<10"],
         "gcs": ["gcsfs"],  # gs:// workdirs
         # The reference implementations that the tests compare with. At run time only torch pickles need torch.
         "test": [

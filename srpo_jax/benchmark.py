@@ -105,6 +105,13 @@ def shallow(architecture: Architecture, depth: tuple[int, int]) -> Architecture:
     return architecture._replace(transformer=transformer)
 
 
+def depth(words: list[str]) -> tuple[int, int]:
+    """The numbers of blocks in a flag ``--depth=DOUBLE,SINGLE``. Raises UserError."""
+    if len(words) != 2 or not all(word.isdigit() and int(word) for word in words):
+        raise UserError(f"--depth={','.join(words)}: give two numbers of blocks, as --depth=4,8")
+    return int(words[0]), int(words[1])
+
+
 # --- measuring --------------------------------------------------------------------------------------------------------
 
 
@@ -319,9 +326,7 @@ def parse(argv: list[str]) -> tuple[ConfigDict, Architecture, dict[str, Any]]:
     else:
         architecture = architectures.published(config, "flux-dev")[0]
     if values["depth"]:
-        if len(values["depth"]) != 2 or not all(word.isdigit() and int(word) for word in values["depth"]):
-            raise UserError(f"--depth={','.join(values['depth'])}: give two numbers of blocks, as --depth=4,8")
-        architecture = shallow(architecture, tuple(map(int, values["depth"])))
+        architecture = shallow(architecture, depth(values["depth"]))
     mesh = sharding.make_mesh(config.mesh)
     each = values["device-batch"] or (DEVICE_BATCH.get(values["preset"], 1) if cases else 1)
     config.data.batch_size = each * sharding.batch_parts(mesh) * config.optim.accumulation

@@ -282,9 +282,10 @@ def t5(config: T5Config, tokens: int) -> Forward:
 
 # --- the optimiser ----------------------------------------------------------------------------------------------------
 
-# AdamW behind the clip, of one parameter: norm 2, clip 3, two moments 3 + 4, their corrections 2, epsilon and quotient
-# 2, decay 2, rate 1, sum 1; the root is not counted. It is memory that limits this part, not arithmetic.
-ADAMW = 20
+# AdamW behind the clip, of one parameter: norm 2, clip 1, two moments 3 + 4, the second from its root 1, their
+# corrections 2, epsilon and quotient 2, decay 2, rate 1, difference 1; roots are not counted. It is memory that limits
+# this part, not arithmetic.
+ADAMW = 19
 
 
 def parameters(config: FluxConfig) -> int:
@@ -315,6 +316,12 @@ def terms(config: ConfigDict) -> int:
     }[config.method]
 
 
+def tokens(config: ConfigDict) -> tuple[int, int]:
+    """(image tokens, text tokens) of a sample in the transformer."""
+    side = LATENT_FACTOR * flow.PATCH
+    return (config.data.height // side) * (config.data.width // side), config.data.text_length
+
+
 def sample(config: ConfigDict, architecture: Architecture) -> dict[str, Work]:
     """The work that one sample of a batch takes in one update, by part, without the optimiser's.
 
@@ -325,8 +332,7 @@ def sample(config: ConfigDict, architecture: Architecture) -> dict[str, Work]:
     reward       the rewards' vision towers, forward and backward, once a term
     """
     data, remat = config.data, config.remat
-    image_tokens = (data.height // (LATENT_FACTOR * flow.PATCH)) * (data.width // (LATENT_FACTOR * flow.PATCH))
-    flux = transformer(architecture.transformer, image_tokens, data.text_length)
+    flux = transformer(architecture.transformer, *tokens(config))
     vae = decoder(architecture.autoencoder, data.height, data.width)
     count, nothing = terms(config), Work(0.0, 0.0)
     rolled, lora = flux.inference(), Lora.from_config(config.lora)
@@ -334,7 +340,7 @@ def sample(config: ConfigDict, architecture: Architecture) -> dict[str, Work]:
     if lora is None:
         trained = flux.gradient(trained=True, **options)
     else:
-        sizes = architecture.transformer, lora, image_tokens, data.text_length
+        sizes = architecture.transformer, lora, *tokens(config)
         trained, low = adapted(*sizes, **options), factors(*sizes).products
         rolled += Work(low, low)
     towers = [architecture.rewards[name] for name in used_rewards(config)]

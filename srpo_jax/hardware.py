@@ -15,31 +15,36 @@ class Chip(NamedTuple):
       flops: peak of bfloat16 matrix products with float32 sums, FLOP/s.
       memory: bytes.
       bandwidth: of that memory, bytes/s.
+      link: bytes/s that one link to other devices carries each way. A TPU has one to each neighbour in its torus; a GPU
+        is counted with one, to the switch between those of its host.
     """
 
     name: str
     flops: float
     memory: float
     bandwidth: float
+    link: float
 
 
 GIB, GB = 2.0**30, 1e9
 
 # By ``jax.Device.device_kind``; the first key that it starts with. Figures: cloud.google.com/tpu/docs (system
-# architecture pages) and NVIDIA's data sheets.
+# architecture pages; a TPU's link is the published sum of both directions by 2 and by its 6 links, or 4 of v5e and
+# v6e) and NVIDIA's data sheets (half of NVLink's, or PCIe's, two directions).
 CHIPS: dict[str, Chip] = {
-    "TPU v4": Chip("TPU v4", 275e12, 32 * GIB, 1228e9),
-    "TPU v5 lite": Chip("TPU v5e", 197e12, 16 * GIB, 819e9),
-    "TPU v5e": Chip("TPU v5e", 197e12, 16 * GIB, 819e9),
-    "TPU v5": Chip("TPU v5p", 459e12, 95 * GIB, 2765e9),
-    "TPU v6 lite": Chip("TPU v6e", 918e12, 32 * GIB, 1640e9),
-    "TPU v6e": Chip("TPU v6e", 918e12, 32 * GIB, 1640e9),
-    "NVIDIA A100-SXM4-40GB": Chip("A100 40 GB", 312e12, 40 * GB, 1555e9),
-    "NVIDIA A100": Chip("A100 80 GB", 312e12, 80 * GB, 2039e9),
-    "NVIDIA H100 PCIe": Chip("H100 PCIe", 756e12, 80 * GB, 2000e9),
-    "NVIDIA H100": Chip("H100 SXM", 989e12, 80 * GB, 3352e9),
-    "NVIDIA H200": Chip("H200", 989e12, 141 * GB, 4800e9),
-    "NVIDIA B200": Chip("B200", 2250e12, 180 * GB, 7700e9),
+    "TPU v4": Chip("TPU v4", 275e12, 32 * GIB, 1228e9, 50e9),
+    "TPU v5 lite": Chip("TPU v5e", 197e12, 16 * GIB, 819e9, 50e9),
+    "TPU v5e": Chip("TPU v5e", 197e12, 16 * GIB, 819e9, 50e9),
+    "TPU v5": Chip("TPU v5p", 459e12, 95 * GIB, 2765e9, 100e9),
+    "TPU v6 lite": Chip("TPU v6e", 918e12, 32 * GIB, 1640e9, 100e9),
+    "TPU v6e": Chip("TPU v6e", 918e12, 32 * GIB, 1640e9, 100e9),
+    "NVIDIA A100-SXM4-40GB": Chip("A100 40 GB", 312e12, 40 * GB, 1555e9, 300e9),
+    "NVIDIA A100": Chip("A100 80 GB", 312e12, 80 * GB, 2039e9, 300e9),
+    "NVIDIA H100 PCIe": Chip("H100 PCIe", 756e12, 80 * GB, 2000e9, 64e9),
+    "NVIDIA H100": Chip("H100 SXM", 989e12, 80 * GB, 3352e9, 450e9),
+    "NVIDIA H200": Chip("H200", 989e12, 141 * GB, 4800e9, 450e9),
+    "NVIDIA GeForce RTX 4090": Chip("RTX 4090", 165e12, 24 * GB, 1008e9, 32e9),
+    "NVIDIA B200": Chip("B200", 2250e12, 180 * GB, 7700e9, 900e9),
 }
 
 

@@ -187,6 +187,20 @@ LEFT, RIGHT, TOP, BOTTOM = 52, 14, 12, 36
 
 
 def _chart(chart: Chart) -> str:
+    legend = "".join(
+        f"<span><i style='background:{colour}'></i>{html.escape(name)}</span>"
+        for colour, name in zip(_cycle(len(chart.series)), chart.series, strict=True)
+    )
+    return (
+        f"<section><h2>{html.escape(chart.title)}</h2><p>{html.escape(chart.text)}</p>"
+        f"<div class='legend'>{legend}</div><svg viewBox='0 0 {WIDTH} {HEIGHT}' role='img' "
+        f"aria-label='{_quote(chart.title)}'>{curves(chart)}</svg></section>"
+    )
+
+
+def curves(chart: Chart) -> str:
+    """A chart's axes and lines as elements of an SVG of ``WIDTH`` x ``HEIGHT``. Raises ValueError for a chart without a
+    finite point."""
     series = {name: [p for p in points if math.isfinite(p[1])] for name, points in chart.series.items()}
     points = [point for line in series.values() for point in line]
     if not points:
@@ -223,15 +237,7 @@ def _chart(chart: Chart) -> str:
             h, v = place(x, y)
             note = f"{html.escape(name)}, {html.escape(chart.x_label)} {_number(x, False)}: {_number(y, chart.percent)}"
             parts.append(f"<circle cx='{h:.1f}' cy='{v:.1f}' r='3' fill='{colour}'><title>{note}</title></circle>")
-    legend = "".join(
-        f"<span><i style='background:{colour}'></i>{html.escape(name)}</span>"
-        for colour, name in zip(_cycle(len(series)), series, strict=True)
-    )
-    return (
-        f"<section><h2>{html.escape(chart.title)}</h2><p>{html.escape(chart.text)}</p>"
-        f"<div class='legend'>{legend}</div><svg viewBox='0 0 {WIDTH} {HEIGHT}' role='img' "
-        f"aria-label='{_quote(chart.title)}'>{''.join(parts)}</svg></section>"
-    )
+    return "".join(parts)
 
 
 def ticks(low: float, high: float, count: int = 5) -> list[float]:
