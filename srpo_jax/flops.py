@@ -253,11 +253,20 @@ def terms(config: ConfigDict) -> int:
     }[config.method]
 
 
+def rollout(config: ConfigDict, sizes: FluxConfig, image_tokens: int) -> Work:
+    """One sample's rollout: a step is a whole forward pass, or one with few blocks where the others' change is kept."""
+    first, last = config.rollout.cache_ends
+    few = dataclasses.replace(sizes, num_layers=first, num_single_layers=last)
+    whole, kept = (transformer(blocks, image_tokens, config.data.text_length).inference() for blocks in (sizes, few))
+    renewals = -(-config.rollout.steps // config.rollout.cache)
+    return whole * renewals + kept * (config.rollout.steps - renewals)
+
+
 def sample(config: ConfigDict, architecture: Architecture) -> dict[str, Work]:
     """The work that one sample of a batch takes in one update, by part, without the optimiser's.
 
     captions     the rewards' text towers, each on every caption variant of the prompt
-    rollout      the transformer, once a step, without gradient; where a rollout serves several updates, its share
+    rollout      the transformer without gradient, once a step; where a rollout serves several updates, its share
     transformer  forward and backward, once a term
     autoencoder  the decoder, forward and backward, once a term
     reward       the rewards' vision towers, forward and backward, once a term
@@ -272,7 +281,7 @@ def sample(config: ConfigDict, architecture: Architecture) -> dict[str, Work]:
         "captions": sum(
             (text_tower(clip.text_config, clip.projection_dim).inference() * len(CAPTIONS) for clip in towers), nothing
         ),
-        "rollout": flux.inference() * (config.rollout.steps / config.rollout.reuse),
+        "rollout": rollout(config, architecture.transformer, image_tokens) * (1 / config.rollout.reuse),
         "transformer": flux.gradient(trained=True, remat=remat.transformer, attention=config.model.attention) * count,
         # The frozen networks attend in plain XLA whatever the backend.
         "autoencoder": vae.gradient(trained=False, remat=remat.autoencoder, attention="xla") * count,
