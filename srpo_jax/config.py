@@ -100,6 +100,10 @@ def default() -> ConfigDict:
     # Updates that a rollout serves: 2 rolls out at every second update and uses the images and their noise once more,
     # at other grid positions and with the next control words.
     c.rollout.reuse = 1
+    # All blocks of the transformer run at every so many steps (1: at each). Between them only so many double blocks at
+    # the start and single blocks at the end do, and what the others changed last is added again.
+    c.rollout.cache = 1
+    c.rollout.cache_ends = (1, 1)
 
     # --- Direct-Align: the training grid and the step that carries the gradient ---
     c.align = ConfigDict()
@@ -241,6 +245,7 @@ def validate(config: ConfigDict, paths: bool = True) -> None:
         require(key, flat[key] or not paths, f"give a path: --config.{key}=...")
     for key in (
         *("steps", "model.scan_unroll", "data.batch_size", "data.text_length", "rollout.steps", "rollout.reuse"),
+        "rollout.cache",
         *("align.schedule_steps", "optim.accumulation", "checkpoint.every", "checkpoint.keep", "sample.count"),
         *("sample.steps", "refl.late_steps", "draft_lv.renoisings"),
     ):
@@ -264,6 +269,9 @@ def validate(config: ConfigDict, paths: bool = True) -> None:
     require("sample.prompts", flat["sample.prompts"] or not flat["sample.every"] or not paths,
             "give a file of held-out prompts, or set --config.sample.every=0")  # fmt: skip
 
+    ends = flat["rollout.cache_ends"]
+    require("rollout.cache_ends", len(ends) == 2 and all(isinstance(end, int) and end >= 0 for end in ends),
+            "must be two whole numbers, of double blocks at the start and single blocks at the end")  # fmt: skip
     if flat["method"] == "refl":
         # Its gradient needs a late state of the trajectory, at a step drawn anew, not where the trajectory ends.
         require("rollout.reuse", flat["rollout.reuse"] == 1, "method=refl needs a rollout at every update; set it to 1")

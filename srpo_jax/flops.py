@@ -322,11 +322,30 @@ def tokens(config: ConfigDict) -> tuple[int, int]:
     return (config.data.height // side) * (config.data.width // side), config.data.text_length
 
 
+def rollout(config: ConfigDict, sizes: FluxConfig) -> Work:
+    """One sample's rollout: a step is a whole forward pass, or one with few blocks where the others' change is kept."""
+    first, last = config.rollout.cache_ends
+    lora = Lora.from_config(config.lora)
+
+    def step(blocks: FluxConfig, share: float) -> Work:
+        low = 0.0 if lora is None else share * factors(sizes, lora, *tokens(config)).products
+        return transformer(blocks, *tokens(config)).inference() + Work(low, low)
+
+    renewals = -(-config.rollout.steps // config.rollout.cache)
+    whole = step(sizes, 1.0) * renewals
+    if renewals == config.rollout.steps:
+        return whole
+    few = dataclasses.replace(sizes, num_layers=first, num_single_layers=last)
+    # Of the factors, as many as of the blocks: both kinds of block have about the same.
+    share = (first + last) / (sizes.num_layers + sizes.num_single_layers)
+    return whole + step(few, share) * (config.rollout.steps - renewals)
+
+
 def sample(config: ConfigDict, architecture: Architecture) -> dict[str, Work]:
     """The work that one sample of a batch takes in one update, by part, without the optimiser's.
 
     captions     the rewards' text towers, each on every caption variant of the prompt
-    rollout      the transformer, once a step, without gradient; where a rollout serves several updates, its share
+    rollout      the transformer without gradient, once a step; where a rollout serves several updates, its share
     transformer  forward and backward, once a term
     autoencoder  the decoder, forward and backward, once a term
     reward       the rewards' vision towers, forward and backward, once a term
@@ -335,20 +354,19 @@ def sample(config: ConfigDict, architecture: Architecture) -> dict[str, Work]:
     flux = transformer(architecture.transformer, *tokens(config))
     vae = decoder(architecture.autoencoder, data.height, data.width)
     count, nothing = terms(config), Work(0.0, 0.0)
-    rolled, lora = flux.inference(), Lora.from_config(config.lora)
+    lora = Lora.from_config(config.lora)
     options = dict(remat=remat.transformer, attention=config.model.attention)
     if lora is None:
         trained = flux.gradient(trained=True, **options)
     else:
         sizes = architecture.transformer, lora, *tokens(config)
-        trained, low = adapted(*sizes, **options), factors(*sizes).products
-        rolled += Work(low, low)
+        trained = adapted(*sizes, **options)
     towers = [architecture.rewards[name] for name in used_rewards(config)]
     return {
         "captions": sum(
             (text_tower(clip.text_config, clip.projection_dim).inference() * len(CAPTIONS) for clip in towers), nothing
         ),
-        "rollout": rolled * (config.rollout.steps / config.rollout.reuse),
+        "rollout": rollout(config, architecture.transformer) * (1 / config.rollout.reuse),
         "transformer": trained * count,
         # The frozen networks attend in plain XLA whatever the backend.
         "autoencoder": vae.gradient(trained=False, remat=remat.autoencoder, attention="xla") * count,

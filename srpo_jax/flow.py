@@ -6,6 +6,7 @@ Everything here works on arrays and callables, so that a velocity field can be a
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -90,22 +91,25 @@ def per_sample(value: jax.Array, ndim: int) -> jax.Array:
 
 
 def sample(
-    velocity: Callable[[jax.Array, jax.Array], jax.Array],
+    velocity: Callable[..., Any],
     noise: jax.Array,
     sigmas: np.ndarray,
     stop: jax.Array | None = None,
     solver: str = "euler",
+    memory: Any = None,
 ) -> jax.Array:
     """Integrates a velocity field over a schedule of noise levels, one evaluation a step.
 
     Args:
-      velocity: ``velocity(x, sigma)`` with a scalar ``sigma``.
+      velocity: ``velocity(x, sigma)`` with a scalar ``sigma``; with a memory, ``velocity(x, sigma, index, memory) ->
+        (v, memory)``, where ``index`` counts the steps from 0.
       noise: the state at ``sigmas[0]``, float32, any shape with a leading batch axis.
       sigmas: noise levels ``[S + 1]``.
       stop: optional number of steps ``[B]`` after which a sample stays as it is (0 .. S).
       solver: "euler", or "ab2": the Adams-Bashforth method of second order for uneven steps (Hairer, Norsett, Wanner,
         Solving Ordinary Differential Equations I, III.5), which goes along the line through the last two velocities.
         Its first step is Euler's.
+      memory: tree of arrays that one evaluation leaves to the next, as the first one gets it.
 
     Returns:
       The state after the last step, or after ``stop`` steps of each sample.
@@ -117,20 +121,23 @@ def sample(
     lead = np.concatenate([[0.0], steps[1:] / (2 * steps[:-1])]).astype(np.float32)
 
     def body(carry: tuple, inputs: tuple) -> tuple[tuple, None]:
-        (x, before), (index, sigma, sigma_next, ahead) = carry, inputs
-        v = velocity(x, sigma)
+        (x, before, memory), (index, sigma, sigma_next, ahead) = carry, inputs
+        if memory is None:
+            v = velocity(x, sigma)
+        else:
+            v, memory = velocity(x, sigma, index, memory)
         if solver == "ab2":
             v = v.astype(jnp.float32)
             v, before = v + ahead * (v - before), v
         stepped = euler_step(x, v, sigma, sigma_next)
         if stop is not None:
             stepped = jnp.where(per_sample(index < stop, x.ndim), stepped, x)
-        return (stepped, before), None
+        return (stepped, before, memory), None
 
     # The velocity before the first step is read by no one, and not kept where none is needed.
     before = jnp.zeros_like(noise) if solver == "ab2" else None
     inputs = jnp.arange(len(steps)), jnp.asarray(sigmas[:-1]), jnp.asarray(sigmas[1:]), jnp.asarray(lead)
-    return jax.lax.scan(body, (noise, before), inputs)[0][0]
+    return jax.lax.scan(body, (noise, before, memory), inputs)[0][0]
 
 
 # --- tokens ---------------------------------------------------------------------------------------------------------

@@ -145,7 +145,7 @@ class Program:
 def build(config: ConfigDict, mesh: Mesh, architecture: Architecture) -> Program:
     """Builds the program of a validated configuration. No array is made.
 
-    Raises UserError for a mesh that does not fit the batch or a parameter.
+    Raises UserError for a mesh that does not fit the batch or a parameter, and for blocks that the transformer lacks.
     """
     settings, optimizer = Settings.from_config(config), optim.make_optimizer(config.optim)
     part, devices = config.data.batch_size // config.optim.accumulation, sharding.batch_parts(mesh)
@@ -153,6 +153,12 @@ def build(config: ConfigDict, mesh: Mesh, architecture: Architecture) -> Program
         raise UserError(
             f"config.data.batch_size / config.optim.accumulation = {part} must be a multiple of the {devices} devices "
             "along the mesh's data and fsdp axes"
+        )
+    ends, sizes = config.rollout.cache_ends, architecture.transformer
+    if config.rollout.cache > 1 and (ends[0] > sizes.num_layers or ends[1] > sizes.num_single_layers):
+        raise UserError(
+            f"config.rollout.cache_ends={tuple(ends)}: this transformer has {sizes.num_layers} double and "
+            f"{sizes.num_single_layers} single blocks"
         )
     options = computes(config, mesh)
     graphdef, params, base = _transformer(mesh, architecture.transformer, options.transformer, config)

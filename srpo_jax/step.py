@@ -115,6 +115,8 @@ class Settings:
     shift: float
     shared_noise: bool
     reuse: int
+    cache: int
+    cache_ends: tuple[int, int]
     grid: Grid
     branches: tuple[str, ...]
     guidance: float
@@ -152,6 +154,8 @@ class Settings:
             shift=config.rollout.shift,
             shared_noise=config.rollout.noise == "shared",
             reuse=config.rollout.reuse,
+            cache=config.rollout.cache,
+            cache_ends=tuple(config.rollout.cache_ends),
             grid=grid,
             branches=tuple(align.branches),
             guidance=align.guidance,
@@ -235,6 +239,14 @@ def velocity(
     guidance: float,
 ) -> jax.Array:
     """The transformer's velocity, float32, at latents ``x`` [B, N, 64] and noise level ``sigma`` (scalar or [B])."""
+    inputs = transformer_inputs(networks, settings, batch, x, sigma, guidance)
+    return bind(networks.transformer, params)(*inputs).astype(jnp.float32)
+
+
+def transformer_inputs(
+    networks: Networks, settings: Settings, batch: Batch, x: jax.Array, sigma: jax.Array, guidance: float
+) -> tuple[jax.Array | None, ...]:
+    """What the transformer is called with; the arguments are those of ``velocity``."""
     count = x.shape[0]
     time = jnp.broadcast_to(flow.truncate_time(jnp.asarray(sigma)), (count,))
     scale = jnp.full((count,), guidance, jnp.float32)
@@ -243,8 +255,7 @@ def velocity(
         time, scale = (
             (value.astype(jnp.bfloat16) * jnp.bfloat16(1000)).astype(jnp.float32) / 1000 for value in (time, scale)
         )
-    transformer = bind(networks.transformer, params)
-    return transformer(
+    return (
         x,
         batch.text,
         batch.pooled,
@@ -252,7 +263,7 @@ def velocity(
         scale if networks.guidance else None,
         jnp.asarray(flow.image_ids(settings.latent_height, settings.latent_width)),
         jnp.asarray(flow.text_ids(batch.text.shape[1])),
-    ).astype(jnp.float32)
+    )
 
 
 def in_compute_dtype(networks: Networks, params: Params, base: Params | None = None) -> Params:
@@ -286,15 +297,30 @@ def rollout(
     stop: jax.Array | None = None,
 ) -> jax.Array:
     """Latents [B, N, 64] made from ``noise`` without gradient; ``stop`` as in ``flow.sample``."""
+
     weights = in_compute_dtype(networks, params)
     if settings.rollout_dtype != "model":
         networks, weights = in_eight_bits(networks, weights, settings.rollout_dtype)
+    transformer = bind(networks.transformer, weights)
+
+    def inputs(x: jax.Array, sigma: jax.Array) -> tuple[jax.Array | None, ...]:
+        return transformer_inputs(networks, settings, batch, x, sigma, settings.rollout_guidance)
 
     def field(x: jax.Array, sigma: jax.Array) -> jax.Array:
-        return velocity(networks, settings, weights, batch, x, sigma, settings.rollout_guidance)
+        return transformer(*inputs(x, sigma)).astype(jnp.float32)
+
+    def cached(x: jax.Array, sigma: jax.Array, index: jax.Array, change: jax.Array) -> tuple[jax.Array, jax.Array]:
+        renew = index % settings.cache == 0
+        v, change = transformer.through_cache(inputs(x, sigma), change, renew, settings.cache_ends)
+        return v.astype(jnp.float32), change
 
     sigmas = flow.shifted_schedule(settings.rollout_steps, settings.shift)
-    return jax.lax.stop_gradient(flow.sample(field, noise, sigmas, stop, settings.solver))
+    if settings.cache == 1:
+        made = flow.sample(field, noise, sigmas, stop, settings.solver)
+    else:
+        change = transformer.no_change(len(noise), batch.text.shape[1] + settings.tokens)
+        made = flow.sample(cached, noise, sigmas, stop, settings.solver, change)
+    return jax.lax.stop_gradient(made)
 
 
 def decode(networks: Networks, settings: Settings, params: Params, tokens: jax.Array) -> jax.Array:

@@ -56,6 +56,26 @@ def test_transformer():
     assert flops.parameters(FLUX) == sum(leaf.size for leaf in jax.tree.leaves(params))
 
 
+def test_rollout_with_kept_blocks(monkeypatch):
+    """Of 7 steps, 3 run everything; a step between them is the blocks that always run."""
+    config = default()
+    config.data.text_length, config.rollout.steps = TEXT, 7
+    whole = flops.transformer(FLUX, IMAGE, TEXT).total
+    assert flops.rollout(config, FLUX, IMAGE).model == pytest.approx(7 * whole)
+    config.rollout.cache, config.rollout.cache_ends = 3, (0, 1)
+    monkeypatch.setattr("jax.lax.cond", lambda renew, run, keep, *operands: keep(*operands))
+    graphdef, params = network("flux", FLUX)
+    _, inputs = run_flux(graphdef)
+    ids = np.zeros((IMAGE, 3), np.float32), np.zeros((TEXT, 3), np.float32)
+
+    def run(params, change, *inputs):
+        return bind(graphdef, params).through_cache((*inputs, *map(jnp.asarray, ids)), change, False, (0, 1))[0]
+
+    kept = counted(run, params, array(1, IMAGE + TEXT, FLUX.width), *inputs)
+    assert flops.rollout(config, FLUX, IMAGE).model == pytest.approx(3 * whole + 4 * kept, rel=0.01)
+    assert kept < 0.45 * whole
+
+
 @pytest.mark.parametrize("remat", ["none", "dots", "full"])
 def test_transformer_gradient(remat):
     graphdef, params = network("flux", FLUX, remat=remat)

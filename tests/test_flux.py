@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import references
 import torch
+from diffusers.hooks import FirstBlockCacheConfig
 from diffusers.loaders import single_file_utils
 from diffusers.models.embeddings import get_timestep_embedding
 
@@ -123,6 +124,51 @@ def test_execution_options_change_nothing(options):
 
     plain, other = engine.flatten(gradient(Compute())), engine.flatten(gradient(Compute(**options)))
     assert max(error(other[name], plain[name]) for name in plain) < TOLERANCE
+
+
+def positional(arrays: dict) -> tuple:
+    """Inputs in the order in which our network takes them."""
+    names = ("hidden_states", "encoder_hidden_states", "pooled_projections", "timestep", "guidance")
+    return tuple(arrays[name] for name in (*names, "img_ids", "txt_ids"))
+
+
+def through_cache(graphdef, ends):
+    return jax.jit(lambda params, *rest: bind(graphdef, params).through_cache(*rest, ends))
+
+
+def test_cached_blocks_are_diffusers_first_block_cache():
+    """One evaluation that runs everything and two, of other states and times, that run the first block alone."""
+    graphdef, params = ours(True)
+    states = [make_inputs(True) for _ in range(3)]
+    for index, arrays in enumerate(states):
+        arrays["hidden_states"] = arrays["hidden_states"] * np.float32(1 - 0.2 * index)
+        # See test_sinusoid_is_diffusers.
+        arrays["timestep"] = arrays["timestep"] * np.float32(0.004 * (1 - 0.3 * index))
+        arrays["guidance"] = arrays["guidance"] * np.float32(0.004)
+    model = references.randomise(references.flux_transformer(guidance=True), 0, scale=0.1)
+    model.enable_cache(FirstBlockCacheConfig(threshold=np.inf))
+    with torch.no_grad(), model.cache_context("sample"):
+        theirs = [model(**{name: torch.tensor(a) for name, a in arrays.items()}).sample for arrays in states]
+    change = bind(graphdef, params).no_change(3, 5 + 6)
+    for index, arrays in enumerate(states):
+        found, change = through_cache(graphdef, (1, 0))(params, positional(arrays), change, index == 0)
+        assert error(found, theirs[index]) < TOLERANCE
+        assert index == 0 or error(call(graphdef, params, arrays), theirs[index]) > 0.01
+
+
+@pytest.mark.parametrize("ends", [(0, 0), (1, 0), (0, 2), (2, 1), (2, 3)])
+def test_a_cache_of_the_same_state_changes_nothing(ends):
+    """Whether the blocks between the ends run or what they changed is added; there are 2 double and 3 single blocks."""
+    graphdef, params = ours(True)
+    arrays, run = make_inputs(True), through_cache(graphdef, ends)
+    plain = call(graphdef, params, arrays)
+    blank = bind(graphdef, params).no_change(3, 5 + 6)
+    renewed, change = run(params, positional(arrays), blank, True)
+    kept, same = run(params, positional(arrays), change, False)
+    assert error(renewed, plain) < TOLERANCE and error(kept, plain) < TOLERANCE
+    np.testing.assert_array_equal(same, change)
+    assert bool(change.any()) == (ends != (2, 3))
+    assert (error(run(params, positional(arrays), blank, False)[0], plain) > 0.01) == (ends != (2, 3))
 
 
 def test_bfloat16_keeps_time_and_norms_in_float32():

@@ -1,5 +1,6 @@
 """The mesh, the table of rules, and the update on several devices."""
 
+import dataclasses
 import functools
 import json
 import os
@@ -15,7 +16,7 @@ import tiny
 from jax.sharding import AbstractMesh
 from jax.sharding import PartitionSpec as P
 
-from srpo_jax import checkpoint, conditions, optim, program, sharding
+from srpo_jax import checkpoint, conditions, optim, program, sharding, step
 from srpo_jax.config import default
 from srpo_jax.data.loading import Examples
 from srpo_jax.errors import UserError
@@ -161,9 +162,14 @@ def update_on_every_mesh(models, out):
         prompts = [tiny.PROMPTS[i % 7] for i in sharding.local_rows(mesh, 16)]
         batch = conditions.Conditioner(config, built, architecture, encode).batch(Examples(prompts, {}), 1)
         state, frozen = program.initial_state(config, built), program.load_frozen(config, built)
+        # Before the update, which takes the state's memory; its second step runs one block of each kind.
+        recipe = dataclasses.replace(built.settings, cache=2, cache_ends=(1, 1))
+        noise = jax.device_put(step.draw(recipe, jax.random.key(0), 16).noise, sharding.of_batch(mesh))
+        cached = jax.jit(functools.partial(step.rollout, built.networks, recipe))(state.params, batch, noise)
         compiled = built.lower().compile()
         state, metrics = compiled(state, frozen, batch)
         report[name] = {key: float(value) for key, value in metrics.items()}
+        report[name]["cached_rollout"] = float(np.vdot(cached, np.sin(np.arange(cached.size))))
         for leaf, like in zip(jax.tree.leaves(state), jax.tree.leaves(built.state), strict=True):
             assert leaf.sharding.is_equivalent_to(like.sharding, leaf.ndim)
         qkv = state.opt_state.mean.values["double_blocks"]["img_attn"]["qkv"]["kernel"]
@@ -239,3 +245,9 @@ def test_a_batch_that_the_mesh_does_not_divide(models):
     config = tiny.config(models, data__batch_size=6, optim__accumulation=2)
     with pytest.raises(UserError, match=r"= 3 must be a multiple of the 8 devices"):
         program.build(config, AbstractMesh((2, 4, 1), sharding.AXES), program.read_architecture(config))
+
+
+def test_blocks_that_the_transformer_lacks(models):
+    config = tiny.config(models, rollout__cache=2, rollout__cache_ends=(1, 3))
+    with pytest.raises(UserError, match=r"cache_ends=\(1, 3\): this transformer has 1 double and 2 single blocks"):
+        program.build(config, sharding.make_mesh(config.mesh), program.read_architecture(config))

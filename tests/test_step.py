@@ -12,7 +12,7 @@ import pytest
 from srpo_jax import direct_align, flow, rewards, step
 from srpo_jax.config import default
 from srpo_jax.models import autoencoder, clip, flux
-from srpo_jax.models.compute import Compute, build
+from srpo_jax.models.compute import Compute, bind, build
 from srpo_jax.optim import Optimizer
 
 BATCH, TEXT = 4, 5
@@ -225,6 +225,37 @@ def test_a_rollout_serves_several_updates(tiny, batch):
         assert distance(moved, grads) < 1e-3
         np.testing.assert_allclose(state.rollout.latents, made.latents, atol=1e-5)
         np.testing.assert_array_equal(state.rollout.noise, made.noise)
+
+
+def test_a_rollout_keeps_the_change_of_the_middle_blocks(tiny, batch):
+    """Steps 0 and 2 of 4 run all blocks, 1 and 3 the double block alone."""
+    recipe = settings(rollout_steps=4, cache=2, cache_ends=(1, 0))
+    networks, params, _ = tiny
+    transformer, noise = bind(networks.transformer, params), step.draw(recipe, jax.random.key(0), BATCH).noise
+    cached = jax.jit(lambda *values: transformer.through_cache(*values, (1, 0)))
+    sigmas = flow.shifted_schedule(4, recipe.shift)
+    x, change = noise, transformer.no_change(BATCH, TEXT + recipe.tokens)
+    for index in range(4):
+        inputs = step.transformer_inputs(networks, recipe, batch, x, sigmas[index], recipe.rollout_guidance)
+        v, change = cached(inputs, change, index in (0, 2))
+        x = flow.euler_step(x, v, sigmas[index], sigmas[index + 1])
+    roll = jax.jit(functools.partial(step.rollout, networks, recipe))
+    np.testing.assert_allclose(roll(params, batch, noise), x, atol=1e-5)
+    plain = jax.jit(functools.partial(step.rollout, networks, dataclasses.replace(recipe, cache=1)))
+    assert np.abs(plain(params, batch, noise) - x).max() > 1e-3
+
+
+@pytest.mark.parametrize("solver", ["euler", "ab2"])
+def test_a_cache_of_no_blocks_changes_nothing(tiny, batch, solver):
+    plain = settings(rollout_steps=4, solver=solver)
+    everything = dataclasses.replace(plain, cache=2, cache_ends=(FLUX.num_layers, FLUX.num_single_layers))
+    networks, params, _ = tiny
+    noise, stop = step.draw(plain, jax.random.key(0), BATCH).noise, jnp.array([1, 2, 3, 4])
+    made = [
+        jax.jit(functools.partial(step.rollout, networks, recipe))(params, batch, noise, stop)
+        for recipe in (plain, everything)
+    ]
+    np.testing.assert_allclose(*made, atol=1e-5)
 
 
 def test_parts_of_a_batch_join_again():

@@ -309,27 +309,79 @@ class Flux(nnx.Module):
         Raises:
           ValueError: guidance is given and not expected, or the reverse.
         """
+        condition, streams, table = self._enter(latents, text, pooled, timestep, guidance, image_ids, text_ids)
+        streams = self._double(streams, condition, table)
+        x = self._single(self._join(streams), condition, table)
+        return self._leave(x[:, text.shape[1] :], condition)
+
+    def through_cache(
+        self, inputs: tuple[jax.Array | None, ...], change: jax.Array, renew: jax.Array, ends: tuple[int, int]
+    ) -> tuple[jax.Array, jax.Array]:
+        """The velocity with the blocks in the middle replaced, where ``renew`` is false, by what they changed before.
+
+        A cache of the transformer's blocks between the steps of a sampler: TeaCache (arXiv 2411.19108) and the first
+        block cache of ParaAttention keep this change for as long as an estimate says; here the caller says when.
+
+        Args:
+          inputs: what the network is called with.
+          change: [B, T + N, D] in the compute dtype, of the joint sequence from before the middle to behind it.
+          renew: a boolean scalar: whether the middle runs.
+          ends: how many double blocks at the start and single blocks at the end always run.
+
+        Returns:
+          The velocity, and the change that it was made with.
+        """
+        first, last = ends
+        behind = self.config.num_single_layers - last
+        condition, streams, table = self._enter(*inputs)
+        streams = self._double(streams, condition, table, range(first))
+        before = self._join(streams)
+
+        def run(change: jax.Array) -> tuple[jax.Array, jax.Array]:
+            after = self._join(self._double(streams, condition, table, range(first, self.config.num_layers)))
+            after = self._single(after, condition, table, range(behind))
+            return after, after - before
+
+        def keep(change: jax.Array) -> tuple[jax.Array, jax.Array]:
+            return before + change, change
+
+        x, change = jax.lax.cond(renew, run, keep, change)
+        x = self._single(x, condition, table, range(behind, self.config.num_single_layers))
+        return self._leave(x[:, streams[1].shape[1] :], condition), change
+
+    def no_change(self, batch: int, tokens: int) -> jax.Array:
+        """What ``through_cache`` is given first, for so many text and image tokens together."""
+        zeros = jnp.zeros((batch, tokens, self.config.width), self.compute.dtype)
+        return self.compute.constrain(zeros, "tokens")
+
+    def _enter(self, latents, text, pooled, timestep, guidance, image_ids, text_ids) -> tuple:
+        """The conditioning vector [B, D], the streams of image and text tokens, and the rotary table."""
         if (guidance is not None) != self.config.guidance_embeds:
             raise ValueError(f"guidance must {'' if self.config.guidance_embeds else 'not '}be given to this network")
-        constrain = self.compute.constrain
-
         condition = self.time_in(sinusoid(timestep)) + self.vector_in(pooled)
         if guidance is not None:
             condition = condition + self.guidance_in(sinusoid(guidance))
-        img = constrain(self.img_in(latents), "tokens")
-        txt = constrain(self.txt_in(text), "tokens")
+        img = self.compute.constrain(self.img_in(latents), "tokens")
+        txt = self.compute.constrain(self.txt_in(text), "tokens")
         table = rotary_table(jnp.concatenate([text_ids, image_ids]), self.config.axes_dims_rope)
+        return condition, (img, txt), table
 
-        def double_step(block: DoubleBlock, streams):
-            return tuple(constrain(x, "tokens") for x in block(*streams, condition, table))
+    def _double(self, streams, condition, table, some: range | None = None) -> tuple[jax.Array, jax.Array]:
+        def step(block: DoubleBlock, streams):
+            return tuple(self.compute.constrain(x, "tokens") for x in block(*streams, condition, table))
 
-        def single_step(block: SingleBlock, x):
-            return constrain(block(x, condition, table), "tokens")
+        return scan_blocks(self.double_blocks, streams, self.compute, step, some)
 
-        img, txt = scan_blocks(self.double_blocks, (img, txt), self.compute, double_step)
-        x = constrain(jnp.concatenate([txt, img], axis=1), "tokens")
-        x = scan_blocks(self.single_blocks, x, self.compute, single_step)
+    def _join(self, streams) -> jax.Array:
+        img, txt = streams
+        return self.compute.constrain(jnp.concatenate([txt, img], axis=1), "tokens")
 
-        img = x[:, txt.shape[1] :]
+    def _single(self, x, condition, table, some: range | None = None) -> jax.Array:
+        def step(block: SingleBlock, x):
+            return self.compute.constrain(block(x, condition, table), "tokens")
+
+        return scan_blocks(self.single_blocks, x, self.compute, step, some)
+
+    def _leave(self, img, condition) -> jax.Array:
         shift, scale = modulation(self.final_mod, condition, 2, self.compute)
         return self.final_out(modulate(img, shift, scale))

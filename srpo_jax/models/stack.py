@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
 from srpo_jax.models.compute import Compute
@@ -24,11 +25,16 @@ def stack(constructor: Callable[[nnx.Rngs], nnx.Module], layers: int, rngs: nnx.
 
 
 def scan_blocks(
-    blocks: nnx.Module, carry: Any, compute: Compute, call: Callable[[nnx.Module, Any], Any] | None = None
+    blocks: nnx.Module,
+    carry: Any,
+    compute: Compute,
+    call: Callable[[nnx.Module, Any], Any] | None = None,
+    some: range | None = None,
 ) -> Any:
     """Runs stacked blocks one after another: ``carry = call(block, carry)``, by default ``block(carry)``.
 
-    The carry is a tree of arrays whose shapes and dtypes every block keeps.
+    The carry is a tree of arrays whose shapes and dtypes every block keeps. ``some`` are the numbers of the blocks that
+    run, None for all; a pass through some takes no gradient.
     """
     graphdef, state = nnx.split(blocks)
 
@@ -36,4 +42,10 @@ def scan_blocks(
         block = nnx.merge(graphdef, layer)
         return (block(carry) if call is None else call(block, carry)), None
 
+    def numbered(carry: Any, number: jax.Array) -> tuple[Any, None]:
+        # Picked one by one: a slice of the stack would be a second copy of its weights.
+        return body(carry, jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, number, keepdims=False), state))
+
+    if some is not None:
+        return jax.lax.scan(numbered, carry, jnp.asarray(some, jnp.int32), unroll=compute.scan_unroll)[0]
     return jax.lax.scan(compute.checkpoint(body), carry, state, unroll=compute.scan_unroll)[0]
