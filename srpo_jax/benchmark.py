@@ -16,6 +16,7 @@ r"""Times an update and each of its parts, with random weights, and says how far
                    (default: all); "update" is the whole, the only one that needs memory for the optimiser's state
   --runs           timed calls of each after one to warm up; the median counts (default: 5)
   --json           file for everything measured
+  --trace          folder for profiles of one more call of each part, for TensorBoard's profiler or Perfetto
 
 Utilisation (MFU) is of the model's FLOPs (srpo_jax/flops.py): recomputation does not count as work. The peak is the
 maker's figure for bfloat16; for a CPU it is the best float32 matrix product measured here, for another device unknown.
@@ -135,7 +136,13 @@ class Timing(NamedTuple):
         return statistics.median(self.runs)
 
 
-def measure(function: Any, arguments: tuple[Any, ...], runs: int, repeat: Callable | None = None) -> Timing:
+def measure(
+    function: Any,
+    arguments: tuple[Any, ...],
+    runs: int,
+    repeat: Callable | None = None,
+    trace: pathlib.Path | None = None,
+) -> Timing:
     """Compiles a jitted function for abstract arguments, fills these with numbers, and times calls.
 
     Args:
@@ -164,6 +171,9 @@ def measure(function: Any, arguments: tuple[Any, ...], runs: int, repeat: Callab
         if repeat is not None:
             values = repeat(values, result)
         del result
+    if trace is not None:
+        with jax.profiler.trace(trace):
+            jax.block_until_ready(compiled(*values))
     return Timing(compile_seconds, taken, memory)
 
 
@@ -199,8 +209,12 @@ def benchmark(
     runs: int,
     wanted: tuple[str, ...],
     say: Callable[[str], None] = print,
+    trace: pathlib.Path | None = None,
 ) -> dict[str, Any]:
-    """Measures the ``wanted`` parts of an update of a validated config and returns all there is to know, for JSON."""
+    """Measures the ``wanted`` parts of an update of a validated config and returns all there is to know, for JSON.
+
+    ``trace`` is a folder for profiles, one folder a part.
+    """
     mesh = sharding.make_mesh(config.mesh)
     built = program.build(config, mesh, architecture)
     best, source = peak(list(mesh.devices.flat))
@@ -237,15 +251,21 @@ def benchmark(
             f"{total.model / 1e12:9.4g} {speed / 1e12:9.4g} {mfu}"
         )
 
+    def profile(name: str) -> pathlib.Path | None:
+        return None if trace is None else trace / name
+
     for part in parts.take_apart(config, built):
         if part.name in wanted:
             repeat = (lambda values, result: (*result, values[2])) if part.name == "optimizer" else None
-            note(part.name, measure(part.function, part.arguments, runs, repeat), part.calls, work[part.name])
+            timing = measure(part.function, part.arguments, runs, repeat, profile(part.name))
+            note(part.name, timing, part.calls, work[part.name])
     if UPDATE in wanted:
         # Updates between two rollouts are cheaper: time whole rounds of them.
         reuse = config.rollout.reuse
         arguments = built.state, built.frozen, built.batch
-        timing = measure(built.update, arguments, runs * reuse, lambda values, result: (result[0], *values[1:]))
+        timing = measure(
+            built.update, arguments, runs * reuse, lambda values, result: (result[0], *values[1:]), profile(UPDATE)
+        )
         rounds = [sum(timing.runs[start : start + reuse]) / reuse for start in range(0, runs * reuse, reuse)]
         note(UPDATE, timing._replace(runs=rounds), 1, sum(work.values(), flops.Work(0.0, 0.0)))
     stats = device.memory_stats() or {}
@@ -304,6 +324,7 @@ def parse(argv: list[str]) -> tuple[ConfigDict, Architecture, dict[str, Any]]:
         flags.DEFINE_list("parts", [*flops.PARTS, UPDATE], "", flag_values=values)
         flags.DEFINE_integer("runs", 5, "", lower_bound=1, flag_values=values)
         flags.DEFINE_string("json", None, "", flag_values=values)
+        flags.DEFINE_string("trace", None, "", flag_values=values)
 
     cases = {}
 
@@ -339,7 +360,8 @@ def main() -> None:
         print(__doc__)
         return
     config, architecture, values = parse(sys.argv)
-    report = benchmark(config, architecture, values["runs"], tuple(values["parts"]))
+    trace = pathlib.Path(values["trace"]) if values["trace"] else None
+    report = benchmark(config, architecture, values["runs"], tuple(values["parts"]), trace=trace)
     if values["json"]:
         path = pathlib.Path(values["json"])
         path.parent.mkdir(parents=True, exist_ok=True)

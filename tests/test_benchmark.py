@@ -156,3 +156,9 @@ def test_a_program_that_does_not_fit(monkeypatch):
     wide = jax.ShapeDtypeStruct((512, 1024), jnp.float32, sharding=where)
     with pytest.raises(UserError, match=r"needs 0\.0 GiB, .* try a smaller --device-batch"):
         benchmark.measure(jax.jit(lambda x: x + 1), (wide,), 1)
+
+
+def test_a_profile_of_each_part(config, tmp_path):
+    benchmark.benchmark(config, ARCHITECTURE, 1, ("captions",), lambda line: None, tmp_path / "trace")
+    assert [path.name for path in (tmp_path / "trace").iterdir()] == ["captions"]
+    assert list((tmp_path / "trace").rglob("*.xplane.pb"))
