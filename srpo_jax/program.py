@@ -86,7 +86,7 @@ def computes(config: ConfigDict, mesh: Mesh) -> Computes:
         mesh=mesh,
         constrain=sharding.constraint(mesh),
     )
-    # With LoRA, optim.weights is about the factors.
+    # With LoRA the factors are trained, which are float32 always.
     stored = frozen.param_dtype if config.lora.rank else jnp.dtype(config.optim.weights)
     return Computes(
         transformer=dataclasses.replace(frozen, param_dtype=stored, remat=config.remat.transformer),
@@ -214,7 +214,7 @@ def _transformer(mesh: Mesh, sizes: FluxConfig, compute: Compute, config: Config
     if settings is None:
         return *_network(mesh, "flux", sizes, compute), None
     try:
-        graphdef, params = lora.abstract(sizes, compute, settings, jnp.dtype(config.optim.weights))
+        graphdef, params = lora.abstract(sizes, compute, settings)
     except ValueError as error:
         raise UserError(f"config.lora.targets: {error}") from error
     return graphdef, *lora.split(_with_sharding(params, sharding.of_tree(mesh, "flux", params)))

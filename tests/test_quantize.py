@@ -41,9 +41,9 @@ def test_every_weight_is_within_half_a_step(kind, shape, axis):
 
 
 def test_the_errors_of_normal_weights():
-    """Root mean squared, relative: 0.6 % and 9.4 %. They set what docs/lora.md says."""
+    """Root mean squared, relative: 0.65 % and 9.2 %, as docs/lora.md says."""
     w = jax.random.normal(jax.random.key(0), (3072, 256)) * 0.02
-    for kind, least, most in (("int8", 0.005, 0.007), ("nf4", 0.09, 0.10)):
+    for kind, least, most in (("int8", 0.0060, 0.0070), ("nf4", 0.090, 0.094)):
         back = quantize.dequantize(*quantize.quantize(w, kind), kind)
         assert least < float(jnp.linalg.norm(back - w) / jnp.linalg.norm(w)) < most
 

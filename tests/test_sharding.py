@@ -20,8 +20,10 @@ from srpo_jax import checkpoint, conditions, optim, program, sharding, step
 from srpo_jax.config import default
 from srpo_jax.data.loading import Examples
 from srpo_jax.errors import UserError
+from srpo_jax.models import lora
 from srpo_jax.models.autoencoder import AutoencoderConfig
 from srpo_jax.models.clip import VIT_H_14, ClipTextConfig
+from srpo_jax.models.compute import Compute
 from srpo_jax.models.flux import FluxConfig
 from srpo_jax.models.t5 import T5Config
 from srpo_jax.weights import engine, folder, formats
@@ -43,6 +45,11 @@ FULL_SIZE = {
 @functools.cache
 def parameters(network):
     return folder.abstract(network, FULL_SIZE[network])[1]
+
+
+def quantised_with_factors():
+    """FLUX.1-dev's parameters under LoRA on every layer."""
+    return lora.abstract(FLUX_DEV, Compute(), lora.Lora(16, 16.0, (".*",), "nf4"))[1]
 
 
 class Sizes:
@@ -78,9 +85,21 @@ def test_every_parameter_of_full_size_has_its_place(network, shape):
         assert whole < 0.005 * total
 
 
+@pytest.mark.parametrize("shape", [(1, 1, 1), (2, 8, 1), (1, 16, 4), (1, 64, 1)])
+def test_every_factor_and_code_of_full_size_has_its_place(shape):
+    """What stays whole on every device beside 4-bit weights: the scales, and factors along the rank."""
+    mesh = AbstractMesh(shape, sharding.AXES)
+    params = quantised_with_factors()
+    places = engine.flatten(sharding.of_tree(mesh, "flux", params))
+    for name, leaf in engine.flatten(params).items():
+        if name.endswith((".codes", ".lora_a", ".lora_b")) and mesh.shape["tensor"] > 1:
+            assert places[name].shard_shape(leaf.shape) != leaf.shape, name
+
+
 def test_every_rule_is_used():
     """By the first rule that matches, as always: a rule that an earlier one hides would be a mistake."""
     names = [f"{network}.{path}" for network in FULL_SIZE for path in engine.flatten(parameters(network))]
+    names += [f"flux.{path}" for path in engine.flatten(quantised_with_factors())]
     patterns = [pattern for pattern, _ in sharding.RULES]
     used = {next(pattern for pattern in patterns if sharding.matches(pattern, name)) for name in names}
     assert used == set(patterns)
@@ -180,6 +199,38 @@ def update_on_every_mesh(models, out):
     print(json.dumps(report))
 
 
+def lora_on_every_mesh(models):
+    """Child: quantised weights, and two updates of factors beside them, on one device and on eight."""
+    weights, states, losses = [], [], []
+    for shape in (MESHES["one"], MESHES["all"]):
+        config = tiny.config(
+            pathlib.Path(models), data__batch_size=8, lora__rank=2, lora__quantize="int8", optim__eps=1.0,
+            optim__learning_rate=10.0, mesh__data=shape[0], mesh__fsdp=shape[1], mesh__tensor=shape[2],
+        )  # fmt: skip
+        mesh = sharding.make_mesh(config.mesh, jax.devices()[: int(np.prod(shape))])
+        architecture = program.read_architecture(config)
+        built = program.build(config, mesh, architecture)
+        encode = conditions.text_encoders(config, built, architecture)
+        conditioner = conditions.Conditioner(config, built, architecture, encode)
+        prompts = [tiny.PROMPTS[i % 7] for i in sharding.local_rows(mesh, 8)]
+        state, frozen = program.initial_state(config, built), program.load_frozen(config, built)
+        path = pathlib.Path(models) / "pipeline" / "transformer"
+        four_bits = program.load_transformer(path, built.computes.transformer, mesh, "nf4")
+        for leaf, like in zip(jax.tree.leaves(frozen.base), jax.tree.leaves(built.frozen.base), strict=True):
+            assert leaf.sharding.is_equivalent_to(like.sharding, leaf.ndim) and leaf.dtype == like.dtype
+        weights.append(jax.device_get((state.params, frozen.base, four_bits)))
+        compiled = built.lower().compile()
+        for number in (1, 2):
+            state, metrics = compiled(state, frozen, conditioner.batch(Examples(prompts, {}), number))
+            losses.append(float(metrics["loss"]))
+        states.append(jax.device_get(state.params))
+    same = jax.tree.map(lambda a, b: a.tobytes() == b.tobytes(), *weights)
+    before, after = engine.flatten(weights[0][0]), [engine.flatten(state) for state in states]
+    moved = {name: [np.asarray(state[name] - before[name]) for state in after] for name in before}
+    distances = {n: float(np.linalg.norm(one - all_) / np.linalg.norm(one)) for n, (one, all_) in moved.items()}
+    print(json.dumps({"same": all(jax.tree.leaves(same)), "distances": distances, "losses": losses}))
+
+
 def move_between_meshes(models, out):
     """Child: every checkpoint restored onto another mesh is the same, bit for bit."""
     names, different = list(MESHES), []
@@ -235,6 +286,15 @@ def moment(workdir):
     """The first moments of the checkpoint of step 1, by path."""
     stored = tiny.read_arrays(workdir / "checkpoints" / "1" / "opt_state")
     return {path: leaf for path, leaf in stored.items() if "['mean']" in path}
+
+
+def test_factors_beside_quantised_weights_on_eight_devices(models):
+    """Both start bit for bit the same, and move alike."""
+    report = run("lora_on_every_mesh", models)
+    assert report["same"]
+    assert report["losses"][:2] == pytest.approx(report["losses"][2:], rel=1e-5)
+    assert len(report["distances"]) == 22
+    assert max(report["distances"].values()) < 1e-3
 
 
 def test_checkpoints_move_between_meshes(models, updated):

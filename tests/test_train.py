@@ -291,7 +291,7 @@ def test_every_key_is_read(recipe, tmp_path, monkeypatch):
     """A key that the program checks and writes down but never uses would be a promise that it breaks."""
     every = dict(
         steps=2, sample__every=2, sample__count=1, optim__ema_decay=0.5, optim__warmup_steps=2, optim__accumulation=2,
-        reward__weights__hps=0.5, reward__weights__pickscore=0.5,
+        reward__weights__hps=0.5, reward__weights__pickscore=0.5, lora__rank=2,
     )  # fmt: skip
     plain = recipe(**every)
     plain.reward.paths.hps = plain.reward.paths.pickscore = plain.reward.paths.clip

@@ -106,22 +106,20 @@ def chosen(lora: Lora, names: Any) -> list[str]:
     return [name for name in names if any(re.fullmatch(pattern, name) for pattern in lora.targets)]
 
 
-def adapt(network: Flux, lora: Lora, dtype: Any) -> Flux:
-    """Puts factors (zero) beside the kernels of the chosen layers, in place. Raises ValueError as ``chosen`` does."""
+def adapt(network: Flux, lora: Lora) -> Flux:
+    """Puts factors (zero, float32) beside the kernels of the chosen layers, in place. Raises ValueError as ``chosen``."""
     found = layers(network)
     for path in chosen(lora, found):
         module, name = found[path]
         layer = getattr(module, name)
         shape_a, shape_b = factor_shapes(layer.kernel.shape, lora.rank)
-        setattr(module, name, LoraLinear(layer, jnp.zeros(shape_a, dtype), jnp.zeros(shape_b, dtype), lora.scale))
+        setattr(module, name, LoraLinear(layer, jnp.zeros(shape_a), jnp.zeros(shape_b), lora.scale))
     return network
 
 
-def abstract(
-    config: FluxConfig, compute: Compute, lora: Lora, dtype: Any = jnp.float32
-) -> tuple[nnx.GraphDef, Params]:
-    """Graph definition and ``ShapeDtypeStruct`` parameters of the adapted transformer: factors of ``dtype``, and a
-    frozen part that is quantised as ``lora`` says. Raises ValueError as ``chosen`` does."""
+def abstract(config: FluxConfig, compute: Compute, lora: Lora) -> tuple[nnx.GraphDef, Params]:
+    """Graph definition and ``ShapeDtypeStruct`` parameters of the adapted transformer, whose frozen part is quantised
+    as ``lora`` says. Raises ValueError as ``chosen`` does."""
 
     def construct(rngs: nnx.Rngs) -> Flux:
         network = Flux(config, compute, rngs=rngs)
@@ -129,7 +127,7 @@ def abstract(
             for module, name in layers(network).values():
                 layer = getattr(module, name)
                 layer.kernel = quantize.QuantizedKernel(layer.kernel[...], lora.quantized)
-        return adapt(network, lora, dtype)
+        return adapt(network, lora)
 
     return models_compute.abstract(construct)
 
