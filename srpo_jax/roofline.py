@@ -1,7 +1,7 @@
 """How long an update takes at best on a chip: arithmetic, memory and interconnect at their published peaks.
 
     compute        hardware FLOPs of every part (srpo_jax/flops.py: with what rematerialisation computes again) at the
-                   peak of bfloat16 matrix products, shared evenly by all devices
+                   peak of bfloat16 matrix products, those of 8-bit rollouts (rollout.dtype) too, shared by all devices
     memory         what no matrix product hides: the optimiser, which reads the gradients twice (for their norm, and to
                    use them) and reads and writes weights and state; and, where attention is not fused, its matrix,
                    which passes through memory between the products on both sides of it
