@@ -7,6 +7,7 @@ import os
 import pathlib
 import subprocess
 import sys
+import threading
 
 import jax
 import jax.numpy as jnp
@@ -295,6 +296,53 @@ def test_factors_beside_quantised_weights_on_eight_devices(models):
     assert report["losses"][:2] == pytest.approx(report["losses"][2:], rel=1e-5)
     assert len(report["distances"]) == 22
     assert max(report["distances"].values()) < 1e-3
+
+
+def load_onto_eight(path):
+    """Child: what this process's own memory grows by at most while a transformer is loaded (pages of the file, which
+    the system takes back when it likes, are not its own), and the largest device's part."""
+
+    def own():
+        status = pathlib.Path("/proc/self/status").read_text()
+        return int(next(line.split()[1] for line in status.splitlines() if line.startswith("RssAnon"))) * 1024
+
+    def watch():
+        while not loaded.wait(0.002):
+            seen.append(own())
+
+    mesh = sharding.make_mesh(Sizes(1, 8, 1))
+    jax.block_until_ready(jax.device_put(np.ones(8), sharding.of_batch(mesh)))
+    before, seen, loaded = own(), [], threading.Event()
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    _, _, params = folder.load(path, "flux", sharding=sharding.of(mesh, "flux"))
+    leaves = jax.block_until_ready(jax.tree.leaves(params))
+    loaded.set()
+    watcher.join()
+    parts = [sum(leaf.addressable_shards[device].data.nbytes for leaf in leaves) for device in range(8)]
+    largest = max(leaf.nbytes for leaf in leaves)
+    growth = max([*seen, own()]) - before
+    print(json.dumps({"growth": growth, "bytes": sum(leaf.nbytes for leaf in leaves), "part": max(parts),
+                      "largest": largest}))  # fmt: skip
+
+
+@pytest.mark.skipif(not pathlib.Path("/proc/self/status").exists(), reason="memory is measured as Linux reports it")
+def test_loading_takes_the_memory_of_the_shards(tmp_path):
+    """All eight devices are this process: their shards are one copy of the weights. Nobody holds another one.
+
+    LOADING_BLOCKS=35 measures it with a billion parameters.
+    """
+    blocks = int(os.environ.get("LOADING_BLOCKS", 2))
+    config = dataclasses.replace(FLUX_DEV, num_layers=1, num_single_layers=blocks, num_attention_heads=12)
+    rng = np.random.default_rng(0)
+    params = folder.abstract("flux", config)[1]
+    params = jax.tree.map(lambda leaf: np.broadcast_to(rng.normal(size=leaf.shape[-1]), leaf.shape), params)
+    folder.save(tmp_path, "flux", config, params, np.float32)
+    found = run("load_onto_eight", tmp_path)
+    print(found)
+    assert found["bytes"] == sum(leaf.size * 4 for leaf in jax.tree.leaves(params))
+    assert found["part"] < 1.05 * found["bytes"] / 8
+    assert found["growth"] < 1.05 * found["bytes"] + found["largest"]
 
 
 def test_checkpoints_move_between_meshes(models, updated):
