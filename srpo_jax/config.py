@@ -56,6 +56,8 @@ def default() -> ConfigDict:
     c.lora.alpha = 16.0  # the product of two factors counts alpha / rank
     # Layers of the blocks that get factors: regular expressions, each for whole paths as double_blocks.img_attn.qkv.
     c.lora.targets = (r"double_blocks\.\w+_(attn|mlp)\.\w+", r"single_blocks\.(qkv|mlp_in|out)")
+    # LoRA file in the names of diffusers (transformer.MODULE.lora_A.weight) whose factors are the start; else B is 0.
+    c.lora.init = config_dict.placeholder(str)
     # How the kernels of the frozen blocks are stored: none (as model.dtype) | int8 | nf4 (4 bits)
     c.lora.quantize = "none"
 
@@ -312,6 +314,7 @@ def _check_lora(flat: dict[str, Any], require: Any) -> None:
             "low-rank factors are small and stay float32; set it to float32, or lora.rank to 0")  # fmt: skip
     require("lora.quantize", flat["lora.quantize"] == "none" or flat["lora.rank"],
             "trained weights cannot be quantised; train factors beside them: --config.lora.rank=16")  # fmt: skip
+    require("lora.init", flat["lora.rank"] or not flat["lora.init"], "is for LoRA: set lora.rank to the file's")
     require("lora.targets", flat["lora.targets"], "name one or more layers")
     for pattern in flat["lora.targets"]:
         try:

@@ -28,7 +28,9 @@ from srpo_jax.models.lora import Lora
 from srpo_jax.optim import Optimizer
 from srpo_jax.rewards import Reward
 from srpo_jax.step import Batch, Frozen, Networks, Rollout, Settings, TrainState
-from srpo_jax.weights import folder, quantized
+from srpo_jax.weights import engine, folder, quantized
+from srpo_jax.weights import lora as weights_lora
+from srpo_jax.weights.files import SafetensorsFile
 
 # Folders of a pipeline, and the networks in them.
 TRANSFORMER, AUTOENCODER = "transformer", "vae"
@@ -261,8 +263,7 @@ def initial_state(config: ConfigDict, program: Program) -> TrainState:
     if program.frozen.base is None:
         params = _load_transformer(config, program)
     else:
-        make = jax.jit(lambda: lora.initial(program.state.params, config.seed), out_shardings=shardings.params)
-        params = make()
+        params = _initial_factors(config, program, shardings.params)
     return TrainState(
         step=jax.device_put(np.int32(0), shardings.step),
         params=params,
@@ -271,6 +272,21 @@ def initial_state(config: ConfigDict, program: Program) -> TrainState:
         ema=None if shardings.ema is None else jax.jit(lambda p: jax.tree.map(_copy_in_float32, p))(params),
         # Never read: the first update makes the first rollout.
         rollout=jax.jit(lambda: _zeros(program.state.rollout), out_shardings=shardings.rollout)(),
+    )
+
+
+def _initial_factors(config: ConfigDict, program: Program, shardings: Any) -> Params:
+    """New factors, or those of ``config.lora.init``."""
+    if not config.lora.init:
+        return jax.jit(lambda: lora.initial(program.state.params, config.seed), out_shardings=shardings)()
+    if not pathlib.Path(config.lora.init).is_file():
+        raise UserError(f"config.lora.init={config.lora.init!r} is not a file; name a LoRA's safetensors file")
+    file, sizes = SafetensorsFile(config.lora.init), read_config(pathlib.Path(config.model.path) / TRANSFORMER, "flux")
+    arrays = weights_lora.imported(sizes, file, Lora.from_config(config.lora), file.metadata)
+    return jax.tree.map(
+        lambda array, where: jax.make_array_from_callback(array.shape, where, lambda index: array[index]),
+        engine.unflatten(arrays, program.state.params),
+        shardings,
     )
 
 

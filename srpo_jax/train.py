@@ -56,8 +56,8 @@ def train(config: ConfigDict, workdir: str | os.PathLike) -> int | None:
     samples = SampleGrid(config, built, encode, held_out, workdir) if held_out else None
     conditioner = conditions.Conditioner(config, built, architecture, encode if online else None)
     del encode  # with stored features, T5 makes room here for what is trained
-    frozen = program.load_frozen(config, built)
     state = program.initial_state(config, built) if newest is None else None
+    frozen = program.load_frozen(config, built)
 
     # === State: new, or of the newest checkpoint; from here on the workdir belongs to this run ========================
     checkpoint.write_config(workdir, config)

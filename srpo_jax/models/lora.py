@@ -107,7 +107,7 @@ def chosen(lora: Lora, names: Any) -> list[str]:
 
 
 def adapt(network: Flux, lora: Lora) -> Flux:
-    """Puts factors (zero, float32) beside the kernels of the chosen layers, in place. Raises ValueError as ``chosen``."""
+    """Puts float32 factors of 0 beside the chosen layers' kernels, in place. Raises ValueError as ``chosen`` does."""
     found = layers(network)
     for path in chosen(lora, found):
         module, name = found[path]
