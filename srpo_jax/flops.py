@@ -319,12 +319,13 @@ def sample(config: ConfigDict, architecture: Architecture) -> dict[str, Work]:
     """The work that one sample of a batch takes in one update, by part, without the optimiser's.
 
     captions     the rewards' text towers, each on every caption variant of the prompt
-    rollout      the transformer, once a step, without gradient; where a rollout serves several updates, its share
+    rollout      the transformer, once a step, without gradient; where a rollout serves several updates, its share;
+                 none where real pictures take its place
     transformer  forward and backward, once a term
     autoencoder  the decoder, forward and backward, once a term
     reward       the rewards' vision towers, forward and backward, once a term
     """
-    data, remat = config.data, config.remat
+    data, rollout, remat = config.data, config.rollout, config.remat
     image_tokens = (data.height // (LATENT_FACTOR * flow.PATCH)) * (data.width // (LATENT_FACTOR * flow.PATCH))
     flux = transformer(architecture.transformer, image_tokens, data.text_length)
     vae = decoder(architecture.autoencoder, data.height, data.width)
@@ -342,7 +343,7 @@ def sample(config: ConfigDict, architecture: Architecture) -> dict[str, Work]:
         "captions": sum(
             (text_tower(clip.text_config, clip.projection_dim).inference() * len(CAPTIONS) for clip in towers), nothing
         ),
-        "rollout": rolled * (config.rollout.steps / config.rollout.reuse),
+        "rollout": nothing if data.rollout == "offline" else rolled * (rollout.steps / rollout.reuse),
         "transformer": trained * count,
         # The frozen networks attend in plain XLA whatever the backend.
         "autoencoder": vae.gradient(trained=False, remat=remat.autoencoder, attention="xla") * count,
