@@ -1,4 +1,5 @@
-"""From prompts to what an update or a sample is conditioned on: features for the transformer, token ids for rewards."""
+"""From examples to what an update or a sample is made from: features and latents for the transformer, token ids for
+rewards."""
 
 import os
 import pathlib
@@ -9,7 +10,8 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from srpo_jax import program, rewards, sharding, text
+from srpo_jax import flow, program, rewards, sharding, text
+from srpo_jax.data import stored
 from srpo_jax.data.loading import Examples
 from srpo_jax.errors import UserError
 from srpo_jax.models.compute import Compute
@@ -75,6 +77,7 @@ class Conditioner:
     ):
         self._mesh, self._batch_size, self._encode = built.mesh, config.data.batch_size, encode
         self._words = tuple(config.reward.positive), tuple(config.reward.negative)
+        self._offline = config.data.rollout == "offline"
         self._encoded: tuple[Examples, tuple[jax.Array, jax.Array]] | None = None
         self._rewards = {}
         for name, (path, _) in program.used_rewards(config).items():
@@ -104,7 +107,8 @@ class Conditioner:
             }
             for name, (tokenizer, length, pad) in self._rewards.items()
         }
-        return Batch(*self._encoded[1], reward_ids)
+        latents = self._place(flow.pack(examples.arrays[stored.LATENTS])) if self._offline else None
+        return Batch(*self._encoded[1], reward_ids, latents)
 
     def _features(self, examples: Examples) -> tuple[jax.Array, jax.Array]:
         if self._encode is None:

@@ -20,6 +20,7 @@ BRANCHES = ("denoise", "inversion")
 SOLVERS = ("euler", "ab2")
 ROLLOUT_DTYPES = ("model", "int8", "float8")
 ENCODE = ("online", "stored")
+ROLLOUT = ("online", "offline")
 DTYPES = ("bfloat16", "float32")
 MOMENTS = ("float32", "bfloat16", "float8")
 ATTENTION = ("xla", "cudnn", "splash")
@@ -77,6 +78,9 @@ def default() -> ConfigDict:
     c.data.prompts = config_dict.placeholder(str)
     c.data.column = config_dict.placeholder(str)  # of the prompts, where there are several: prompt, caption or text
     c.data.path = config_dict.placeholder(str)  # of stored: the data set's folder
+    # Where the images to be improved come from. online: the model makes them by rollouts | offline: real pictures,
+    # encoded by python -m srpo_jax.encode --images; of config.rollout only the shift counts then.
+    c.data.rollout = "online"
     # Which of the prompts are used, either way; how many each condition leaves out is printed.
     c.data.filter = ConfigDict()
     c.data.filter.min_length = 0  # characters
@@ -226,6 +230,7 @@ def validate(config: ConfigDict, paths: bool = True) -> None:
         ("method", METHODS),
         ("model.dtype", DTYPES),
         ("data.encode", ENCODE),
+        ("data.rollout", ROLLOUT),
         ("model.attention", ATTENTION),
         ("remat.transformer", REMAT),
         ("remat.autoencoder", REMAT),
@@ -278,6 +283,8 @@ def validate(config: ConfigDict, paths: bool = True) -> None:
         # Its gradient needs a late state of the trajectory, at a step drawn anew, not where the trajectory ends.
         require("rollout.reuse", flat["rollout.reuse"] == 1, "method=refl needs a rollout at every update; set it to 1")
     _check_lora(flat, require)
+    if flat["data.rollout"] == "offline":
+        _check_offline(flat, require)
     _check_align(flat, require)
     _check_rewards(flat, require, paths)
     for key in ("mesh.data", "mesh.fsdp", "mesh.tensor"):
@@ -321,6 +328,17 @@ def _check_lora(flat: dict[str, Any], require: Any) -> None:
             re.compile(pattern)
         except (re.error, TypeError) as error:
             raise UserError(f"config.lora.targets: {pattern!r} is not a regular expression: {error}") from error
+
+
+def _check_offline(flat: dict[str, Any], require: Any) -> None:
+    offline = "data.rollout=offline"
+    require("method", flat["method"] != "refl", f"takes states of a rollout, {offline} has none; choose another method")
+    require("data.encode", flat["data.encode"] == "stored", f"{offline} needs encoded pictures; set it to stored")
+    require("rollout.noise", flat["rollout.noise"] == "per_sample",
+            f"{offline} draws noise for each picture; set it to per_sample")  # fmt: skip
+    require("rollout.reuse", flat["rollout.reuse"] == 1, f"{offline} has no rollout to use again; set it to 1")
+    for key, plain in (("rollout.dtype", "model"), ("rollout.solver", "euler")):
+        require(key, flat[key] == plain, f"{offline} has no rollout to make faster; set it to {plain}")
 
 
 def _check_align(flat: dict[str, Any], require: Any) -> None:

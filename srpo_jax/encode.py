@@ -1,14 +1,22 @@
-"""Encodes prompts once and for all: the features of T5 and CLIP as a tensorflow-datasets data set.
+"""Encodes prompts, or pictures with captions, once and for all, as a tensorflow-datasets data set.
 
     python -m srpo_jax.encode --model=models/flux-dev --prompts=prompts.csv --column=prompt --out=data/prompts
     python -m srpo_jax.main ... --config.data.encode=stored --config.data.path=data/prompts
 
-PROMPTS is text (one a line), CSV, TSV, JSON, JSON Lines or Parquet by the file's name, a pattern of such files
-('data/*.parquet'), or tfds:NAME[:SPLIT]. The encoders are split over all devices. The same command again goes on where
-an interrupted one stopped. A job of several processes starts the command in each, with one shared --out folder: on TPUs
-and under SLURM they find each other, elsewhere give --coordinator, --process_id and --process_count.
+    python -m srpo_jax.encode --model=models/flux-dev --images=photos --out=data/photos
+    python -m srpo_jax.main --config=configs/flux_dev_hps_offline.py ... --config.data.path=data/photos
 
-A prompt takes up to 3.3 MB on disk (FLUX.1, 512 tokens, bfloat16). The released recipe uses 608: --sample draws some.
+PROMPTS is text (one a line), CSV, TSV, JSON, JSON Lines or Parquet by the file's name, a pattern of such files
+('data/*.parquet'), or tfds:NAME[:SPLIT]. IMAGES is a folder of pictures, with a caption in a text file beside each
+(fox.png, fox.txt) or all of them in metadata.jsonl, or tfds:NAME[:SPLIT]. Stored are the features of T5 and CLIP, and
+of pictures the autoencoder's latents, at one size: the largest centred part of its shape is taken.
+
+The encoders are split over all devices. The same command again goes on where an interrupted one stopped. A job of
+several processes starts the command in each, with one shared --out folder: on TPUs and under SLURM they find each
+other, elsewhere give --coordinator, --process_id and --process_count.
+
+A prompt takes up to 3.3 MB on disk (FLUX.1, 512 tokens, bfloat16), a picture of 720x720 0.5 MB more. The released
+recipe uses 608: --sample draws some.
 """
 
 import argparse
@@ -26,9 +34,10 @@ from absl import logging
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from srpo_jax import conditions, distributed, errors, program, sharding
+from srpo_jax import conditions, distributed, errors, latents, program, sharding, step
 from srpo_jax.config import DTYPES
-from srpo_jax.data import filters, sources, stored
+from srpo_jax.data import filters, images, sources, stored
+from srpo_jax.data.images import Images
 from srpo_jax.errors import UserError
 from srpo_jax.generate import MAX_TEXT
 from srpo_jax.models.compute import Compute
@@ -36,6 +45,8 @@ from srpo_jax.weights import fingerprint
 from srpo_jax.weights.files import Spec
 
 BATCH = 8  # prompts at once on each part of the mesh
+SIZE = 720  # pixels of the released recipes
+BROKEN = ("fail", "skip")
 
 # From the places of this process's share of a batch to arrays of the whole batch, split over the mesh.
 Encode = Callable[[Sequence[int]], Mapping[str, jax.Array]]
@@ -52,12 +63,13 @@ def encode_prompts(
     batch_size: int | None = None,
     shard_size: int | None = None,
     source: str = "",
+    pictures: Images | None = None,
 ) -> stored.Manifest:
     """Writes the text encoders' features of prompts as a data set, or what is missing of it.
 
     Args:
       model: pipeline folder in our format.
-      texts: at least one.
+      texts: at least one; the captions, if there are ``pictures``.
       out: folder of the data set.
       text_length: T5 tokens of a prompt, padding included.
       dtype: of the encoders and the features.
@@ -65,11 +77,13 @@ def encode_prompts(
       batch_size: prompts at once on all devices, rounded up; default is ``BATCH`` for each part of the mesh.
       shard_size: examples in a file; default makes files of some 200 MB.
       source: where the texts come from, for people.
+      pictures: examined ones, one for each text, whose latents are stored beside the features.
 
     Returns:
       What was written.
 
-    Raises UserError for a folder that is not right, before anything is written.
+    Raises UserError for a folder that is not right, before anything is written, and for a picture that was damaged
+    since it was examined.
     """
     model, kind = pathlib.Path(model), jnp.dtype(dtype)
     transformer = program.read_config(model / program.TRANSFORMER, "flux")
@@ -77,12 +91,19 @@ def encode_prompts(
         "text": Spec((text_length, transformer.joint_attention_dim), kind),
         "pooled": Spec((transformer.pooled_projection_dim,), kind),
     }
+    encoders, digest = fingerprint.of_text_encoders(model), stored.digest(texts)
+    if pictures:
+        latents.read_config(model)
+        sides = pictures.height // step.LATENT_FACTOR, pictures.width // step.LATENT_FACTOR
+        arrays[stored.LATENTS] = Spec((*sides, step.LATENT_CHANNELS), np.dtype(np.float32))
+        encoders[program.AUTOENCODER] = fingerprint.of_network(model / program.AUTOENCODER)
+        digest = stored.digest([digest, pictures.digest])
     manifest = stored.Manifest(
         count=len(texts),
         shard_size=shard_size or stored.default_shard_size(arrays),
         arrays=arrays,
-        encoders=fingerprint.of_text_encoders(model),
-        digest=stored.digest(texts),
+        encoders=encoders,
+        digest=digest,
         model=str(model),
         source=source,
     )
@@ -92,14 +113,17 @@ def encode_prompts(
     work = Work(out, manifest, mesh, batch_size)
     if work.shards:
         compute = Compute(dtype=kind, param_dtype=kind, constrain=sharding.constraint(mesh))
-        encoders = conditions.TextEncoders(model, compute, mesh, transformer, text_length)
+        encode_texts = conditions.TextEncoders(model, compute, mesh, transformer, text_length)
+        if pictures:
+            encode_pictures, load = latents.Encoder(model, mesh), images.Loader(pictures)
 
         def encode(places: Sequence[int]) -> dict[str, jax.Array]:
-            text, pooled = encoders([texts[place] for place in places], batch_size)
-            return {"text": text, "pooled": pooled}
+            text, pooled = encode_texts([texts[place] for place in places], batch_size)
+            features = {"text": text, "pooled": pooled}
+            return features | {stored.LATENTS: encode_pictures(load(places), batch_size)} if pictures else features
 
         work.begin(texts)
-        work.run(texts, encode)
+        work.run(texts, encode, "picture" if pictures else "prompt")
     work.finish()
     return manifest
 
@@ -116,7 +140,7 @@ class Work:
     Attributes:
       shards: those that are missing, the same in every process.
 
-    Raises UserError if the processes were given different prompts or encoders.
+    Raises UserError if the processes were given different prompts, pictures or encoders.
     """
 
     def __init__(self, out: str | os.PathLike, manifest: stored.Manifest, mesh: Mesh, batch_size: int):
@@ -125,7 +149,7 @@ class Work:
         here = jax.process_index()
         mine = stored.digest([manifest.digest, *sorted(manifest.encoders.values())])
         if np.unique(multihost_utils.process_allgather(np.uint32(int(mine[:8], 16)))).size > 1:
-            raise UserError(f"the processes of this job differ in their prompts or text encoders; {out} is left alone")
+            raise UserError(f"the processes of this job differ in what they encode or by what; {out} is left alone")
         self._group = next(index for index, (processes, _) in enumerate(self._groups) if here in processes)
         # Of processes that hold the same samples the first one writes.
         self._writes = self._groups[self._group][0][0] == here
@@ -140,13 +164,13 @@ class Work:
             stored.begin(self._out, self._manifest, texts)
         multihost_utils.sync_global_devices("srpo_jax.encode: begin")
 
-    def run(self, texts: Sequence[str], encode: Encode) -> None:
-        """Encodes and writes all that is missing; process 0 shows the progress."""
+    def run(self, texts: Sequence[str], encode: Encode, unit: str) -> None:
+        """Encodes and writes all that is missing; process 0 shows the progress, counted in ``unit``s."""
         done = self._manifest.count - sum(len(self._manifest.members(shard)) for shard in self.shards)
         mine = self.shards[self._group :: len(self._groups)]
         size = len(self._groups[self._group][1])
         bar = tqdm.tqdm(
-            total=self._manifest.count, initial=done, unit="prompt", disable=jax.process_index() != 0,
+            total=self._manifest.count, initial=done, unit=unit, disable=jax.process_index() != 0,
             mininterval=0.1 if sys.stderr.isatty() else 10,
         )  # fmt: skip
         with bar, stored.Writer(self._out, self._manifest, mine if self._writes else []) as writer:
@@ -207,8 +231,10 @@ def _parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     parser.add_argument("--model", required=True, help="pipeline folder made by `python -m srpo_jax.convert import`")
-    parser.add_argument("--prompts", required=True, help="file, pattern, tfds:NAME[:SPLIT] or tfds:FOLDER[:SPLIT]")
-    parser.add_argument("--column", help="of the prompts (default: prompt, caption or text)")
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--prompts", help="file, pattern, tfds:NAME[:SPLIT] or tfds:FOLDER[:SPLIT]")
+    what.add_argument("--images", help="folder of pictures with captions, tfds:NAME[:SPLIT] or tfds:FOLDER[:SPLIT]")
+    parser.add_argument("--column", help="of the prompts or captions (default: prompt, caption or text)")
     parser.add_argument("--out", required=True, help="folder of the data set")
     parser.add_argument(
         "--text-length", type=int, default=MAX_TEXT, help=f"config.data.text_length (default: {MAX_TEXT})"
@@ -216,6 +242,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="config.model.dtype (default: bfloat16)")
     parser.add_argument("--batch", type=int, help=f"prompts at once (default: {BATCH} a device)")
     parser.add_argument("--shard-size", type=int, help="prompts in a file (default: as many as make 256 MiB)")
+    parser.add_argument("--height", type=int, help=f"config.data.height, of --images, in pixels (default: {SIZE})")
+    parser.add_argument("--width", type=int, help=f"config.data.width, of --images, in pixels (default: {SIZE})")
+    parser.add_argument(
+        "--broken", choices=BROKEN, help="what to do about --images that cannot be used: all are named (default: fail)"
+    )
     add_filters(parser)
     for axis, default in (("data", 1), ("fsdp", -1), ("tensor", 1)):
         words = f"devices along this axis of the mesh; -1 is the rest (default: {default})"
@@ -233,19 +264,23 @@ def main(arguments: list[str] | None = None) -> None:
     for flag, least in (("text_length", 2), ("batch", 1), ("shard_size", 1), ("min_length", 0), ("sample", 0)):
         if (value := getattr(args, flag)) is not None and value < least:
             raise UserError(f"--{flag.replace('_', '-')}={value}: must be at least {least}")
-    prompts = sources.read(args.prompts, args.column)
+    for flag in ("height", "width"):
+        if (value := getattr(args, flag)) is not None and (value <= 0 or value % 16):
+            raise UserError(f"--{flag}={value}: must be a positive multiple of 16")
     chosen = filters.Filter(
         args.min_length, args.max_length, args.include, args.exclude, args.unique, args.sample, args.seed
     )
-    places, counts = filters.select(prompts, chosen)
-    summary = f"{args.prompts}: {filters.describe(len(prompts), counts)}"
     with distributed.job(args.coordinator, args.process_id, args.process_count):
+        if args.images:
+            texts, summary, pictures = _read_images(args, chosen)
+        else:
+            texts, summary, pictures = *_read_prompts(args, chosen), None
         if jax.process_index() == 0:
             print(summary, flush=True)
         try:
             manifest = encode_prompts(
                 args.model,
-                [prompts[place] for place in places],
+                texts,
                 args.out,
                 text_length=args.text_length,
                 dtype=args.dtype,
@@ -253,11 +288,49 @@ def main(arguments: list[str] | None = None) -> None:
                 batch_size=args.batch,
                 shard_size=args.shard_size,
                 source=summary,
+                pictures=pictures,
             )
         except KeyboardInterrupt:
             raise UserError(f"interrupted; the same command goes on in {args.out}") from None
         if jax.process_index() == 0:
-            print(f"{manifest.count} prompts in {args.out}")
+            print(f"{manifest.count} {'pictures' if pictures else 'prompts'} in {args.out}")
+
+
+def _read_prompts(args: argparse.Namespace, chosen: filters.Filter) -> tuple[list[str], str]:
+    """The prompts that are chosen, and how many were not, in a line."""
+    for flag in ("height", "width", "broken"):
+        if getattr(args, flag) is not None:
+            raise UserError(f"--{flag}={getattr(args, flag)} is for --images; leave it out")
+    prompts = sources.read(args.prompts, args.column)
+    places, counts = filters.select(prompts, chosen)
+    return [prompts[place] for place in places], f"{args.prompts}: {filters.describe(len(prompts), counts)}"
+
+
+def _read_images(args: argparse.Namespace, chosen: filters.Filter) -> tuple[list[str], str, Images]:
+    """The captions of the pictures that are chosen, how many were not, in a line, and the pictures, examined.
+
+    Process 0 names every picture that cannot be used. Raises UserError if there is one, unless ``--broken=skip``.
+    """
+    height, width = args.height or SIZE, args.width or SIZE
+    pictures, wrong = images.read(args.images, args.column)
+    total = len(pictures) + len(wrong)
+    places, counts = filters.select([picture.caption for picture in pictures], chosen)
+    candidates = [pictures[place] for place in places]
+    digests, broken = images.examine(candidates, height, width, progress=jax.process_index() == 0)
+    wrong = [*wrong, *broken.values()]
+    if wrong and jax.process_index() == 0:
+        print(*wrong, sep="\n", file=sys.stderr, flush=True)
+    if wrong and args.broken != "skip":
+        raise UserError(f"{images.describe_broken(wrong, total)}; mend them, or leave them out with --broken=skip")
+    if wrong:
+        counts |= {"broken": len(wrong)}
+    if len(broken) == len(candidates):
+        raise UserError(f"no picture is left: {filters.describe(total, counts, 'pictures')}")
+    whole = [place for place in range(len(candidates)) if place not in broken]
+    kept = [candidates[place] for place in whole]
+    digest = images.digest([digests[place] for place in whole], height, width)
+    summary = f"{args.images}: {filters.describe(total, counts, 'pictures')}"
+    return [picture.caption for picture in kept], summary, Images(kept, digest, height, width)
 
 
 if __name__ == "__main__":

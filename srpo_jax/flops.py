@@ -323,7 +323,12 @@ def tokens(config: ConfigDict) -> tuple[int, int]:
 
 
 def rollout(config: ConfigDict, sizes: FluxConfig) -> Work:
-    """One sample's rollout: a step is a whole forward pass, or one with few blocks where the others' change is kept."""
+    """One sample's rollout, or its share of one that serves several updates; none where real pictures take its place.
+
+    A step is a whole forward pass, or one with few blocks where the others' change is kept.
+    """
+    if config.data.rollout == "offline":
+        return Work(0.0, 0.0)
     first, last = config.rollout.cache_ends
     lora = Lora.from_config(config.lora)
 
@@ -332,20 +337,21 @@ def rollout(config: ConfigDict, sizes: FluxConfig) -> Work:
         return transformer(blocks, *tokens(config)).inference() + Work(low, low)
 
     renewals = -(-config.rollout.steps // config.rollout.cache)
-    whole = step(sizes, 1.0) * renewals
+    whole = step(sizes, 1.0) * (renewals / config.rollout.reuse)
     if renewals == config.rollout.steps:
         return whole
     few = dataclasses.replace(sizes, num_layers=first, num_single_layers=last)
     # Of the factors, as many as of the blocks: both kinds of block have about the same.
     share = (first + last) / (sizes.num_layers + sizes.num_single_layers)
-    return whole + step(few, share) * (config.rollout.steps - renewals)
+    return whole + step(few, share) * ((config.rollout.steps - renewals) / config.rollout.reuse)
 
 
 def sample(config: ConfigDict, architecture: Architecture) -> dict[str, Work]:
     """The work that one sample of a batch takes in one update, by part, without the optimiser's.
 
     captions     the rewards' text towers, each on every caption variant of the prompt
-    rollout      the transformer without gradient, once a step; where a rollout serves several updates, its share
+    rollout      the transformer without gradient, once a step; where a rollout serves several updates, its share; none
+                 where real pictures take its place
     transformer  forward and backward, once a term
     autoencoder  the decoder, forward and backward, once a term
     reward       the rewards' vision towers, forward and backward, once a term
@@ -366,7 +372,7 @@ def sample(config: ConfigDict, architecture: Architecture) -> dict[str, Work]:
         "captions": sum(
             (text_tower(clip.text_config, clip.projection_dim).inference() * len(CAPTIONS) for clip in towers), nothing
         ),
-        "rollout": rollout(config, architecture.transformer) * (1 / config.rollout.reuse),
+        "rollout": rollout(config, architecture.transformer),
         "transformer": trained * count,
         # The frozen networks attend in plain XLA whatever the backend.
         "autoencoder": vae.gradient(trained=False, remat=remat.autoencoder, attention="xla") * count,

@@ -1,24 +1,31 @@
 """Shows what is in a data set that `python -m srpo_jax.encode` made, complete or not.
 
     python -m srpo_jax.inspect_data data/prompts
+    python -m srpo_jax.inspect_data data/photos --sheet=photos.png --show=24
 
 Counts, sizes, arrays, fingerprints of the encoders, lengths in characters and tokens, some prompts, and how fast it can
-be read. Tokens are counted by the tokenizers of the pipeline folder that encoded (--model if it was moved).
+be read; --sheet draws the pictures of these prompts as their latents decode. Tokens are counted, and latents decoded,
+by the pipeline folder that encoded (--model if it was moved).
 """
 
 import argparse
+import math
 import os
 import pathlib
 import sys
+import textwrap
 import time
 from collections.abc import Iterator, Sequence
 
 import numpy as np
+from PIL import Image, ImageDraw, ImageFont
 
-from srpo_jax import errors, text
+from srpo_jax import errors, latents, program, sampling, text
 from srpo_jax.data import stored
 from srpo_jax.errors import UserError
 from srpo_jax.weights import fingerprint
+
+THUMBNAIL, MARGIN, GAP = 256, 72, 8  # pixels: a picture's longer side at most, room for its caption, between pictures
 
 
 def describe(path: str | os.PathLike, model: str | None = None, show: int = 8, seed: int = 0) -> Iterator[str]:
@@ -50,6 +57,8 @@ def describe(path: str | os.PathLike, model: str | None = None, show: int = 8, s
 
     where = pathlib.Path(model or manifest.model)
     here = fingerprint.of_text_encoders(where) if model or where.is_dir() else {}
+    if here and program.AUTOENCODER in manifest.encoders:
+        here[program.AUTOENCODER] = fingerprint.of_network(where / program.AUTOENCODER)
     yield f"encoded by {manifest.model}" + (f", compared with {where}" if here else "")
     for part, found in manifest.encoders.items():
         same = "" if part not in here else "  the same" if here[part] == found else f"  OTHER: {here[part]}"
@@ -70,19 +79,66 @@ def describe(path: str | os.PathLike, model: str | None = None, show: int = 8, s
         yield f"  tokens: {where} is not there; name the pipeline's folder with --model"
     yield f"{len(texts) - len(set(texts))} prompts are repeated"
 
-    generator = np.random.default_rng(seed)
-    shown = sorted(generator.choice(len(texts), min(show, len(texts)), replace=False))
+    shown = draw(len(texts), show, seed)
     if shown:
         yield "some prompts"
     for place in shown:
         yield f"  {place:>6}  {texts[place]}"
     if complete:
-        data = stored.DataSet(path)
+        data, generator = stored.DataSet(path), np.random.default_rng(seed)
         places = generator.choice(len(data), min(64, len(data)), replace=False).tolist()
         started = time.perf_counter()
         for place in places:
             data.read([place])
         yield f"{len(places)} records in random order are read at {len(places) / (time.perf_counter() - started):.0f}/s"
+
+
+def draw(count: int, show: int, seed: int) -> list[int]:
+    """The places of ``show`` of ``count`` examples, or of all, in their order."""
+    return sorted(np.random.default_rng(seed).choice(count, min(show, count), replace=False).tolist())
+
+
+def contact_sheet(path: str | os.PathLike, model: str | None, show: int, seed: int) -> tuple[Image.Image, str]:
+    """Pictures of a data set, decoded from their latents, with their captions below; and their latents' spread.
+
+    Takes the arguments of ``describe`` and shows the same examples. The mean and the deviation are of all numbers of
+    these latents; FLUX.1's are made to be near 0 and 1.
+
+    Raises UserError if the folder is not a complete data set of pictures, or the pipeline that decodes is not there.
+    """
+    data = stored.DataSet(path)
+    if stored.LATENTS not in data.manifest.arrays:
+        raise UserError(f"{path} holds prompts without pictures: there is nothing to draw; leave out --sheet")
+    where = model or data.manifest.model
+    if not pathlib.Path(where).is_dir():
+        raise UserError(
+            f"{where}, which encoded {path}, is not there to decode; name the pipeline's folder with --model"
+        )
+    examples = data.read(draw(len(data), show, seed))
+    found = np.stack([example[stored.LATENTS] for example in examples])
+    images = latents.decode(where, found)
+    spread = f"latents of {len(examples)} pictures: mean {found.mean():.3f}, deviation {found.std():.3f}"
+    return _sheet(images, [example["prompt"] for example in examples]), spread
+
+
+def _sheet(images: np.ndarray, captions: Sequence[str]) -> Image.Image:
+    """uint8 [B, H, W, 3] side by side, each with two lines of text below."""
+    height, width = images.shape[1:3]
+    scale = min(1.0, THUMBNAIL / max(height, width))
+    size = max(round(scale * width), MARGIN), round(scale * height)
+    columns = math.ceil(math.sqrt(len(images)))
+    rows = math.ceil(len(images) / columns)
+    font, line = ImageFont.load_default(10), 13
+    tile = size[0] + GAP, size[1] + 2 * line + GAP
+    sheet = Image.new("RGB", (columns * tile[0], rows * tile[1]), "white")
+    pen = ImageDraw.Draw(sheet)
+    for index, (image, caption) in enumerate(zip(images, captions, strict=True)):
+        left, top = index % columns * tile[0], index // columns * tile[1]
+        thumbnail = Image.fromarray(image).resize((round(scale * width), size[1]), Image.Resampling.LANCZOS)
+        sheet.paste(thumbnail, (left, top))
+        lines = textwrap.wrap(caption, size[0] // 6, max_lines=2, placeholder="…")
+        pen.multiline_text((left, top + size[1]), "\n".join(lines), "black", font, spacing=1)
+    return sheet
 
 
 def _row(name: str, lengths: Sequence[int]) -> str:
@@ -110,11 +166,18 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--model", help="pipeline folder (default: the one that encoded)")
     parser.add_argument("--show", type=int, default=8, help="prompts, drawn at random (default: 8)")
     parser.add_argument("--seed", type=int, default=0, help="of that draw (default: 0)")
+    parser.add_argument("--sheet", help="PNG file for the pictures of these prompts, decoded from their latents")
     args = parser.parse_args(arguments)
     if args.show < 0 or args.seed < 0:
         raise UserError("--show and --seed must not be negative")
+    if args.sheet and not args.show:
+        raise UserError(f"--sheet={args.sheet} with --show=0: there is nothing to draw")
     for line in describe(args.data, args.model, args.show, args.seed):
         print(line, flush=True)
+    if args.sheet:
+        image, spread = contact_sheet(args.data, args.model, args.show, args.seed)
+        sampling.save_image(image, args.sheet)
+        print(f"{spread}; decoded in {args.sheet}")
 
 
 if __name__ == "__main__":

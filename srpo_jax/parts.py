@@ -100,7 +100,7 @@ def take_apart(config: ConfigDict, built: Program) -> Iterator[Part]:
         return built.optimizer.apply(params, grads, opt_state, jax.random.key(0), optax.tree.norm(grads))
 
     yield Part("captions", jit(captions), (frozen, batch), passes)
-    if config.rollout.steps:
+    if config.data.rollout == "online":
         yield Part("rollout", jit(rollout), (weights, base, batch, rows(count, tokens)), passes / settings.reuse)
     gradients *= passes
     arguments = weights, base, rows(wide, batch), tokens, array(), tokens

@@ -195,7 +195,7 @@ def build(config: ConfigDict, mesh: Mesh, architecture: Architecture) -> Program
         computes=options,
         state=state,
         frozen=Frozen(autoencoder_params, reward_params, base),
-        batch=_abstract_batch(config, mesh, architecture),
+        batch=_abstract_batch(config, mesh, architecture, settings),
         update=jax.jit(
             seeded_update,
             donate_argnums=0,
@@ -236,7 +236,7 @@ def _abstract_rollout(config: ConfigDict, mesh: Mesh, settings: Settings) -> Rol
     return Rollout(latents=array, noise=array)
 
 
-def _abstract_batch(config: ConfigDict, mesh: Mesh, architecture: Architecture) -> Batch:
+def _abstract_batch(config: ConfigDict, mesh: Mesh, architecture: Architecture, settings: Settings) -> Batch:
     count, split = config.data.batch_size, sharding.of_batch(mesh)
     dtype, transformer = jnp.dtype(config.model.dtype), architecture.transformer
 
@@ -250,6 +250,7 @@ def _abstract_batch(config: ConfigDict, mesh: Mesh, architecture: Architecture) 
             name: {caption: array((sizes.text_config.max_position_embeddings,), jnp.int32) for caption in CAPTIONS}
             for name, sizes in architecture.rewards.items()
         },
+        latents=_abstract_rollout(config, mesh, settings).latents if config.data.rollout == "offline" else None,
     )
 
 

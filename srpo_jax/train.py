@@ -67,7 +67,7 @@ def train(config: ConfigDict, workdir: str | os.PathLike) -> int | None:
     if newest is not None:
         state, run = checkpoints.restore(newest, built.state)
         if run["source"] != source.digest:
-            raise UserError(f"{workdir} was trained on other prompts than there are now; choose another --workdir")
+            raise UserError(f"{workdir} was trained on other prompts or pictures than now; choose another --workdir")
         stream.set_state(run["data"])
     step = newest or 0
     report = metrics.Metrics(workdir, step, config.steps)

@@ -45,6 +45,16 @@ def test_everything_is_measured(config):
     assert sum(line.startswith(tuple(calls)) for line in lines) == len(calls)
 
 
+def test_pictures_in_the_place_of_rollouts_have_no_rollout_to_measure(config):
+    config.data.rollout, config.data.encode, config.rollout.reuse = "offline", "stored", 1
+    report = benchmark.benchmark(config, ARCHITECTURE, 1, (*flops.PARTS, "update"), lambda line: None)
+    assert list(report["parts"]) == [name for name in (*flops.PARTS, "update") if name != "rollout"]
+    total = sum(part["model_flops"] for name, part in report["parts"].items() if name != "update")
+    assert report["parts"]["update"]["model_flops"] == pytest.approx(total)
+    built = program.build(config, sharding.make_mesh(config.mesh), ARCHITECTURE)
+    assert built.batch.latents.shape == (2, 6, 64) and built.batch.latents.dtype == jnp.float32
+
+
 def test_parts_ask_for_what_the_update_has(config):
     """Arguments of the parts are one pass of the batch, in the program's dtypes and places."""
     config.data.batch_size = 8

@@ -82,6 +82,31 @@ def test_late_steps_bind_the_method_that_takes_them():
         config_lib.validate(config)
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"data.rollout": "real"}, r"config\.data\.rollout='real': choose one of online, offline"),
+        ({"method": "refl"}, r"config\.method='refl': takes states of a rollout, data\.rollout=offline has none"),
+        ({"data.encode": "online"}, r"config\.data\.encode='online': data\.rollout=offline needs encoded pictures"),
+        (
+            {"rollout.noise": "shared"},
+            r"config\.rollout\.noise='shared': .* draws noise for each picture; set it to per",
+        ),
+        ({"rollout.reuse": 2}, r"config\.rollout\.reuse=2: .* has no rollout to use again; set it to 1"),
+        ({"rollout.dtype": "int8"}, r"config\.rollout\.dtype='int8': .* no rollout to make faster; set it to model"),
+        ({"rollout.solver": "ab2"}, r"config\.rollout\.solver='ab2': .* no rollout to make faster; set it to euler"),
+    ],
+)
+def test_what_pictures_in_the_place_of_rollouts_exclude(changes, message):
+    config = complete()
+    config.data.rollout, config.data.encode, config.data.path = "offline", "stored", "data"
+    config.rollout.noise = "per_sample"
+    config_lib.validate(config)
+    config.update_from_flattened_dict(changes)
+    with pytest.raises(UserError, match=message):
+        config_lib.validate(config)
+
+
 def test_refl_cannot_use_a_rollout_again():
     config = complete()
     config.method, config.rollout.reuse = "refl", 2
@@ -122,7 +147,8 @@ def test_recipes_lack_nothing_but_paths(path):
     c = runpy.run_path(str(path))["get_config"]()
     for name, weight in c.reward.weights.items():
         c.reward.paths[name] = c.reward.paths[name] or ("reward" if weight else None)
-    for group, key in (("model", "path"), ("data", "prompts"), ("sample", "prompts")):
+    data = "prompts" if c.data.encode == "online" else "path"
+    for group, key in (("model", "path"), ("data", data), ("sample", "prompts")):
         c[group][key] = c[group][key] or "somewhere"
     config_lib.validate(c)
 
@@ -139,6 +165,18 @@ def test_what_tells_the_released_recipes_apart():
         "align.train_timestep": ([5, 25], [5, 30]),
         "align.discount_positive": ([0.1, 0.25], [0.1, 0.5]),
         "align.discount_negative": ([0.3, 0.01], [0.6, 0.01]),
+    }
+
+
+def test_the_offline_recipe_is_the_released_one_without_rollouts():
+    online, offline = (
+        config_lib.flatten(runpy.run_path(str(RECIPES / f"flux_dev_{name}.py"))["get_config"]())
+        for name in ("hps", "hps_offline")
+    )
+    assert {key: (online[key], offline[key]) for key in online if online[key] != offline[key]} == {
+        "data.encode": ("online", "stored"),
+        "data.rollout": ("online", "offline"),
+        "rollout.noise": ("shared", "per_sample"),
     }
 
 

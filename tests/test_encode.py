@@ -123,7 +123,7 @@ def test_a_killed_run_goes_on_where_it_stopped(model, whole, tmp_path, monkeypat
 
 def test_a_folder_of_other_features_is_not_touched(model, whole):
     before = shards(whole)
-    with pytest.raises(UserError, match=r"whole holds a data set that differs in the arrays \(length, dtype\)"):
+    with pytest.raises(UserError, match=r"whole holds a data set that differs in the arrays \(length, size, dtype\)"):
         run(model, whole, text_length=tiny.LENGTH - 1)
     with pytest.raises(UserError, match="differs in the arrays"):
         run(model, whole, dtype="float32")
@@ -205,7 +205,7 @@ def test_two_processes_write_what_is_missing(model, whole, tmp_path):
 
 def test_processes_that_were_given_different_prompts(model, tmp_path, monkeypatch):
     monkeypatch.setattr(encode.multihost_utils, "process_allgather", lambda own: np.array([own, own + 1]))
-    with pytest.raises(UserError, match="the processes of this job differ in their prompts or text encoders"):
+    with pytest.raises(UserError, match="the processes of this job differ in what they encode or by what"):
         run(model, tmp_path / "data")
     assert not (tmp_path / "data").exists()
 

@@ -183,6 +183,11 @@ def test_the_recipe():
     assert work["transformer"].model == pytest.approx(6 / 25 * work["rollout"].model, rel=1e-3)
     assert work["transformer"].hardware == pytest.approx(8 / 25 * work["rollout"].model, rel=1e-3)
     assert flops.text_encoders(text, 512).model == pytest.approx(2 * 4.6e9 * 512, rel=0.1)
+    config.data.rollout = "offline"
+    offline = flops.sample(config, architecture)
+    assert offline["rollout"] == flops.Work(0.0, 0.0)
+    assert {name: offline[name] for name in work if name != "rollout"} == {k: work[k] for k in work if k != "rollout"}
+    config.data.rollout = "online"
     config.align.branches = ("denoise",)
     half = flops.sample(config, architecture)
     for part in ("transformer", "autoencoder", "reward"):

@@ -172,7 +172,7 @@ def test_folders_that_are_no_data_sets(tmp_path):
     with pytest.raises(UserError, match="encoding.json does not exist"):
         stored.DataSet(tmp_path)
     (tmp_path / "notes.txt").write_text("")
-    with pytest.raises(UserError, match="is not a data set of encoded prompts; choose another folder"):
+    with pytest.raises(UserError, match="is not a data set of encoded prompts or pictures; choose another folder"):
         stored.plan(tmp_path, stored.Manifest(1, 1, ARRAYS, {}, "", "", ""))
     (tmp_path / "encoding.json").write_text('{"format": "srpo_jax.data/1", "count": 3}')
     with pytest.raises(UserError, match="encoding.json is damaged"):

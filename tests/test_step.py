@@ -90,17 +90,18 @@ def test_the_batch_gradient_is_the_mean_over_samples(tiny, batch):
     draws = step.draw(recipe, jax.random.key(0), BATCH)
     whole, metrics = gradient(tiny, recipe, batch, draws)
     one = jax.jit(functools.partial(step.gradient, tiny[0], recipe))
-    singles = [
-        one(tiny[1], tiny[2], *jax.tree.map(lambda x, i=i: x[i : i + 1], (batch, draws))) for i in range(BATCH)
-    ]
+    singles = [one(tiny[1], tiny[2], *jax.tree.map(lambda x, i=i: x[i : i + 1], (batch, draws))) for i in range(BATCH)]
     mean = jax.tree.map(lambda *g: sum(g) / BATCH, *[g for g, _ in singles])
     assert distance(whole, mean) < 1e-5
     np.testing.assert_allclose(metrics["reward"], np.mean([m["reward"] for _, m in singles], axis=0), rtol=1e-4)
 
 
-@pytest.mark.parametrize("method", ["srpo", "draft_lv"])
+@pytest.mark.parametrize("method", ["srpo", "draft_lv", "offline srpo"])
 def test_how_a_batch_passes_changes_nothing(tiny, batch, method):
     """In parts, its terms merged or in turn: the order of sums is all that differs."""
+    if method.startswith("offline"):
+        batch = batch._replace(latents=jax.random.normal(jax.random.key(5), (BATCH, settings().tokens, 64)))
+        method = "srpo"
     whole, metrics = run_update(tiny, settings(method=method), batch)
     moved = jax.tree.map(lambda a, b: a - b, whole.params, tiny[1])
     for changes in ({"accumulation": 4}, {"accumulation": 2, "merge_terms": True}):
@@ -203,6 +204,22 @@ def test_latents_of_the_batch_replace_the_rollout(tiny, batch):
     terms = step.make_terms(tiny[0], recipe, tiny[1], batch._replace(latents=latents), draws, embeddings)
     levels = direct_align.denoising_step(recipe.grid, draws.mid)
     np.testing.assert_allclose(terms.noisy[0], flow.add_noise(latents, draws.noise, levels.sigma_from), atol=1e-6)
+
+
+@pytest.mark.parametrize("method", ["srpo", "direct_align", "draft_lv"])
+def test_pictures_that_a_rollout_would_have_made_give_its_gradient(tiny, batch, method):
+    """Offline and online are one formula: they differ in where the clean latents come from and in nothing else."""
+    recipe = settings(method=method)
+    networks, params, _ = tiny
+    draws = step.draw(recipe, jax.random.key(0), BATCH)
+    made = jax.jit(functools.partial(step.rollout, networks, recipe))(params, batch, draws.noise)
+    online, measured = gradient(tiny, recipe, batch, draws)
+    offline, found = gradient(tiny, recipe, batch._replace(latents=made), draws)
+    assert distance(offline, online) < 1e-4
+    for name in measured:
+        np.testing.assert_allclose(found[name], measured[name], rtol=1e-4, atol=1e-5)
+    other, _ = gradient(tiny, recipe, batch._replace(latents=made[::-1]), draws)
+    assert distance(other, online) > 1e-2
 
 
 def test_a_rollout_serves_several_updates(tiny, batch):

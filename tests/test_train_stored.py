@@ -1,14 +1,18 @@
-"""Training on a stored data set: the numbers of encoding while training, going on, and data that does not fit."""
+"""Training on a stored data set: the numbers of encoding while training, pictures in the place of rollouts, going on,
+and data that does not fit."""
 
 import dataclasses
 import shutil
 import weakref
 
+import numpy as np
 import pytest
 import tiny
+from test_images import write_folder
 from test_train import arrays, numbers, same
 
-from srpo_jax import conditions, encode, sharding, train
+from srpo_jax import conditions, encode, program, sharding, step, train
+from srpo_jax.data import loading, stored
 from srpo_jax.errors import UserError
 from srpo_jax.weights import folder
 
@@ -93,7 +97,7 @@ def test_prompts_that_changed_are_noticed(recipe, data, tmp_path):
     chosen.data.path = str(tmp_path / "data")
     config = tmp_path / "run" / "config.json"
     config.write_text(config.read_text().replace(str(data), str(tmp_path / "data")))
-    with pytest.raises(UserError, match="trained on other prompts than there are now"):
+    with pytest.raises(UserError, match="trained on other prompts or pictures than now"):
         train.train(chosen, tmp_path / "run")
 
 
@@ -122,7 +126,7 @@ def test_features_of_other_encoders(recipe, models, tmp_path):
     (other / "text_encoder_2").unlink()
     _, sizes = folder.read_config(models / "pipeline" / "text_encoder_2")
     tiny.save_random(other / "text_encoder_2", "t5", sizes, 99)
-    with pytest.raises(UserError, match=r"by another text_encoder_2 than .*encode the prompts again with --model="):
+    with pytest.raises(UserError, match=r"by another text_encoder_2 than .*encode again with --model="):
         train.train(recipe(model__path=str(other)), tmp_path / "run")
 
 
@@ -135,3 +139,106 @@ def test_features_for_another_transformer(recipe, models, tmp_path):
     tiny.save_random(other / "transformer", "flux", dataclasses.replace(tiny.FLUX, joint_attention_dim=24), 1)
     with pytest.raises(UserError, match="has features of width 32; the transformer of .* expects 24"):
         train.train(recipe(model__path=str(other)), tmp_path / "run")
+
+
+# --- pictures in the place of rollouts --------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def pictures(models):
+    """Seven pictures of the training prompts, encoded; a data set."""
+    encode_pictures(models, write_folder(models / "photos"), models / "pictures")
+    return models / "pictures"
+
+
+def encode_pictures(models, photos, out):
+    flags = {"model": models / "pipeline", "images": photos, "out": out, "text-length": tiny.LENGTH, "height": 32}
+    flags |= {"width": 48, "dtype": "float32", "shard-size": 3}
+    encode.main([f"--{name}={value}" for name, value in flags.items()])
+
+
+@pytest.fixture(scope="module")
+def offline(recipe, pictures):
+    usual = {"data__rollout": "offline", "data__path": str(pictures)}
+    return lambda **changes: recipe(**usual | changes)
+
+
+def test_an_offline_run_resumes_bit_for_bit_and_makes_no_rollout(offline, tmp_path, monkeypatch):
+    monkeypatch.setattr(step, "rollout", lambda *args: pytest.fail("real pictures take the place of rollouts"))
+    monkeypatch.setattr(conditions, "TextEncoders", lambda *args: pytest.fail("the features are stored"))
+    train.train(offline(steps=4), tmp_path / "whole")
+    train.train(offline(steps=3), tmp_path / "run")
+    train.train(offline(steps=4), tmp_path / "run")
+    same(arrays(tmp_path / "whole", 4), arrays(tmp_path / "run", 4))
+    assert numbers(tmp_path / "run") == numbers(tmp_path / "whole")
+    moved = [arrays(tmp_path / "whole", update)[0] for update in (2, 4)]
+    assert any(moved[0][name].tobytes() != moved[1][name].tobytes() for name in moved[0])
+
+
+def test_a_batch_has_each_captions_own_picture(offline, pictures, models):
+    """Packed as the transformer takes them: token (row, column) holds that 2x2 square of every channel."""
+    config = offline(data__batch_size=3)
+    architecture = program.read_architecture(config)
+    built = program.build(config, sharding.make_mesh(config.mesh), architecture)
+    conditioner = conditions.Conditioner(config, built, architecture, None)
+    stored_ = {example["prompt"]: example["latents"] for example in stored.DataSet(pictures).read(range(7))}
+    stream = loading.batches(loading.open_source(config, architecture.transformer), 3, seed=0)
+    for update in (1, 2):
+        examples = next(stream)
+        batch = conditioner.batch(examples, update)
+        assert (batch.latents.shape, batch.latents.dtype) == (built.batch.latents.shape, np.float32)
+        for prompt, tokens in zip(examples.prompts, np.asarray(batch.latents), strict=True):
+            for row in range(2):
+                for column in range(3):
+                    square = stored_[prompt][2 * row : 2 * row + 2, 2 * column : 2 * column + 2]  # [2, 2, 16]
+                    np.testing.assert_array_equal(tokens[3 * row + column].reshape(16, 2, 2), square.transpose(2, 0, 1))
+
+
+def test_pictures_serve_a_run_with_rollouts_as_prompts(offline, whole, tmp_path):
+    train.train(offline(steps=2, data__rollout="online"), tmp_path / "run")
+    assert numbers(tmp_path / "run") == numbers(whole)[:2]
+
+
+def test_pictures_that_changed_under_the_same_captions_are_noticed(offline, models, pictures, tmp_path):
+    path = tmp_path / "data"
+    shutil.copytree(pictures, path)
+    chosen = offline(steps=1, data__path=str(path))
+    train.train(chosen, tmp_path / "run")
+    shutil.rmtree(path)
+    photos = write_folder(tmp_path / "photos")
+    shutil.copy(photos / "1.png", photos / "0.png")
+    encode_pictures(models, photos, path)
+    chosen.steps = 2
+    with pytest.raises(UserError, match="trained on other prompts or pictures than now"):
+        train.train(chosen, tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"data__height": 48}, r"holds pictures of 32x48 .*; set --config.data.height=32 .*width=48, .*--height=48"),
+        ({"rollout__noise": "shared"}, r"rollout.noise='shared'"),
+        ({"data__encode": "online"}, r"data.encode='online': data.rollout=offline needs encoded pictures"),
+    ],
+)
+def test_pictures_that_do_not_fit_leave_no_workdir(offline, tmp_path, changes, message):
+    with pytest.raises(UserError, match=message) as error:
+        train.train(offline(**changes), tmp_path / "run")
+    assert "\n" not in str(error.value) and not (tmp_path / "run").exists()
+
+
+def test_prompts_in_the_place_of_pictures(offline, data, tmp_path):
+    with pytest.raises(UserError, match=r"data holds prompts without pictures; .*srpo_jax.encode --images"):
+        train.train(offline(data__path=str(data)), tmp_path / "run")
+
+
+def test_latents_of_another_autoencoder(offline, models, tmp_path):
+    other = tmp_path / "pipeline"
+    other.mkdir()
+    for part in (models / "pipeline").iterdir():
+        (other / part.name).symlink_to(part)
+    (other / "vae").unlink()
+    tiny.save_random(other / "vae", "autoencoder", tiny.VAE, 99)
+    train.train(offline(steps=1, model__path=str(other), data__rollout="online"), tmp_path / "online")
+    with pytest.raises(UserError, match=r"by another vae than .*encode again with --model="):
+        train.train(offline(model__path=str(other)), tmp_path / "run")

@@ -72,12 +72,12 @@ def select(prompts: Sequence[str], conditions: Filter) -> tuple[list[int], dict[
     return places, counts
 
 
-def describe(total: int, counts: dict[str, int]) -> str:
+def describe(total: int, counts: dict[str, int], noun: str = "prompts") -> str:
     """The result of ``select`` of ``total`` prompts in a line, as "10 prompts; left out: 2 repeated; 8 stay"."""
     if not counts:
-        return f"{total} prompts"
+        return f"{total} {noun}"
     left_out = ", ".join(f"{count} {name}" for name, count in counts.items())
-    return f"{total} prompts; left out: {left_out}; {total - sum(counts.values())} stay"
+    return f"{total} {noun}; left out: {left_out}; {total - sum(counts.values())} stay"
 
 
 def _compile(pattern: str) -> re.Pattern:

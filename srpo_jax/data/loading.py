@@ -1,5 +1,6 @@
 """From a configuration to an endless, shuffled stream of batches whose position can be saved."""
 
+import pathlib
 from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol
 
@@ -7,9 +8,11 @@ import grain
 import numpy as np
 from ml_collections import ConfigDict
 
+from srpo_jax import program
 from srpo_jax.data import filters, sources, stored
 from srpo_jax.errors import UserError
 from srpo_jax.models.flux import FluxConfig
+from srpo_jax.step import LATENT_FACTOR
 from srpo_jax.weights import fingerprint
 
 
@@ -55,12 +58,23 @@ class Prompts:
 
 
 class Encoded:
-    """Examples of a data set as a ``Source``: those at ``places``, with these ``prompts``."""
+    """Examples of a data set as a ``Source``: those at ``places``, with these ``prompts``.
+
+    ``latents`` says that the pictures count: ``digest`` then tells them from others with the same captions.
+    """
 
     ahead = 2  # batches; of FLUX.1's size, 32 examples are 134 MB
 
-    def __init__(self, data: stored.DataSet, places: Sequence[int], prompts: Sequence[str], summary: str = ""):
-        self._data, self._places, self.summary, self.digest = data, list(places), summary, stored.digest(prompts)
+    def __init__(
+        self,
+        data: stored.DataSet,
+        places: Sequence[int],
+        prompts: Sequence[str],
+        summary: str = "",
+        latents: bool = False,
+    ):
+        self._data, self._places, self.summary = data, list(places), summary
+        self.digest = stored.digest([*prompts, data.manifest.digest] if latents else prompts)
 
     def __len__(self) -> int:
         return len(self._places)
@@ -84,11 +98,13 @@ def open_source(config: ConfigDict, transformer: FluxConfig) -> Source:
     chosen = filters.Filter(wanted.min_length, wanted.max_length, wanted.include, wanted.exclude, wanted.unique)
     places, counts = filters.select(prompts, chosen)
     summary, kept = f"{where}: {filters.describe(len(prompts), counts)}", [prompts[place] for place in places]
-    return Prompts(kept, summary) if data is None else Encoded(data, places, kept, summary)
+    if data is None:
+        return Prompts(kept, summary)
+    return Encoded(data, places, kept, summary, latents=config.data.rollout == "offline")
 
 
 def check_encoding(manifest: stored.Manifest, config: ConfigDict, transformer: FluxConfig) -> None:
-    """Raises UserError, with the remedy, if stored features are not what ``config``'s text encoders would make."""
+    """Raises UserError, with the remedy, if stored arrays are not what ``config``'s encoders would make."""
     path, text = config.data.path, manifest.arrays["text"]
     found, wanted = text.shape[1], transformer.joint_attention_dim
     if found != wanted:
@@ -107,10 +123,30 @@ def check_encoding(manifest: stored.Manifest, config: ConfigDict, transformer: F
             f"--dtype={config.model.dtype}"
         )
     here = fingerprint.of_text_encoders(config.model.path)
+    if config.data.rollout == "offline":
+        _check_latents(manifest, config)
+        here[program.AUTOENCODER] = fingerprint.of_network(pathlib.Path(config.model.path) / program.AUTOENCODER)
     if different := [part for part in here if manifest.encoders.get(part) != here[part]]:
         raise UserError(
             f"{path} was encoded by another {' and another '.join(different)} than config.model.path="
-            f"{config.model.path} has (by {manifest.model}); encode the prompts again with --model={config.model.path}"
+            f"{config.model.path} has (by {manifest.model}); encode again with --model={config.model.path}"
+        )
+
+
+def _check_latents(manifest: stored.Manifest, config: ConfigDict) -> None:
+    path, height, width = config.data.path, config.data.height, config.data.width
+    if stored.LATENTS not in manifest.arrays:
+        raise UserError(
+            f"{path} holds prompts without pictures; config.data.rollout=offline needs a data set made by "
+            "`python -m srpo_jax.encode --images=...`"
+        )
+    rows, columns, _ = manifest.arrays[stored.LATENTS].shape
+    found = rows * LATENT_FACTOR, columns * LATENT_FACTOR
+    if found != (height, width):
+        raise UserError(
+            f"{path} holds pictures of {found[0]}x{found[1]} (height x width), config.data.height={height} and width="
+            f"{width}; set --config.data.height={found[0]} --config.data.width={found[1]}, or encode again with "
+            f"--height={height} --width={width}"
         )
 
 

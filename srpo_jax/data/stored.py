@@ -1,4 +1,4 @@
-"""A tensorflow-datasets data set of encoded prompts, written shard by shard and read without TensorFlow.
+"""A tensorflow-datasets data set of encoded prompts or pictures, written shard by shard and read without TensorFlow.
 
     DIR/encoding.json                               what is encoded by what: ``Manifest``; written first
     DIR/prompts.json                                all texts, in the order of the records
@@ -6,8 +6,9 @@
     DIR/features.json, dataset_info.json            written last: with them the data set is complete
 
 A record holds ``prompt`` (text) and arrays, bit for bit: ``text`` [T, C] and ``pooled`` [P], the text encoders'
-features; others may stand beside them. ArrayRecord compresses each record (zstd): FLUX.1's features in bfloat16, 4.2 MB
-a prompt, take at most some 3.3 MB. Those at padding are kept: FLUX attends to them, and they differ from each other.
+features; of a picture also ``latents`` [H/8, W/8, 16], float32, scaled as the transformer takes them. ArrayRecord
+compresses each record (zstd): FLUX.1's features in bfloat16, 4.2 MB a prompt, take at most some 3.3 MB. Those at
+padding are kept: FLUX attends to them, and they differ from each other.
 """
 
 import dataclasses
@@ -27,6 +28,7 @@ from srpo_jax.weights.files import Spec, read_json
 FORMAT = "srpo_jax.data/1"
 MANIFEST, PROMPTS, COMPLETE = "encoding.json", "prompts.json", "dataset_info.json"
 NAME, SPLIT = "srpo", "train"
+LATENTS = "latents"  # the name of the array that only pictures have
 SHARD_BYTES = 256 << 20  # of a shard, before compression: what a kill can cost
 SHARD_RECORDS = 4096  # at most
 
@@ -146,11 +148,11 @@ def plan(path: str | os.PathLike, wanted: Manifest) -> Manifest:
     if not path.exists() or (path.is_dir() and not any(path.iterdir())):
         return wanted
     if not (path / MANIFEST).exists():
-        raise UserError(f"{path} exists and is not a data set of encoded prompts; choose another folder")
+        raise UserError(f"{path} exists and is not a data set of encoded prompts or pictures; choose another folder")
     there = read_manifest(path)
     known = {
-        "count": "the number of examples", "arrays": "the arrays (length, dtype)", "encoders": "the encoders",
-        "digest": "the prompts",
+        "count": "the number of examples", "arrays": "the arrays (length, size, dtype)", "encoders": "the encoders",
+        "digest": "the prompts" if LATENTS not in wanted.arrays else "the pictures or their captions",
     }  # fmt: skip
     if different := [words for key, words in known.items() if getattr(there, key) != getattr(wanted, key)]:
         raise UserError(f"{path} holds a data set that differs in {', '.join(different)}; choose another folder")

@@ -5,7 +5,7 @@ import importlib.metadata
 import os
 import platform
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -188,12 +188,17 @@ def galleries(results: Results) -> Iterator[report.Gallery]:
             yield report.Gallery(title, text, tuple(moments), members, folded=not open_)
 
 
-def sheet(results: Results, columns: int = 14, scale: int = 1) -> Image.Image:
-    """Two seeds of some concepts before and after SRPO on one white sheet, for places that show no HTML."""
-    moments = {"before": results.curves[GUARDED][0], "after": results.end(GUARDED)}
-    chosen = np.linspace(0, len(results.concepts) - 1, min(columns, len(results.concepts))).round().astype(int)
-    seeds = min(2, moments["before"].images.shape[1])
-    size, margin, gap, line = scale * moments["before"].images.shape[2], 70, 6, 30
+def sheet(results: Results) -> Image.Image:
+    """Before and after SRPO on one sheet."""
+    return compare({"before": results.curves[GUARDED][0], "after": results.end(GUARDED)}, results.concepts)
+
+
+def compare(moments: dict[str, Measured], concepts: Sequence[world.Concept], columns: int = 14) -> Image.Image:
+    """Two seeds of some concepts at each moment on one white sheet, for places that show no HTML."""
+    chosen = np.linspace(0, len(concepts) - 1, min(columns, len(concepts))).round().astype(int)
+    first = next(iter(moments.values())).images
+    seeds = min(2, first.shape[1])
+    size, margin, gap, line = first.shape[2], 12 + 7 * max(map(len, moments)), 6, 30
     font = ImageFont.load_default(13)
     width = margin + len(chosen) * (size + gap)
     canvas = Image.new("RGB", (width, line + len(moments) * (seeds * (size + gap) + gap)), "white")
@@ -205,11 +210,10 @@ def sheet(results: Results, columns: int = 14, scale: int = 1) -> Image.Image:
             left = margin + column * (size + gap)
             if top == line:
                 # Two short lines: a caption is wider than its picture.
-                words = "\n".join(textwrap.wrap(results.concepts[index].caption, 10)[:2])
+                words = "\n".join(textwrap.wrap(concepts[index].caption, 10)[:2])
                 draw.multiline_text((left, 1), words, "black", ImageFont.load_default(11), spacing=1)
             for seed in range(seeds):
-                picture = Image.fromarray(measured.images[index, seed]).resize((size, size), Image.Resampling.LANCZOS)
-                canvas.paste(picture, (left, top + seed * (size + gap)))
+                canvas.paste(Image.fromarray(measured.images[index, seed]), (left, top + seed * (size + gap)))
         top += seeds * (size + gap) + gap
     return canvas
 

@@ -1,0 +1,237 @@
+"""Pictures with captions, as people have them: a folder, or an image set of tensorflow-datasets.
+
+    FOLDER                 pictures, also in folders below it, each with its caption beside it: fox.png, fox.txt
+    FOLDER/metadata.jsonl  an object a line with "file_name" (below FOLDER) and a caption, as Hugging Face's imagefolder
+    tfds:NAME[:SPLIT]      a prepared data set of tensorflow-datasets, or the folder of one, with an image and a text
+    FOLDER                 the same, if FOLDER holds a dataset_info.json
+
+Everything that is wrong with a picture is found, by the picture's name, before anything is encoded (``examine``). A
+picture is resized (Lanczos) and cropped around its centre to one size in one go; the sides that do not fit are lost.
+"""
+
+import concurrent.futures
+import hashlib
+import io
+import os
+import pathlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import tqdm
+from PIL import Image, ImageOps
+
+from srpo_jax.data import sources
+from srpo_jax.errors import UserError
+
+EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")  # of a folder without metadata.jsonl
+METADATA, FILE_NAME = "metadata.jsonl", "file_name"
+# Modes that Pillow turns into RGB without losing what they hold; 16-bit grey would become white.
+MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr")
+THREADS = 8  # that decode: Pillow gives way to other threads while it does
+
+
+class Picture(NamedTuple):
+    """A picture that is not read yet: its name for people, its caption, and ``content()``, the file's bytes."""
+
+    name: str
+    caption: str
+    content: Callable[[], bytes]
+
+
+class Images(NamedTuple):
+    """Pictures to be encoded at one size (pixels); ``digest`` tells them, in this order and size, from others."""
+
+    pictures: list[Picture]
+    digest: str
+    height: int
+    width: int
+
+
+# --- sources ----------------------------------------------------------------------------------------------------------
+
+
+def read(spec: str | os.PathLike, column: str | None = None) -> tuple[list[Picture], list[str]]:
+    """The pictures of a source in its order, and what is wrong with those that have no caption, a line each.
+
+    Args:
+      spec: as above.
+      column: of the captions, where there are several.
+
+    Raises UserError if the source is missing or is not what it should be, or holds no picture with a caption.
+    """
+    spec = os.fspath(spec)
+    path = pathlib.Path(spec)
+    if spec.startswith(sources.TFDS):
+        entries = _read_tfds(spec.removeprefix(sources.TFDS), column)
+    elif (path / "dataset_info.json").exists():
+        entries = _read_tfds(spec, column)
+    elif not path.is_dir():
+        raise UserError(f"{spec} is not a folder; expected a folder of pictures or tfds:NAME[:SPLIT]")
+    elif (path / METADATA).exists():
+        entries = _read_metadata(path, column)
+    else:
+        entries = _read_folder(path, column)
+    pictures, wrong = [], []
+    for picture in entries:
+        if isinstance(picture, str):
+            wrong.append(picture)
+        elif picture.caption:
+            pictures.append(picture)
+        else:
+            wrong.append(f"{picture.name} has no caption")
+    if not pictures:
+        raise UserError(f"{spec} holds no picture with a caption" + (f": {wrong[0]}" if wrong else ""))
+    return pictures, wrong
+
+
+def _read_folder(folder: pathlib.Path, column: str | None) -> Iterator[Picture | str]:
+    if column is not None:
+        raise UserError(f"{folder} has no {METADATA}: captions are text files, without columns; leave out {column!r}")
+    files = sorted(
+        file
+        for file in folder.rglob("*")
+        if file.suffix.lower() in EXTENSIONS
+        and not any(part.startswith(".") for part in file.relative_to(folder).parts)
+    )
+    if not files:
+        raise UserError(f"{folder} holds no picture ({', '.join(EXTENSIONS)})")
+    for file in files:
+        sidecar = file.with_suffix(".txt")
+        try:
+            caption = " ".join(sources.read_text(sidecar).split()) if sidecar.exists() else ""
+            yield Picture(str(file), caption, file.read_bytes)
+        except UserError as error:
+            yield str(error)
+
+
+def _read_metadata(folder: pathlib.Path, column: str | None) -> Iterator[Picture | str]:
+    for item, place in sources.json_lines(folder / METADATA):
+        where = f"{folder / METADATA}, {place}"
+        name = item.get(FILE_NAME) if isinstance(item, dict) else None
+        if not isinstance(name, str) or not name:
+            raise UserError(f"{where}: expected an object with {FILE_NAME!r}")
+        chosen = sources.choose_column([key for key in item if key != FILE_NAME], column, where)
+        caption = "" if item[chosen] is None else item[chosen]
+        if not isinstance(caption, str):
+            raise UserError(f"{where}: the caption {chosen!r} is not text")
+        yield Picture(f"{folder / name} ({METADATA}, {place})", caption.strip(), (folder / name).read_bytes)
+
+
+def _read_tfds(spec: str, column: str | None) -> Iterator[Picture | str]:
+    import tensorflow_datasets as tfds
+
+    captions = [caption.strip() for caption, _ in sources.read_tfds(spec, column)]
+    builder, split = sources.open_tfds(spec)
+    named = sorted(name for name, feature in builder.info.features.items() if isinstance(feature, tfds.features.Image))
+    if len(named) != 1 and "image" not in named:
+        raise UserError(f"tfds:{spec} has {', '.join(named) or 'no'} image features; expected one, or one named image")
+    chosen = named[0] if len(named) == 1 else "image"
+    # A picture is stored as the bytes of its file: read as such, it is decoded as any other.
+    alone = tfds.features.FeaturesDict({chosen: tfds.features.Text()})
+    source = builder.as_data_source(split, deserialize_method=tfds.decode.DeserializeMethod.RAW_BYTES)
+
+    def content(index: int) -> Callable[[], bytes]:
+        return lambda: alone.deserialize_example_np(source[index])[chosen]
+
+    for index, caption in enumerate(captions):
+        yield Picture(f"example {index} of tfds:{spec}", caption, content(index))
+
+
+# --- one picture ------------------------------------------------------------------------------------------------------
+
+
+def decode(content: bytes, height: int, width: int) -> np.ndarray:
+    """A picture's file as uint8 [height, width, 3], RGB: turned upright, on white where it is transparent, cropped.
+
+    Raises ValueError, with the reason, for a file that is damaged or not a picture, and for a picture that would have
+    to be enlarged.
+    """
+    try:
+        with Image.open(io.BytesIO(content)) as opened:
+            image = ImageOps.exif_transpose(opened)
+            image.load()
+    except Exception as error:  # of a damaged file Pillow's decoders raise whatever they stumble over
+        raise ValueError(f"cannot be decoded ({str(error).partition(' <')[0] or type(error).__name__})") from error
+    if image.mode not in MODES:
+        raise ValueError(f"has pixels of mode {image.mode}; save it as 8-bit RGB")
+    if image.width < width or image.height < height:
+        raise ValueError(f"is {image.width}x{image.height}, smaller than {width}x{height}")
+    if image.mode in ("LA", "PA", "RGBA") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(white, image)
+    return np.asarray(crop(image.convert("RGB"), height, width))
+
+
+def crop(image: Image.Image, height: int, width: int) -> Image.Image:
+    """The largest centred part of an image that has the wanted shape, at ``height`` x ``width`` pixels."""
+    scale = min(image.width / width, image.height / height)
+    left, top = (image.width - scale * width) / 2, (image.height - scale * height) / 2
+    box = (left, top, left + scale * width, top + scale * height)
+    return image.resize((width, height), Image.Resampling.LANCZOS, box=box)
+
+
+def load(picture: Picture, height: int, width: int) -> tuple[np.ndarray, bytes]:
+    """The pixels of a picture, as ``decode``, and the SHA-256 of its file. Raises ValueError, with the reason."""
+    try:
+        content = picture.content()
+    except OSError as error:
+        raise ValueError(f"cannot be read ({error.strerror or error})") from error
+    return decode(content, height, width), hashlib.sha256(content).digest()
+
+
+# --- all of them ------------------------------------------------------------------------------------------------------
+
+
+def examine(
+    pictures: Sequence[Picture], height: int, width: int, progress: bool = False
+) -> tuple[list[bytes], dict[int, str]]:
+    """Decodes every picture once: what is broken is known before the first one is encoded.
+
+    Returns:
+      The SHA-256 of every file (b"" for a broken one), and what is wrong with the broken ones, by their place.
+    """
+
+    def look(picture: Picture) -> tuple[bytes, str]:
+        try:
+            return load(picture, height, width)[1], ""
+        except ValueError as error:
+            return b"", f"{picture.name} {error}"
+
+    with concurrent.futures.ThreadPoolExecutor(THREADS) as pool:
+        found = list(tqdm.tqdm(
+            pool.map(look, pictures), "check", len(pictures), unit="picture", disable=not progress, leave=False
+        ))  # fmt: skip
+    return [digest for digest, _ in found], {place: wrong for place, (_, wrong) in enumerate(found) if wrong}
+
+
+class Loader:
+    """Reads examined pictures as a batch: ``loader(places)`` is uint8 [len(places), height, width, 3].
+
+    Raises UserError for a picture that has been damaged or removed since.
+    """
+
+    def __init__(self, images: Images):
+        self._images, self._pool = images, concurrent.futures.ThreadPoolExecutor(THREADS)
+
+    def __call__(self, places: Sequence[int]) -> np.ndarray:
+        return np.stack(list(self._pool.map(self._load, places)))
+
+    def _load(self, place: int) -> np.ndarray:
+        picture = self._images.pictures[place]
+        try:
+            return load(picture, self._images.height, self._images.width)[0]
+        except ValueError as error:
+            raise UserError(f"{picture.name} {error}, and was whole when encoding began") from error
+
+
+def digest(digests: Sequence[bytes], height: int, width: int) -> str:
+    """16 hexadecimal digits that other files, in another order or at another size, do not have."""
+    return hashlib.sha256(f"{height}x{width}".encode() + b"".join(digests)).hexdigest()[:16]
+
+
+def describe_broken(wrong: Sequence[str], total: int) -> str:
+    """One line on what is wrong with some of ``total`` pictures."""
+    more = f", and {len(wrong) - 1} more" if len(wrong) > 1 else ""
+    return f"{len(wrong)} of {total} pictures cannot be used: {wrong[0]}{more}"

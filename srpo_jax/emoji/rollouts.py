@@ -1,0 +1,157 @@
+"""Where the images that SRPO improves may come from, side by side on the small world: what it costs, what it gives.
+
+    python -m srpo_jax.emoji.rollouts --out demo        (goes on from `make demo`, or starts from nothing)
+
+online       a rollout at every update, as the demonstration does
+reuse n      a rollout serves n updates (config.rollout.reuse)
+offline      no rollout: the artists' pictures of the train split, encoded (config.data.rollout): of all three styles,
+             as a collection that nobody has sorted, or of the wanted style alone
+
+All runs take as many updates, with names of the train split, and are judged as the demonstration is. OUT gets
+rollouts.md and rollouts.json (the table) and rollouts.png (held-out concepts after each run). The same command goes on
+where it was broken off.
+"""
+
+import argparse
+import json
+import pathlib
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from absl import logging
+from ml_collections import ConfigDict
+from PIL import Image
+
+from srpo_jax import checkpoint, encode, errors, flops, metrics, program, train
+from srpo_jax.data import images
+from srpo_jax.emoji import demo, judge, measure, pictures, results, world
+from srpo_jax.errors import UserError
+
+# Case: (folder of the run, rollout.reuse, styles of the pictures or () for rollouts).
+CASES: dict[str, tuple[str, int, tuple[str, ...]]] = {
+    "online": (demo.RUNS[results.GUARDED][0], 1, ()),
+    "reuse 2": ("reuse_2", 2, ()),
+    "reuse 4": ("reuse_4", 4, ()),
+    "offline, all styles": ("offline_all", 1, world.STYLES),
+    f"offline, {measure.WANTED}": ("offline_wanted", 1, (measure.WANTED,)),
+}
+
+
+def write_pictures(folder: pathlib.Path, styles: Sequence[str]) -> None:
+    """A folder of the train split's pictures in these styles, with their bare names as captions."""
+    folder.mkdir(parents=True, exist_ok=True)
+    concepts, lines = world.split("train"), []
+    for style, row in zip(styles, pictures.load(concepts, styles), strict=True):
+        for concept, image in zip(concepts, row, strict=True):
+            name = f"{style.lower()}-{concept.id}.png"
+            Image.fromarray(image).save(folder / name)
+            lines.append(json.dumps({images.FILE_NAME: name, "caption": world.prompt(concept)}) + "\n")
+    (folder / images.METADATA).write_text("".join(lines), encoding="utf-8")
+
+
+def encode_pictures(folder: pathlib.Path, out: pathlib.Path, config: ConfigDict) -> None:
+    """`python -m srpo_jax.encode` of a folder of pictures, as ``config`` needs them."""
+    data = config.data
+    flags = {
+        "model": config.model.path, "images": folder, "out": out, "text-length": data.text_length,
+        "dtype": config.model.dtype, "height": data.height, "width": data.width, "batch": data.batch_size,
+    }  # fmt: skip
+    encode.main([f"--{name}={value}" for name, value in flags.items()])
+
+
+def run(out: pathlib.Path, config: ConfigDict, case: str) -> tuple[ConfigDict, pathlib.Path]:
+    """Trains a case, or what is left of it. Returns its config and workdir."""
+    name, reuse, styles = CASES[case]
+    own, workdir = config.copy_and_resolve_references(), out / "runs" / name
+    own.rollout.reuse, own.sample.every = reuse, 0
+    if styles:
+        folder = out / "pictures" / name
+        write_pictures(folder, styles)
+        own.data.encode, own.data.rollout = "stored", "offline"
+        own.data.path = str(out / "pictures" / f"{name}_encoded")
+        encode_pictures(folder, pathlib.Path(own.data.path), own)
+    if train.train(own, workdir) is not None:
+        raise UserError(f"training was interrupted; the same command goes on from the checkpoint in {workdir}")
+    return own, workdir
+
+
+def compare(
+    out: pathlib.Path, config: ConfigDict, cases: Sequence[str], concepts: Sequence[world.Concept], seeds: int
+) -> list[dict[str, Any]]:
+    """Runs the cases, writes the table and the sheet into ``out``, and returns the table's rows.
+
+    Args:
+      out: folder, made if there is none.
+      config: the recipe; its paths are filled in here.
+      cases: some of ``CASES``.
+      concepts: those that are drawn and judged.
+      seeds: pictures of each.
+    """
+    demo.prepare(out, config)
+    critic = judge.Judge(out / "models" / "judge")
+    prompts = [world.prompt(concept) for concept in concepts]
+    painter = measure.Painter(config.model.path, prompts, config, seeds)
+    moments = {"before": measure.measure(painter(painter.base), concepts, critic)}
+    rows: list[dict[str, Any]] = [{"case": "before"} | moments["before"].figures]
+    for case in cases:
+        own, workdir = run(out, config, case)
+        params = jax.tree.map(np.asarray, checkpoint.load_params(workdir, own.steps))
+        moments[case] = measure.measure(painter(params), concepts, critic)
+        print(f"{case}, {own.steps} updates: {moments[case]}", flush=True)
+        work = flops.update(own, program.read_architecture(own))
+        # The mean, since only every n-th update of "reuse n" makes a rollout.
+        seconds = float(np.mean([record["step_seconds"] for record in metrics.read(workdir)]))
+        rows.append({
+            "case": case, "updates": own.steps, "seconds": seconds, "images_per_second": own.data.batch_size / seconds,
+            "tflop": sum(part.hardware for part in work.values()) / 1e12,
+        } | moments[case].figures)  # fmt: skip
+        (out / "rollouts.json").write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
+        (out / "rollouts.md").write_text(table(rows), encoding="utf-8")
+        results.compare(moments, concepts).save(out / "rollouts.png")
+    return rows
+
+
+def table(rows: Sequence[dict[str, Any]]) -> str:
+    """The rows as markdown."""
+    lines = [
+        f"| | s an update | images/s | TFLOP an update | judged {measure.WANTED} | concept right | distance |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        cost = [""] * 3
+        if "seconds" in row:
+            cost = [f"{row['seconds']:.1f}", f"{row['images_per_second']:.2f}", f"{row['tflop']:.3f}"]
+        figures = f"{row[measure.WANTED]:.1%}", f"{row['accuracy']:.1%}", f"{row['distance']:.3f}"
+        lines.append(f"| {' | '.join([row['case'], *cost, *figures])} |")
+    return "\n".join(lines) + "\n"
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Runs the command line. Raises UserError."""
+    concepts = world.split("holdout")
+    parser = argparse.ArgumentParser(
+        prog="python -m srpo_jax.emoji.rollouts",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("demo"), help="folder of what is written")
+    parser.add_argument("--case", action="append", choices=CASES, help="of those above, may be repeated (default: all)")
+    parser.add_argument("--updates", type=int, help="of each run, for a shorter look (default: the recipe's)")
+    parser.add_argument("--concepts", type=int, default=len(concepts), help="held-out concepts drawn (default: all)")
+    parser.add_argument("--seeds", type=int, default=demo.SEEDS, help="pictures of each concept (default: 3)")
+    args = parser.parse_args(arguments)
+    config = demo.load_recipe()
+    if args.updates is not None:
+        config.steps = args.updates
+    for flag, value, most in (("concepts", args.concepts, len(concepts)), ("seeds", args.seeds, 64)):
+        if not 1 <= value <= most:
+            raise UserError(f"--{flag}={value}: give a number from 1 to {most}")
+    logging.set_verbosity(logging.ERROR)  # Orbax tells every step of every save
+    print(table(compare(args.out, config, args.case or list(CASES), concepts[: args.concepts], args.seeds)))
+
+
+if __name__ == "__main__":
+    sys.exit(errors.run(main))
