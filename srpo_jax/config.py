@@ -30,6 +30,7 @@ QUANTIZE = ("none", "int8", "nf4")
 # A run may be resumed with other values of these: they change where and how fast it runs, not what it computes.
 RESUMABLE = (
     *("steps", "checkpoint", "sample", "mesh", "remat", "compilation_cache", "model.scan_unroll", "optim.merge_terms"),
+    "optim.offload",
 )
 
 
@@ -155,6 +156,7 @@ def default() -> ConfigDict:
     # a scale for 128 of them). What is not float32 is rounded stochastically; see optim.py for the bytes.
     c.optim.weights = "float32"
     c.optim.moments = "float32"
+    c.optim.offload = False  # keep the moments in the hosts' memory
     c.optim.accumulation = 1  # parts of a batch that pass one after the other; same update, less memory
     # The terms of a method (SRPO's two branches) pass as one larger batch and not one after the other: same update,
     # faster where there is memory for it.

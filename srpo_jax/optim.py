@@ -9,6 +9,8 @@ Bytes of a trained parameter, its gradient aside, by ``optim.weights`` and ``opt
 | bfloat16 | bfloat16 | 6 |
 | bfloat16 | float8 | 4.06 |
 
+With ``optim.offload`` the moments lie in the host's memory, and only what is being updated visits the device.
+
 Everything is computed in float32; what is stored in fewer bits is rounded stochastically (``rounding``), without which
 bfloat16 weights of the size of 1 do not move at all at a rate of 5e-6.
 """
@@ -86,10 +88,12 @@ def make_optimizer(optim: Any) -> Optimizer:
         return Moment(values, jax.tree.map(lambda p: jnp.ones(rounding.scale_shape(p.shape)), params))
 
     def read(moment: Moment) -> jax.Array:
+        moment = jax.device_put(moment, jax.memory.Space.Device) if optim.offload else moment
         return rounding.unscaled(rounding.Scaled(*moment)) if scaled else moment.values.astype(jnp.float32)
 
     def write(x: jax.Array, key: jax.Array, floor: bool) -> Moment:
-        return Moment(*rounding.scaled(x, dtype, key, floor)) if scaled else Moment(_store(x, dtype, key), None)
+        moment = Moment(*rounding.scaled(x, dtype, key, floor)) if scaled else Moment(_store(x, dtype, key), None)
+        return jax.device_put(moment, jax.memory.Space.Host) if optim.offload else moment
 
     def init(params: Params) -> AdamState:
         return AdamState(jnp.zeros((), jnp.int32), zeros(params), zeros(params))

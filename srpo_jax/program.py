@@ -174,7 +174,7 @@ def build(config: ConfigDict, mesh: Mesh, architecture: Architecture) -> Program
 
     everywhere = sharding.replicated(mesh)
     params_sharding = jax.tree.map(lambda leaf: leaf.sharding, params)
-    opt_sharding = sharding.of_optimizer(mesh, optimizer, params, params_sharding)
+    opt_sharding = sharding.of_optimizer(mesh, optimizer, params, params_sharding, config.optim.offload)
     state = TrainState(
         step=jax.ShapeDtypeStruct((), jnp.int32, sharding=everywhere),
         params=params,

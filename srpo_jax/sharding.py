@@ -139,16 +139,18 @@ def of_tree(mesh: Mesh, network: str, params: Any) -> Any:
     return jax.tree_util.tree_map_with_path(lambda path, leaf: sharding(path_name(path), leaf.shape), params)
 
 
-def of_optimizer(mesh: Mesh, optimizer: Optimizer, params: Any, shardings: Any) -> Any:
+def of_optimizer(mesh: Mesh, optimizer: Optimizer, params: Any, shardings: Any, offload: bool = False) -> Any:
     """The shardings of an optimiser's state: what belongs to a parameter lies where it lies, counters everywhere.
 
-    The scales of 8-bit moments have a shorter last axis; where the mesh does not divide it, it stays whole.
+    The scales of 8-bit moments have a shorter last axis; where the mesh does not divide it, it stays whole. With
+    ``offload``, what belongs to a parameter lies in the memory of its devices' hosts.
     """
     abstract = jax.eval_shape(optimizer.init, params)
 
     def beside(leaf: jax.ShapeDtypeStruct, sharding: NamedSharding) -> NamedSharding:
         axes = zip(leaf.shape, sharding.spec, strict=False)
-        return NamedSharding(mesh, P(*(axis if axis and not size % mesh.shape[axis] else None for size, axis in axes)))
+        axes = P(*(axis if axis and not size % mesh.shape[axis] else None for size, axis in axes))
+        return NamedSharding(mesh, axes, memory_kind="pinned_host" if offload else None)
 
     return optax.tree.map_params(
         optimizer,

@@ -16,7 +16,7 @@ import tiny
 from ml_collections import ConfigDict
 from PIL import Image
 
-from srpo_jax import checkpoint, conditions, config, encode, metrics, sharding, train
+from srpo_jax import checkpoint, conditions, config, encode, metrics, optim, program, sharding, train
 from srpo_jax.data import loading
 from srpo_jax.errors import UserError
 from srpo_jax.weights import folder
@@ -51,9 +51,11 @@ def arrays(workdir, step):
     return found, json.loads((folder / "run" / "metadata").read_text())
 
 
-def same(first, second):
-    """Asserts that two checkpoints are equal bit for bit."""
+def same(first, second, configs=True):
+    """Asserts that two checkpoints are equal bit for bit, and their configurations too unless told otherwise."""
     (mine, run), (other, other_run) = first, second
+    if not configs:
+        run, other_run = ({key: value for key, value in r.items() if key != "config"} for r in (run, other_run))
     assert mine.keys() == other.keys() and run == other_run
     different = [name for name in mine if mine[name].tobytes() != other[name].tobytes()]
     assert not different
@@ -154,6 +156,17 @@ def test_a_run_in_few_bits_goes_on_bit_for_bit(recipe, tmp_path):
     assert dtypes == {"params": {"bfloat16"}, "ema": {"float32"}}
     moved = [(first[name] != third[name]).any() for name in first if name.startswith("params")]
     assert np.mean(moved) > 0.9, "some scales near 1 may not have taken a step yet"
+
+
+def test_moments_in_the_hosts_memory_are_the_same(whole, recipe, tmp_path, monkeypatch):
+    """A run that goes on with them there ends where the one does that kept them on the device."""
+    monkeypatch.setattr(optim, "LARGEST", 1000)  # stacks go layer by layer
+    train.train(recipe(steps=2, optim__ema_decay=0.5, sample__every=2), tmp_path / "run")
+    offloaded = recipe(steps=4, optim__ema_decay=0.5, sample__every=2, optim__offload=True)
+    kinds = program.build(offloaded, sharding.make_mesh(offloaded.mesh), program.read_architecture(offloaded)).state
+    assert {leaf.sharding.memory_kind for leaf in jax.tree.leaves(kinds.opt_state.mean)} == {"pinned_host"}
+    train.train(offloaded, tmp_path / "run")
+    same(arrays(whole, 4), arrays(tmp_path / "run", 4), configs=False)
 
 
 def test_a_finished_run_has_nothing_to_do(whole, recipe, capsys):
