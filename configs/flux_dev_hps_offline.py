@@ -14,8 +14,9 @@ Hardware: the memory of flux_dev_hps.py, which see, without the text encoders: t
 sample.prompts and leave before training (config.sample.every=0 does without). An update is 10.4 PFLOP and not 40.2, of
 them 9.5 the transformer's two gradients with their recomputation.
 
-What to expect: not run at this size. On the small world of srpo_jax/emoji an update on pictures takes SHARE of the
-time of one with rollouts and moves the model SPEED; docs/data.md has the table.
+What to expect: not run at this size. On the small world of srpo_jax/emoji it moves the model as far in as many updates
+as rollouts do, with pictures in the wanted style or in all (docs/data.md has the table). Control words change the look,
+not what is in the pictures; the metrics are those of flux_dev_hps.py.
 """
 
 from ml_collections import ConfigDict

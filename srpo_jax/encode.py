@@ -271,13 +271,13 @@ def main(arguments: list[str] | None = None) -> None:
         args.min_length, args.max_length, args.include, args.exclude, args.unique, args.sample, args.seed
     )
     with distributed.job(args.coordinator, args.process_id, args.process_count):
-        if args.images:
-            texts, summary, pictures = _read_images(args, chosen)
-        else:
-            texts, summary, pictures = *_read_prompts(args, chosen), None
-        if jax.process_index() == 0:
-            print(summary, flush=True)
         try:
+            if args.images:
+                texts, summary, pictures = _read_images(args, chosen)
+            else:
+                texts, summary, pictures = *_read_prompts(args, chosen), None
+            if jax.process_index() == 0:
+                print(summary, flush=True)
             manifest = encode_prompts(
                 args.model,
                 texts,

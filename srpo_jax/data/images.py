@@ -14,6 +14,7 @@ import hashlib
 import io
 import os
 import pathlib
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
@@ -200,9 +201,15 @@ def examine(
             return b"", f"{picture.name} {error}"
 
     with concurrent.futures.ThreadPoolExecutor(THREADS) as pool:
-        found = list(tqdm.tqdm(
-            pool.map(look, pictures), "check", len(pictures), unit="picture", disable=not progress, leave=False
-        ))  # fmt: skip
+        bar = tqdm.tqdm(
+            total=len(pictures), desc="check", unit="picture", disable=not progress, leave=False,
+            mininterval=0.1 if sys.stderr.isatty() else 10,
+        )  # fmt: skip
+        found = []
+        with bar:
+            for result in pool.map(look, pictures):
+                found.append(result)
+                bar.update()
     return [digest for digest, _ in found], {place: wrong for place, (_, wrong) in enumerate(found) if wrong}
 
 
