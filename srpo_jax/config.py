@@ -30,7 +30,7 @@ QUANTIZE = ("none", "int8", "nf4")
 # A run may be resumed with other values of these: they change where and how fast it runs, not what it computes.
 RESUMABLE = (
     *("steps", "checkpoint", "sample", "mesh", "remat", "compilation_cache", "model.scan_unroll", "optim.merge_terms"),
-    "optim.offload",
+    *("optim.offload", "rollout.gather"),
 )
 
 
@@ -101,6 +101,9 @@ def default() -> ConfigDict:
     c.rollout.solver = "euler"
     # Of its blocks' matrix products: model (as model.dtype) | int8 | float8 (H100 and later), see docs/rollouts.md
     c.rollout.dtype = "model"
+    # Every device holds the whole transformer (in model.dtype) for a rollout, and does not gather each block's weights
+    # over mesh.fsdp at each of its steps.
+    c.rollout.gather = False
     c.rollout.guidance = 1.0  # distilled guidance given to the transformer
     c.rollout.shift = 3.0  # time shift of the noise schedule, here and of the training grid
     c.rollout.noise = "shared"  # shared: one noise for the whole batch, as released | per_sample

@@ -221,11 +221,17 @@ def _groups(text: str, devices: int) -> tuple[tuple[int, ...], ...]:
         dims = [int(dim) for dim in match[3].split(",")]
         order = [int(axis) for axis in match[4].split(",")] if match[4] else list(range(len(dims)))
         return _chunks(_iota(dims, order), count, size)
-    if match := re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}(.)", text):
-        if match[3] != "," or "device_ids" in match[1]:
+    order = r"(?:, device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\))?"  # of the mesh's devices, where it is not 0, 1, ...
+    if match := re.search(r"replica_groups=mesh\[([^\]]*)\]" + order + r" \{([^}]*)\}(.)", text):
+        if match[5] != "," or "device_ids" in match[1]:
             raise ValueError(f"HLO: replica groups not understood: {match[0]}")
         sizes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", match[1])}
-        return _mesh_groups(sizes, [part.strip() for part in match[2].split(",") if part.strip()])
+        groups = _mesh_groups(sizes, [part.strip() for part in match[4].split(",") if part.strip()])
+        if not match[2]:
+            return groups
+        dims = [int(dim) for dim in match[2].split(",")]
+        ids = _iota(dims, [int(axis) for axis in match[3].split(",")] if match[3] else list(range(len(dims))))
+        return tuple(tuple(ids[place] for place in group) for group in groups)
     raise ValueError(f"HLO: replica groups not understood: {text[:200]}")
 
 

@@ -139,6 +139,17 @@ def of_tree(mesh: Mesh, network: str, params: Any) -> Any:
     return jax.tree_util.tree_map_with_path(lambda path, leaf: sharding(path_name(path), leaf.shape), params)
 
 
+def gather(mesh: Mesh, network: str) -> Callable[[Any], Any]:
+    """A function, for use in a compiled program, that makes every device hold all of a network's parameters that are
+    split over "fsdp"; what "tensor" splits stays split."""
+
+    def whole(path: tuple, leaf: jax.Array) -> jax.Array:
+        axes = P(*(None if axis == "fsdp" else axis for axis in spec(f"{network}.{path_name(path)}")))
+        return jax.lax.with_sharding_constraint(leaf, NamedSharding(mesh, axes))
+
+    return lambda params: jax.tree_util.tree_map_with_path(whole, params)
+
+
 def of_optimizer(mesh: Mesh, optimizer: Optimizer, params: Any, shardings: Any, offload: bool = False) -> Any:
     """The shardings of an optimiser's state: what belongs to a parameter lies where it lies, counters everywhere.
 

@@ -66,12 +66,14 @@ class Networks:
       guidance: whether that transformer has a guidance embedding.
       autoencoder: of ``models.autoencoder.Autoencoder``.
       rewards: the mixture, by name.
+      gather: puts the transformer's parameters onto every device for a rollout; None leaves them where they are.
     """
 
     transformer: nnx.GraphDef
     guidance: bool
     autoencoder: nnx.GraphDef
     rewards: dict[str, Reward]
+    gather: Callable[[Params], Params] | None = None
 
 
 class Frozen(NamedTuple):
@@ -299,6 +301,8 @@ def rollout(
     """Latents [B, N, 64] made from ``noise`` without gradient; ``stop`` as in ``flow.sample``."""
 
     weights = in_compute_dtype(networks, params)
+    if networks.gather is not None:
+        weights = networks.gather(weights)
     if settings.rollout_dtype != "model":
         networks, weights = in_eight_bits(networks, weights, settings.rollout_dtype)
     transformer = bind(networks.transformer, weights)

@@ -17,7 +17,7 @@ import tiny
 from jax.sharding import AbstractMesh
 from jax.sharding import PartitionSpec as P
 
-from srpo_jax import checkpoint, conditions, optim, program, sharding, step
+from srpo_jax import checkpoint, conditions, hlo, optim, program, sharding, step
 from srpo_jax.config import default
 from srpo_jax.data.loading import Examples
 from srpo_jax.errors import UserError
@@ -296,6 +296,40 @@ def test_factors_beside_quantised_weights_on_eight_devices(models):
     assert report["losses"][:2] == pytest.approx(report["losses"][2:], rel=1e-5)
     assert len(report["distances"]) == 22
     assert max(report["distances"].values()) < 1e-3
+
+
+def gather_for_rollouts(models):
+    """Child: the latents of a rollout of 5 steps and the bytes that it gathers, with and without ``rollout.gather``."""
+    report = []
+    for gather in (False, True):
+        config = tiny.config(
+            pathlib.Path(models), data__batch_size=8, rollout__steps=5, rollout__gather=gather, mesh__data=2
+        )
+        mesh = sharding.make_mesh(config.mesh)
+        built = program.build(config, mesh, program.read_architecture(config))
+        rng = np.random.default_rng(0)
+        batch = jax.tree.map(
+            lambda leaf, rng=rng: jax.device_put(rng.normal(size=leaf.shape).astype(leaf.dtype), leaf.sharding),
+            built.batch,
+        )
+        noise = rng.normal(size=(8, built.settings.tokens, 64)).astype(np.float32)
+        noise = jax.device_put(noise, sharding.of_batch(mesh))
+        roll = jax.jit(functools.partial(step.rollout, built.networks, built.settings))
+        compiled = roll.lower(program.initial_state(config, built).params, batch, noise).compile()
+        found = hlo.collectives(compiled.as_text(), 8).found
+        moved = sum(one.traffic * one.runs for one in found if one.kind == "all-gather")
+        params = program.initial_state(config, built).params
+        report.append({"gathered": moved, "latents": np.asarray(compiled(params, batch, noise)).ravel().tolist()})
+    whole = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
+    print(json.dumps({"reports": report, "bytes": whole}))
+
+
+def test_weights_gathered_once_for_a_rollout(models):
+    found = run("gather_for_rollouts", models)
+    each_step, once = found["reports"]
+    np.testing.assert_allclose(once["latents"], each_step["latents"], rtol=1e-3, atol=1e-4)
+    # Three quarters of the weights come from the three other devices along "fsdp".
+    assert once["gathered"] < 0.8 * found["bytes"] and each_step["gathered"] > 2 * once["gathered"]
 
 
 def load_onto_eight(path):
