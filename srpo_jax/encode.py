@@ -34,13 +34,14 @@ from absl import logging
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from srpo_jax import conditions, distributed, errors, latents, program, sharding, step
+from srpo_jax import conditions, distributed, errors, latents, program, sharding
 from srpo_jax.config import DTYPES
 from srpo_jax.data import filters, images, sources, stored
 from srpo_jax.data.images import Images
 from srpo_jax.errors import UserError
 from srpo_jax.generate import MAX_TEXT
 from srpo_jax.models.compute import Compute
+from srpo_jax.settings import LATENT_CHANNELS, LATENT_FACTOR
 from srpo_jax.weights import fingerprint
 from srpo_jax.weights.files import Spec
 
@@ -94,8 +95,8 @@ def encode_prompts(
     encoders, digest = fingerprint.of_text_encoders(model), stored.digest(texts)
     if pictures:
         latents.read_config(model)
-        sides = pictures.height // step.LATENT_FACTOR, pictures.width // step.LATENT_FACTOR
-        arrays[stored.LATENTS] = Spec((*sides, step.LATENT_CHANNELS), np.dtype(np.float32))
+        sides = pictures.height // LATENT_FACTOR, pictures.width // LATENT_FACTOR
+        arrays[stored.LATENTS] = Spec((*sides, LATENT_CHANNELS), np.dtype(np.float32))
         encoders[program.AUTOENCODER] = fingerprint.of_network(model / program.AUTOENCODER)
         digest = stored.digest([digest, pictures.digest])
     manifest = stored.Manifest(

@@ -28,7 +28,7 @@ from srpo_jax.models.flux import MLP_RATIO, TIME_CHANNELS, FluxConfig
 from srpo_jax.models.lora import STACKS, Lora, chosen, factor_shapes
 from srpo_jax.models.t5 import T5Config
 from srpo_jax.program import CAPTIONS, Architecture, used_rewards
-from srpo_jax.step import LATENT_FACTOR
+from srpo_jax.settings import LATENT_FACTOR
 from srpo_jax.weights import folder
 
 FUSED_ATTENTION = ("cudnn", "splash")  # backends that keep no attention matrix and make the logits again

@@ -17,6 +17,7 @@ from srpo_jax import program, sharding, step
 from srpo_jax.errors import UserError
 from srpo_jax.models.autoencoder import Autoencoder, AutoencoderConfig
 from srpo_jax.models.compute import Compute, Params, bind
+from srpo_jax.settings import LATENT_CHANNELS, LATENT_FACTOR
 from srpo_jax.weights import folder
 
 
@@ -24,10 +25,10 @@ def read_config(model: str | os.PathLike) -> AutoencoderConfig:
     """The sizes of a pipeline's autoencoder. Raises UserError if training cannot use its latents."""
     path = pathlib.Path(model) / program.AUTOENCODER
     config = program.read_config(path, "autoencoder")
-    if (config.factor, config.latent_channels) != (step.LATENT_FACTOR, step.LATENT_CHANNELS):
+    if (config.factor, config.latent_channels) != (LATENT_FACTOR, LATENT_CHANNELS):
         raise UserError(
             f"{path} has {config.latent_channels} channels of latents at 1/{config.factor} of a picture's sides; "
-            f"FLUX takes {step.LATENT_CHANNELS} at 1/{step.LATENT_FACTOR}"
+            f"FLUX takes {LATENT_CHANNELS} at 1/{LATENT_FACTOR}"
         )
     return config
 

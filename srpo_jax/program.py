@@ -27,7 +27,8 @@ from srpo_jax.models.flux import FluxConfig
 from srpo_jax.models.lora import Lora
 from srpo_jax.optim import Optimizer
 from srpo_jax.rewards import Reward
-from srpo_jax.step import Batch, Frozen, Networks, Rollout, Settings, TrainState
+from srpo_jax.settings import Settings
+from srpo_jax.step import Batch, Frozen, Networks, Rollout, TrainState
 from srpo_jax.weights import engine, folder, quantized
 from srpo_jax.weights import lora as weights_lora
 from srpo_jax.weights.files import SafetensorsFile

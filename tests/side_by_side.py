@@ -28,6 +28,7 @@ from srpo_jax import benchmark, command, errors, flops, parts, program, sharding
 from srpo_jax import config as config_lib
 from srpo_jax.models import compute
 from srpo_jax.models.compute import Compute
+from srpo_jax.settings import Settings
 from srpo_jax.weights import engine, flux, folder
 
 PARTS = ("rollout", "transformer", "autoencoder", "reward", "optimizer", "update")
@@ -44,7 +45,7 @@ def random_params(network: str, config, seed: int):
     )
 
 
-def same_inputs(architecture: program.Architecture, settings: step.Settings, count: int, length: int):
+def same_inputs(architecture: program.Architecture, settings: Settings, count: int, length: int):
     """A random batch of ours and its draws."""
     generator = np.random.default_rng(0)
     ids = {}

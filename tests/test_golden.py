@@ -17,6 +17,7 @@ import pytest
 from srpo_jax import convert, direct_align, flow, methods, rewards, step, text
 from srpo_jax.config import default
 from srpo_jax.models.compute import Compute
+from srpo_jax.settings import Settings
 from srpo_jax.weights import engine, flux, folder
 
 DATA = pathlib.Path(__file__).parent / "data" / "golden"
@@ -94,7 +95,7 @@ def load_case(name, converted, compute=Compute()):  # noqa: B008 (frozen)
     config.align.groundtruth_ratio = args["groundtruth_ratio"]
     config.align.discount_positive = tuple(args["discount_pos"])
     config.align.discount_negative = tuple(args["discount_inv"])
-    settings = step.Settings.from_config(config)
+    settings = Settings.from_config(config)
 
     flux_config, transformer, params = folder.load(converted / "transformer", "flux", compute)
     _, autoencoder, vae_params = folder.load(converted / "vae", "autoencoder", compute)

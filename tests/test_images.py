@@ -17,11 +17,12 @@ import tiny
 from PIL import Image
 from test_distributed import free_port
 
-from srpo_jax import encode, inspect_data, latents, sharding, step
+from srpo_jax import encode, inspect_data, latents, sharding
 from srpo_jax.data import images, stored
 from srpo_jax.emoji.dataset import Emoji
 from srpo_jax.errors import UserError
 from srpo_jax.models.compute import bind
+from srpo_jax.settings import LATENT_FACTOR
 from srpo_jax.weights import fingerprint, folder
 
 TESTS = pathlib.Path(__file__).parent
@@ -330,7 +331,7 @@ def test_broken_pictures_are_named_and_skipped(model, broken, tmp_path, capsys):
     kept = [tiny.PROMPTS[0], *tiny.PROMPTS[4:]]
     assert [example["prompt"] for example in read(tmp_path / "data")] == kept
     np.testing.assert_array_equal(
-        read(tmp_path / "data")[0]["latents"].shape, (HEIGHT // step.LATENT_FACTOR, WIDTH // step.LATENT_FACTOR, 16)
+        read(tmp_path / "data")[0]["latents"].shape, (HEIGHT // LATENT_FACTOR, WIDTH // LATENT_FACTOR, 16)
     )
 
 

@@ -14,6 +14,7 @@ from srpo_jax.config import default
 from srpo_jax.models import autoencoder, clip, flux
 from srpo_jax.models.compute import Compute, bind, build
 from srpo_jax.optim import Optimizer
+from srpo_jax.settings import Settings
 
 BATCH, TEXT = 4, 5
 FLUX = flux.FluxConfig(
@@ -34,7 +35,7 @@ def settings(**changes):
     config.data.height, config.data.width = 32, 48
     config.rollout.steps, config.rollout.noise = 3, "per_sample"
     config.refl.late_steps = 2
-    return dataclasses.replace(step.Settings.from_config(config), **changes)
+    return dataclasses.replace(Settings.from_config(config), **changes)
 
 
 def make_networks(compute):

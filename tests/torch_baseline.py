@@ -13,7 +13,7 @@ import transformers
 
 from srpo_jax import flow, rewards, step
 from srpo_jax.program import Architecture
-from srpo_jax.step import Settings
+from srpo_jax.settings import Settings
 from srpo_jax.weights import autoencoder, clip, engine, flux
 
 

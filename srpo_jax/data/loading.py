@@ -12,7 +12,7 @@ from srpo_jax import program
 from srpo_jax.data import filters, sources, stored
 from srpo_jax.errors import UserError
 from srpo_jax.models.flux import FluxConfig
-from srpo_jax.step import LATENT_FACTOR
+from srpo_jax.settings import LATENT_FACTOR
 from srpo_jax.weights import fingerprint
 
 
