@@ -17,7 +17,6 @@ import test_step
 import tiny
 import torch
 from diffusers.loaders.lora_conversion_utils import _convert_kohya_flux_lora_to_diffusers
-from jax.sharding import AbstractMesh
 from parity import relative_error
 from PIL import Image
 
@@ -137,7 +136,7 @@ def test_a_target_that_matches_nothing():
     config.lora.rank, config.lora.targets = 4, ("double_blocks.img_attn.qkv", "blocks.to_q")
     sizes = architectures.published(config, "flux-dev")[0]
     with pytest.raises(UserError, match=r"config\.lora\.targets: 'blocks\.to_q' matches no layer; there are double_bl"):
-        program.build(config, AbstractMesh((1, 1, 1), sharding.AXES), sizes)
+        program.build(config, sharding.make_mesh(config.mesh), sizes)
 
 
 def test_the_default_targets():
@@ -152,7 +151,7 @@ def test_bytes_of_flux_dev(kind, gigabytes):
     config = config_lib.default()
     config.lora.rank, config.lora.quantize = 16, kind
     sizes = architectures.published(config, "flux-dev")[0]
-    built = program.build(config, AbstractMesh((1, 8, 1), sharding.AXES), sizes)
+    built = program.build(config, sharding.make_mesh(config.mesh), sizes)
     sizes = [nbytes(tree) for tree in (built.frozen.base, built.state.params)]
     assert sizes[0] / 1e9 == pytest.approx(gigabytes, abs=0.005)
     assert sizes[1] == 4 * 65_372_160

@@ -320,6 +320,9 @@ def test_every_key_is_read(recipe, tmp_path, monkeypatch):
     encode.encode_prompts(plain.model.path, tiny.PROMPTS, data, mesh=mesh, **options)
     recorded.data.encode, recorded.data.path = "stored", str(data)
     assert len(loading.open_source(recorded, tiny.FLUX)) == len(tiny.PROMPTS)
+    # Where no factors are trained, but the transformer itself.
+    recorded.lora.rank = 0
+    assert program.computes(recorded, mesh).transformer.param_dtype == plain.optim.weights
     unread = set(config.flatten(plain)) - seen
     assert not unread
     assert "optim.lr" not in seen and len(seen) > 50

@@ -84,7 +84,7 @@ FORMATS = (
 
 # What people try by mistake, by a part of a tensor name; asked in this order, before and after the formats above.
 _NEVER_OURS = (
-    (r"\.lora_|^lora_|\.lora\.", "a LoRA: merge it into its base model first"),
+    (r"\.lora_|^lora_|\.lora\.", "a LoRA: merge it into its base model first, or train on from it by config.lora.init"),
     (r"\.quant_state|\.absmax$|scale_weight$|^scaled_fp8$|\.input_scale$|\.weight_scale$",
      "a quantised checkpoint: use the original weights"),
     (r"^model\.diffusion_model\.|^first_stage_model\.|^cond_stage_model\.|^conditioner\.|^text_encoders\.",
