@@ -31,6 +31,8 @@ def load_tokenizer(path: str | os.PathLike) -> Any:
     for names in (("tokenizer_config.json",), _VOCABULARIES):
         if not any((path / name).exists() for name in names):
             raise UserError(f"{path} holds no tokenizer: {' or '.join(names)} is missing")
+    # It would warn, among the lines that matter, that it can load no models without torch.
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     # Importing transformers takes seconds, and nothing else needs it.
     from transformers import AutoTokenizer
 

@@ -85,6 +85,8 @@ def read_config(path: str | os.PathLike) -> tuple[str, Any]:
     path = pathlib.Path(path)
     if not path.is_dir():
         raise UserError(f"{path} is not a folder; expected one made by `python -m srpo_jax.convert import`")
+    if not (path / CONFIG).exists():
+        raise UserError(f"{path / CONFIG} does not exist; expected a folder of one network, made by `convert import`")
     content = read_json(path / CONFIG)
     if content.get("format") != FORMAT:
         raise UserError(
