@@ -342,7 +342,7 @@ def _check_offline(flat: dict[str, Any], require: Any) -> None:
     require("rollout.noise", flat["rollout.noise"] == "per_sample",
             f"{offline} draws noise for each picture; set it to per_sample")  # fmt: skip
     require("rollout.reuse", flat["rollout.reuse"] == 1, f"{offline} has no rollout to use again; set it to 1")
-    for key, plain in (("rollout.dtype", "model"), ("rollout.solver", "euler")):
+    for key, plain in (("rollout.dtype", "model"), ("rollout.solver", "euler"), ("rollout.cache", 1)):
         require(key, flat[key] == plain, f"{offline} has no rollout to make faster; set it to {plain}")
 
 

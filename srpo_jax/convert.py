@@ -453,8 +453,11 @@ def main(arguments: list[str] | None = None) -> None:
             raise UserError("--step and --ema choose from a --checkpoint; give one")
         transformer = lora = None
         if args.checkpoint is not None:
+            from absl import logging
+
             from srpo_jax import checkpoint
 
+            logging.set_verbosity(logging.ERROR)  # Orbax warns of a file that one item of a checkpoint never has
             transformer = checkpoint.load_params(args.checkpoint, args.step, args.ema)
             lora = checkpoint.lora(args.checkpoint)
         dtype = DTYPES[args.dtype]

@@ -95,6 +95,7 @@ def test_late_steps_bind_the_method_that_takes_them():
         ({"rollout.reuse": 2}, r"config\.rollout\.reuse=2: .* has no rollout to use again; set it to 1"),
         ({"rollout.dtype": "int8"}, r"config\.rollout\.dtype='int8': .* no rollout to make faster; set it to model"),
         ({"rollout.solver": "ab2"}, r"config\.rollout\.solver='ab2': .* no rollout to make faster; set it to euler"),
+        ({"rollout.cache": 2}, r"config\.rollout\.cache=2: .* no rollout to make faster; set it to 1"),
     ],
 )
 def test_what_pictures_in_the_place_of_rollouts_exclude(changes, message):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from srpo_jax import metrics
+from srpo_jax import config, flops, metrics, program
 from srpo_jax.data import images
 from srpo_jax.emoji import demo, pictures, rollouts, world
 from srpo_jax.errors import UserError
@@ -50,6 +50,21 @@ def test_shrunk_comparison(tmp_path, monkeypatch, capsys):
     # Everything is done: the same command measures again and trains nothing.
     rollouts.main(words)
     assert json.loads((tmp_path / "rollouts.json").read_text()) == [before, reuse, offline]
+
+
+@pytest.mark.parametrize("case", list(rollouts.CASES)[1:7])
+def test_cases_are_cheaper_rollouts(case, monkeypatch, tmp_path):
+    """What is trained is the recipe but for the rollout, and takes fewer FLOPs."""
+    recipe = demo.load_recipe()
+    demo.prepare(tmp_path, recipe)
+    monkeypatch.setattr("srpo_jax.train.train", lambda config, workdir: None)
+    own, workdir = rollouts.run(tmp_path, recipe, case)
+    config.validate(own)
+    there, here = config.flatten(recipe), config.flatten(own)
+    assert {key.split(".")[0] for key in here if here[key] != there[key]} == {"rollout", "sample"}
+    architecture = program.read_architecture(recipe)
+    cost = [flops.sample(c, architecture)["rollout"].model for c in (own, recipe)]
+    assert cost[0] < 0.7 * cost[1] and workdir.parent == tmp_path / "runs"
 
 
 @pytest.mark.parametrize("flag", ["--concepts=0", "--seeds=65"])

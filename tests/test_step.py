@@ -263,9 +263,9 @@ def test_a_rollout_keeps_the_change_of_the_middle_blocks(tiny, batch):
     assert np.abs(plain(params, batch, noise) - x).max() > 1e-3
 
 
-@pytest.mark.parametrize("solver", ["euler", "ab2"])
-def test_a_cache_of_no_blocks_changes_nothing(tiny, batch, solver):
-    plain = settings(rollout_steps=4, solver=solver)
+@pytest.mark.parametrize("changes", [{}, {"solver": "ab2"}, {"rollout_dtype": "int8"}], ids=str)
+def test_a_cache_of_no_blocks_changes_nothing(tiny, batch, changes):
+    plain = settings(rollout_steps=4, **changes)
     everything = dataclasses.replace(plain, cache=2, cache_ends=(FLUX.num_layers, FLUX.num_single_layers))
     networks, params, _ = tiny
     noise, stop = step.draw(plain, jax.random.key(0), BATCH).noise, jnp.array([1, 2, 3, 4])

@@ -33,7 +33,7 @@ SHIPPED = pathlib.Path(__file__).parent
 RECIPE = SHIPPED.parents[1] / "configs" / "emoji.py"
 # Run: (folder, branches).
 RUNS = {GUARDED: ("srpo", ("denoise", "inversion")), CONTRAST: ("no_inversion", ("denoise",))}
-SEEDS = measure.SEEDS
+SEEDS = 3  # pictures of each held-out concept
 
 
 def load_recipe(path: pathlib.Path = RECIPE) -> ConfigDict:

@@ -1,29 +1,20 @@
-"""Draws held-out concepts with given weights, and measures what came out.
+"""Draws held-out concepts with given weights, and measures what came out."""
 
-    python -m srpo_jax.emoji.measure --checkpoint runs/emoji        (a workdir of configs/emoji.py; after make demo)
-"""
-
-import argparse
 import dataclasses
 import os
 import pathlib
-import sys
 from collections.abc import Sequence
 
-import jax
 import numpy as np
-from absl import logging
 from ml_collections import ConfigDict
 
-from srpo_jax import checkpoint, conditions, errors, flow, program, sampling, sharding
+from srpo_jax import conditions, flow, program, sampling, sharding
 from srpo_jax.emoji import judge, pictures, world
-from srpo_jax.errors import UserError
 from srpo_jax.models.compute import Compute, Params
-from srpo_jax.weights import files, folder
+from srpo_jax.weights import folder
 
 WANTED = "3D"  # the style that the demonstration steers to
 BATCH = 32  # pictures drawn at once, at most
-SEEDS = 3  # pictures of each held-out concept
 
 
 class Painter:
@@ -97,29 +88,3 @@ def measure(images: np.ndarray, concepts: Sequence[world.Concept], critic: judge
         judgement,
         judgement.style_shares() | {"accuracy": judgement.accuracy(captions), "distance": float(np.mean(distances))},
     )
-
-
-def main(arguments: list[str] | None = None) -> None:
-    """Runs the command line. Raises UserError."""
-    parser = argparse.ArgumentParser(
-        prog="python -m srpo_jax.emoji.measure",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--checkpoint", type=pathlib.Path, required=True, help="workdir of a run on the small world")
-    parser.add_argument("--step", type=int, help="of the checkpoint (default: the newest)")
-    parser.add_argument("--judge", type=pathlib.Path, default=pathlib.Path("demo/models/judge"), help="converted judge")
-    parser.add_argument("--seeds", type=int, default=SEEDS, help=f"pictures of each concept (default: {SEEDS})")
-    args = parser.parse_args(arguments)
-    if not 1 <= args.seeds <= 64:
-        raise UserError(f"--seeds={args.seeds}: give a number from 1 to 64")
-    logging.set_verbosity(logging.ERROR)
-    params = jax.tree.map(np.asarray, checkpoint.load_params(args.checkpoint, args.step))
-    config = ConfigDict(files.read_json(args.checkpoint / checkpoint.CONFIG))
-    critic, concepts = judge.Judge(args.judge), world.split("holdout")
-    painter = Painter(config.model.path, [world.prompt(concept) for concept in concepts], config, args.seeds)
-    print(measure(painter(params), concepts, critic))
-
-
-if __name__ == "__main__":
-    sys.exit(errors.run(main))

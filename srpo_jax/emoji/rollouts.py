@@ -2,7 +2,10 @@
 
     python -m srpo_jax.emoji.rollouts --out demo        (goes on from `make demo`, or starts from nothing)
 
-online       a rollout at every update, as the demonstration does
+online       a rollout at every update, as the demonstration does: 10 Euler steps
+n steps      fewer of them (config.rollout.steps); ab2: of second order (config.rollout.solver)
+cache n      all blocks of the transformer run at every n-th step (config.rollout.cache), between them none, or
+             with "ends" the first double and the last single block (config.rollout.cache_ends)
 reuse n      a rollout serves n updates (config.rollout.reuse)
 offline      no rollout: the artists' pictures of the train split, encoded (config.data.rollout): of all three styles,
              as a collection that nobody has sorted, or of the wanted style alone
@@ -30,13 +33,17 @@ from srpo_jax.data import images
 from srpo_jax.emoji import demo, judge, measure, pictures, results, world
 from srpo_jax.errors import UserError
 
-# Case: (folder of the run, rollout.reuse, styles of the pictures or () for rollouts).
-CASES: dict[str, tuple[str, int, tuple[str, ...]]] = {
-    "online": (demo.RUNS[results.GUARDED][0], 1, ()),
-    "reuse 2": ("reuse_2", 2, ()),
-    "reuse 4": ("reuse_4", 4, ()),
-    "offline, all styles": ("offline_all", 1, world.STYLES),
-    f"offline, {measure.WANTED}": ("offline_wanted", 1, (measure.WANTED,)),
+# Case: (folder of the run, what it changes of config.rollout, styles of the pictures or () for rollouts).
+CASES: dict[str, tuple[str, dict[str, Any], tuple[str, ...]]] = {
+    "online": (demo.RUNS[results.GUARDED][0], {}, ()),
+    "5 steps": ("steps_5", {"steps": 5}, ()),
+    "6 steps, ab2": ("steps_6_ab2", {"steps": 6, "solver": "ab2"}, ()),
+    "cache 2": ("cache_2", {"cache": 2, "cache_ends": (0, 0)}, ()),
+    "cache 2, ends": ("cache_2_ends", {"cache": 2, "cache_ends": (1, 1)}, ()),
+    "reuse 2": ("reuse_2", {"reuse": 2}, ()),
+    "reuse 4": ("reuse_4", {"reuse": 4}, ()),
+    "offline, all styles": ("offline_all", {}, world.STYLES),
+    f"offline, {measure.WANTED}": ("offline_wanted", {}, (measure.WANTED,)),
 }
 
 
@@ -64,9 +71,10 @@ def encode_pictures(folder: pathlib.Path, out: pathlib.Path, config: ConfigDict)
 
 def run(out: pathlib.Path, config: ConfigDict, case: str) -> tuple[ConfigDict, pathlib.Path]:
     """Trains a case, or what is left of it. Returns its config and workdir."""
-    name, reuse, styles = CASES[case]
+    name, changes, styles = CASES[case]
     own, workdir = config.copy_and_resolve_references(), out / "runs" / name
-    own.rollout.reuse, own.sample.every = reuse, 0
+    own.rollout.update(changes)
+    own.sample.every = 0
     if styles:
         folder = out / "pictures" / name
         write_pictures(folder, styles)
