@@ -104,7 +104,8 @@ def check(case: Case) -> dict[str, Any]:
     memory = _memory(case, compiled, refused)
     found = hlo.Collectives((), ()) if compiled is None else hlo.collectives(compiled.as_text(), len(devices))
     moved = roofline.optimizer_traffic(built.state.params, built.state.opt_state)
-    time_of = roofline.estimate(config, case.architecture.transformer, work, moved, found.found, target, devices)
+    away = roofline.shard_bytes(built.state.opt_state, host=True)
+    time_of = roofline.estimate(config, case.architecture.transformer, work, moved, away, found.found, target, devices)
     report = {
         "topology": target.name,
         "device": target.chip.name,
@@ -156,6 +157,7 @@ def _memory(case: Case, compiled: Any, refused: tuple[str, float] | None) -> dic
             "batch": roofline.shard_bytes((built.batch, state.rollout, state.step)),
         },
         "text_encoders": encoder_bytes(case) if case.config.data.encode == "online" else 0,
+        "host": roofline.shard_bytes(state.opt_state, host=True),
         "capacity": case.target.memory,
     }
     if compiled is None:
@@ -232,6 +234,9 @@ def advise(case: Case, report: dict[str, Any]) -> list[str]:
     if not config.lora.rank and config.optim.moments != "float8":
         advice.append("--config.optim.weights=bfloat16 --config.optim.moments=float8: weights and moments in 4 bytes a "
                       "parameter, not 12")  # fmt: skip
+    if not config.optim.offload and memory["arguments"]["optimizer"] > GIB:
+        advice.append("--config.optim.offload=True: keep the moments in the hosts' memory "
+                      f"({memory['arguments']['optimizer'] / GIB:.2f} GiB)")  # fmt: skip
     if config.optim.ema_decay:
         advice.append(f"--config.optim.ema_decay=0: no average of the weights ({memory['arguments']['ema'] / GIB:.2f} "
                       "GiB)")  # fmt: skip
@@ -273,6 +278,8 @@ def describe(case: Case, report: dict[str, Any]) -> str:
     lines.append(f"    planned     {memory['planned'] / GIB:8.2f}")
     if memory["text_encoders"]:
         lines.append(f"    encoders    {memory['text_encoders'] / GIB:8.2f}  (text encoders, beside the update)")
+    if memory["host"]:
+        lines.append(f"    on the host {memory['host'] / GIB:8.2f}  (moments)")
     lines.append(f"    headroom    {memory['headroom'] / GIB:8.2f}  of {memory['capacity'] / GIB:.2f}")
     model, hardware = (sum(report[name].values()) for name in ("model_flops", "hardware_flops"))
     lines.append(f"  TFLOP         {model / 1e12:.4g} of the model, {hardware / 1e12:.4g} of the hardware, an update")

@@ -4,7 +4,8 @@
                    peak of bfloat16 matrix products, those of 8-bit rollouts (rollout.dtype) too, shared by all devices
     memory         what no matrix product hides: the optimiser, which reads the gradients twice (for their norm, and to
                    use them) and reads and writes weights and state; and, where attention is not fused, its matrix,
-                   which passes through memory between the products on both sides of it
+                   which passes through memory between the products on both sides of it; and moments that stay in the
+                   hosts' memory (optim.offload), which come and go through the device's link to its host
     interconnect   the collectives of the compiled program, each on the links between the devices of its groups
 
 Compute and memory follow each other, the interconnect may work beside both. Elementwise work, the reading of weights
@@ -13,6 +14,7 @@ arithmetic. So ``best`` is what no run beats. No product reaches a data sheet's 
 share of it.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -27,6 +29,10 @@ from srpo_jax.topologies import Target
 
 # The share of the peak that large products, with all that comes between them, are taken to reach: an assumption.
 UTILISATION = 0.6
+
+# Bytes/s each way between a device and its host: PCIe 4 x16; H100 and H200 have twice that, of TPUs none is published.
+HOST_LINK = 32e9
+HOST_MEMORY = "pinned_host"  # the kind of memory that such arrays lie in
 
 # Bytes for each entry of an attention matrix that is not fused: forward, logits are written and read in float32,
 # probabilities in bfloat16; backward, the gradients of both likewise and the probabilities once more.
@@ -68,6 +74,7 @@ def estimate(
     transformer: FluxConfig,
     work: dict[str, Work],
     optimizer_bytes: float,
+    host_bytes: float,
     collectives: Sequence[Collective],
     target: Target,
     devices: Sequence[Any],
@@ -79,6 +86,7 @@ def estimate(
       transformer: sizes.
       work: of the whole batch, by part (``flops.update``).
       optimizer_bytes: that the optimiser moves on a device (``optimizer_traffic``).
+      host_bytes: of its state that lie in the host's memory, for a device.
       collectives: of the compiled update.
       target: what it was compiled for.
       devices: those, in the program's order.
@@ -87,6 +95,8 @@ def estimate(
     # The optimiser's few FLOPs are not of matrix products.
     compute = {name: part.hardware / count / chip.flops for name, part in work.items() if name != "optimizer"}
     memory = {"optimizer": optimizer_bytes / chip.bandwidth}
+    if host_bytes:
+        memory["host"] = host_bytes / HOST_LINK  # in and out at once
     if config.model.attention not in flops.FUSED_ATTENTION:
         memory["attention"] = attention_traffic(config, transformer) / count / chip.bandwidth
     interconnect: dict[str, float] = {}
@@ -129,12 +139,10 @@ def optimizer_traffic(params: Any, opt_state: Any) -> float:
     return 2 * shard_bytes(params) + 2 * (shard_bytes(params) + shard_bytes(opt_state))
 
 
-def shard_bytes(tree: Any) -> int:
-    """Bytes of a tree's arrays (``ShapeDtypeStruct`` with shardings) on each device."""
+def shard_bytes(tree: Any, host: bool = False) -> int:
+    """Bytes of a tree's arrays (``ShapeDtypeStruct`` with shardings) in each device's memory, or in its host's."""
     total = 0
     for leaf in jax.tree.leaves(tree):
-        size = leaf.dtype.itemsize
-        for length in leaf.sharding.shard_shape(leaf.shape):
-            size *= length
-        total += size
+        if (leaf.sharding.memory_kind == HOST_MEMORY) == host:
+            total += math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
     return total

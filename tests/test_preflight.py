@@ -121,10 +121,11 @@ def test_advice_names_keys_that_exist(case, report):
     case.config.optim.merge_terms, case.config.optim.ema_decay = True, 0.5
     assert preflight.advise(case, report) == []
     report["fits"], report["memory"]["headroom"] = False, -1.0
+    report["memory"]["arguments"]["optimizer"] = 2 * 2**30
     lines = preflight.advise(case, report)
     flat = preflight.config_lib.flatten(preflight.config_lib.default())
     named = [found for line in lines for found in re.findall(r"config\.([\w.]+)", line)]
-    assert len(named) == 11 and {name.rstrip(".") for name in named} <= set(flat)
+    assert len(named) == 12 and {name.rstrip(".") for name in named} <= set(flat)
 
 
 def test_a_case_that_just_fits(case, report):

@@ -76,16 +76,17 @@ def test_estimate():
         hlo.Collective("all-reduce", "c", 8e9, GROUP, 1),
     ]
     sizes = architectures.FLUX_DEV
-    got = roofline.estimate(c, sizes, work, 2765e9 / 4, found, target, torus(target))
+    got = roofline.estimate(c, sizes, work, 2765e9 / 4, 0, found, target, torus(target))
     assert got.compute == {"rollout": pytest.approx(1.0), "reward": pytest.approx(0.5)}
     assert got.memory == {"optimizer": pytest.approx(0.25)}
     assert got.interconnect == {"all-gather": pytest.approx(7 * 630e9 / 300e9), "all-reduce": pytest.approx(14 / 300)}
     assert got.bound == "interconnect" and got.best == got.expected == pytest.approx(14.7 + 14 / 300)
-    alone = roofline.estimate(c, sizes, work, 2765e9 / 4, [], target, torus(target))
+    alone = roofline.estimate(c, sizes, work, 2765e9 / 4, 0, [], target, torus(target))
     assert alone.bound == "compute" and alone.best == pytest.approx(1.75)
     assert alone.expected == pytest.approx(1.5 / 0.6 + 0.25)
     c.model.attention = "xla"
-    plain = roofline.estimate(c, sizes, work, 0, [], target, torus(target))
+    plain = roofline.estimate(c, sizes, work, 0, 64e9, [], target, torus(target))
+    assert plain.memory["host"] == pytest.approx(2.0) and "host" not in alone.memory
     assert plain.memory["attention"] == pytest.approx(roofline.attention_traffic(c, sizes) / 8 / 2765e9)
 
 
@@ -107,3 +108,6 @@ def test_optimizer_moves_32_bytes_a_weight():
     assert roofline.shard_bytes(params) == 20000
     counters = 2 * sum(leaf.dtype.itemsize for leaf in jax.tree.leaves(state) if not leaf.shape)
     assert roofline.optimizer_traffic(params, state) == 32 * 5000 + counters
+    away = where.with_memory_kind("pinned_host")
+    state = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=away) if x.shape else x, state)
+    assert roofline.shard_bytes(state) == counters / 2 and roofline.shard_bytes(state, host=True) == 40000
