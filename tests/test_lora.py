@@ -206,7 +206,7 @@ def test_gradients_of_every_method_are_those_of_merged_weights(adapted, batch, m
 
 def test_how_a_batch_passes_changes_nothing(adapted, batch):
     networks, factors, frozen = adapted
-    optimizer = optax.with_extra_args_support(optax.sgd(1.0))
+    optimizer = test_step.sgd(1.0)
     states = []
     for changes in ({}, {"accumulation": 4}, {"accumulation": 2, "merge_terms": True}, {"reuse": 2}):
         recipe = test_step.settings(ema_decay=0.5, **changes)
