@@ -32,6 +32,7 @@ import time
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from absl import flags
 from ml_collections import ConfigDict
 
@@ -70,6 +71,11 @@ def prepare(
     config: ConfigDict, sizes: tuple[Architecture, TextArchitecture], target: Target, device_batch: int | None = None
 ) -> Case:
     """Builds the update for a target. Raises UserError for what does not fit together; nothing is compiled yet."""
+    if config.optim.offload and target.platform == "gpu":
+        raise UserError(
+            f"--topology={target.name}: GPUs that are not there have no host, whose memory config.optim.offload=True "
+            "needs; plan without it, less the bytes of the optimizer"
+        )
     mesh = sharding.make_mesh(config.mesh, topologies.devices(target))
     if device_batch is not None:
         config = config.copy_and_resolve_references()
@@ -217,7 +223,12 @@ def advise(case: Case, report: dict[str, Any]) -> list[str]:
         if target.platform == "gpu" and memory["needed"] > GPU_DEFAULT_SHARE * memory["capacity"]:
             advice.append("XLA_PYTHON_CLIENT_MEM_FRACTION=0.95 in the environment: JAX takes 75 % of a GPU by default")
         # Every pass gathers the weights anew.
-        if report["seconds"]["bound"] == "interconnect" and config.optim.accumulation > 1:
+        bound = report["seconds"]["bound"] == "interconnect"
+        whole = flops.parameters(case.architecture.transformer) * jnp.dtype(config.model.dtype).itemsize
+        if bound and config.data.rollout == "online" and not config.rollout.gather and whole < memory["headroom"]:
+            advice.append(f"--config.rollout.gather=True: hold all weights in a rollout ({whole / GIB:.1f} GiB), and "
+                          "gather them once, not at each of its steps")  # fmt: skip
+        if bound and config.optim.accumulation > 1:
             advice.append("a smaller config.optim.accumulation, if it fits: fewer passes gather the weights")
         return advice
     for network in ("transformer", "autoencoder", "reward"):
@@ -234,7 +245,7 @@ def advise(case: Case, report: dict[str, Any]) -> list[str]:
     if not config.lora.rank and config.optim.moments != "float8":
         advice.append("--config.optim.weights=bfloat16 --config.optim.moments=float8: weights and moments in 4 bytes a "
                       "parameter, not 12")  # fmt: skip
-    if not config.optim.offload and memory["arguments"]["optimizer"] > GIB:
+    if not config.optim.offload and target.platform == "tpu" and memory["arguments"]["optimizer"] > GIB:
         advice.append("--config.optim.offload=True: keep the moments in the hosts' memory "
                       f"({memory['arguments']['optimizer'] / GIB:.2f} GiB)")  # fmt: skip
     if config.optim.ema_decay:

@@ -125,7 +125,7 @@ def test_advice_names_keys_that_exist(case, report):
     lines = preflight.advise(case, report)
     flat = preflight.config_lib.flatten(preflight.config_lib.default())
     named = [found for line in lines for found in re.findall(r"config\.([\w.]+)", line)]
-    assert len(named) == 12 and {name.rstrip(".") for name in named} <= set(flat)
+    assert len(named) == 11 and {name.rstrip(".") for name in named} <= set(flat)
 
 
 def test_a_case_that_just_fits(case, report):
@@ -136,9 +136,19 @@ def test_a_case_that_just_fits(case, report):
 
 def test_a_run_that_waits_for_others(case, report):
     report["seconds"]["bound"] = "interconnect"
+    assert "config.rollout.gather=True" in preflight.advise(case, report)[-2]
     assert "smaller config.optim.accumulation" in preflight.advise(case, report)[-1]
     case.config.optim.accumulation = 1
     assert "accumulation" not in preflight.advise(case, report)[-1]
+    report["memory"]["headroom"] = 2**20  # less than the weights
+    assert not any("gather" in line for line in preflight.advise(case, report))
+
+
+def test_no_host_of_gpus_that_are_not_there():
+    config = preflight.config_lib.default()
+    config.optim.offload = True
+    with pytest.raises(errors.UserError, match="h100:1: GPUs that are not there have no host"):
+        preflight.prepare(config, None, topologies.parse("h100:1"))
 
 
 def test_a_gpu_that_jax_would_not_fill(case, report):

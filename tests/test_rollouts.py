@@ -52,9 +52,9 @@ def test_shrunk_comparison(tmp_path, monkeypatch, capsys):
     assert json.loads((tmp_path / "rollouts.json").read_text()) == [before, reuse, offline]
 
 
-@pytest.mark.parametrize("case", list(rollouts.CASES)[1:7])
+@pytest.mark.parametrize("case", list(rollouts.CASES)[1:9])
 def test_cases_are_cheaper_rollouts(case, monkeypatch, tmp_path):
-    """What is trained is the recipe but for the rollout, and takes fewer FLOPs."""
+    """What is trained is the recipe but for the rollout, and takes fewer FLOPs, or FLOPs of fewer bits."""
     recipe = demo.load_recipe()
     demo.prepare(tmp_path, recipe)
     monkeypatch.setattr("srpo_jax.train.train", lambda config, workdir: None)
@@ -64,7 +64,8 @@ def test_cases_are_cheaper_rollouts(case, monkeypatch, tmp_path):
     assert {key.split(".")[0] for key in here if here[key] != there[key]} == {"rollout", "sample"}
     architecture = program.read_architecture(recipe)
     cost = [flops.sample(c, architecture)["rollout"].model for c in (own, recipe)]
-    assert cost[0] < 0.7 * cost[1] and workdir.parent == tmp_path / "runs"
+    assert cost[0] < 0.7 * cost[1] or (cost[0] == cost[1] and own.rollout.dtype == case)
+    assert workdir.parent == tmp_path / "runs"
 
 
 @pytest.mark.parametrize("flag", ["--concepts=0", "--seeds=65"])

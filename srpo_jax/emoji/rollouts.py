@@ -6,6 +6,7 @@ online       a rollout at every update, as the demonstration does: 10 Euler step
 n steps      fewer of them (config.rollout.steps); ab2: of second order (config.rollout.solver)
 cache n      all blocks of the transformer run at every n-th step (config.rollout.cache), between them none, or
              with "ends" the first double and the last single block (config.rollout.cache_ends)
+int8, float8 the blocks' matrix products in 8 bits (config.rollout.dtype)
 reuse n      a rollout serves n updates (config.rollout.reuse)
 offline      no rollout: the artists' pictures of the train split, encoded (config.data.rollout): of all three styles,
              as a collection that nobody has sorted, or of the wanted style alone
@@ -40,6 +41,8 @@ CASES: dict[str, tuple[str, dict[str, Any], tuple[str, ...]]] = {
     "6 steps, ab2": ("steps_6_ab2", {"steps": 6, "solver": "ab2"}, ()),
     "cache 2": ("cache_2", {"cache": 2, "cache_ends": (0, 0)}, ()),
     "cache 2, ends": ("cache_2_ends", {"cache": 2, "cache_ends": (1, 1)}, ()),
+    "int8": ("int8", {"dtype": "int8"}, ()),
+    "float8": ("float8", {"dtype": "float8"}, ()),
     "reuse 2": ("reuse_2", {"reuse": 2}, ()),
     "reuse 4": ("reuse_4", {"reuse": 4}, ()),
     "offline, all styles": ("offline_all", {}, world.STYLES),
