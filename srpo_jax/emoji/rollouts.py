@@ -41,6 +41,7 @@ CASES: dict[str, tuple[str, dict[str, Any], tuple[str, ...]]] = {
     "6 steps, ab2": ("steps_6_ab2", {"steps": 6, "solver": "ab2"}, ()),
     "cache 2": ("cache_2", {"cache": 2, "cache_ends": (0, 0)}, ()),
     "cache 2, ends": ("cache_2_ends", {"cache": 2, "cache_ends": (1, 1)}, ()),
+    "cache 3, ends": ("cache_3_ends", {"cache": 3, "cache_ends": (1, 1)}, ()),
     "int8": ("int8", {"dtype": "int8"}, ()),
     "float8": ("float8", {"dtype": "float8"}, ()),
     "reuse 2": ("reuse_2", {"reuse": 2}, ()),
