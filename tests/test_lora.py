@@ -208,7 +208,7 @@ def test_how_a_batch_passes_changes_nothing(adapted, batch):
     networks, factors, frozen = adapted
     optimizer = test_step.sgd(1.0)
     states = []
-    for changes in ({}, {"accumulation": 4}, {"accumulation": 2, "merge_terms": True}, {"reuse": 2}):
+    for changes in ({}, {"accumulation": 4}, {"accumulation": 2, "merge_terms": True, "reuse": 2}):
         recipe = test_step.settings(ema_decay=0.5, **changes)
         blank = jnp.zeros((test_step.BATCH, recipe.tokens, 64))
         kept = step.Rollout(blank, blank) if recipe.reuse > 1 else None
