@@ -127,7 +127,7 @@ class SafetensorsFile:
         size = self.path.stat().st_size
         if size != start + end:
             what = "cut short" if size < start + end else "longer than its header says"
-            raise UserError(f"{self.path} is {what} ({size} bytes instead of {start + end}): download it again")
+            raise UserError(f"{self.path} is {what} ({size} bytes instead of {start + end}): download it, or convert it, again")
 
     def _read_header(self) -> tuple[dict[str, Any], int]:
         with open(self.path, "rb") as file:
@@ -137,7 +137,7 @@ class SafetensorsFile:
                 raise UserError(f"{self.path} is not a safetensors file")
             text = file.read(length)
         if len(text) < length and text.startswith(b"{"):
-            raise UserError(f"{self.path} is cut short inside its header: download it again")
+            raise UserError(f"{self.path} is cut short inside its header: download it, or convert it, again")
         try:
             header = json.loads(text)
         except ValueError as error:
