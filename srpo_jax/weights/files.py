@@ -127,7 +127,9 @@ class SafetensorsFile:
         size = self.path.stat().st_size
         if size != start + end:
             what = "cut short" if size < start + end else "longer than its header says"
-            raise UserError(f"{self.path} is {what} ({size} bytes instead of {start + end}): download it, or convert it, again")
+            raise UserError(
+                f"{self.path} is {what} ({size} bytes instead of {start + end}): download it, or convert it, again"
+            )
 
     def _read_header(self) -> tuple[dict[str, Any], int]:
         with open(self.path, "rb") as file:
