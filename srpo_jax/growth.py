@@ -5,7 +5,8 @@ r"""Draws how an update's time and memory grow with samples, resolution, depth a
 
 --reports   files of `python -m srpo_jax.preflight --json`, a pattern
 --base      TARGET,HEIGHTxWIDTH,SAMPLES of the report that the others are compared with, SAMPLES a device at a time, as
-            v5p:2x2x2,720x720,1: a panel shows what differs from it in one thing alone (default: the first report)
+            v5p:2x2x2,720x720,1: a panel shows what differs from it in one thing alone; of several depths the largest
+            (default: the first report)
 --out       SVG file
 """
 
@@ -179,7 +180,7 @@ def _base(reports: list[dict[str, Any]], wanted: str | None) -> dict[str, Any]:
     if wanted is None:
         return reports[0]
     names = {}
-    for item in reports:
+    for item in sorted(reports, key=lambda item: -point(item).blocks):  # of several depths, the whole model
         size = f"{item['config']['data.height']}x{item['config']['data.width']}"
         names.setdefault(f"{item['topology']},{size},{point(item).samples}", item)
     if wanted not in names:
