@@ -32,15 +32,23 @@ start() {
     echo "error: training runs here already; use launch/tpu_pod.sh stop" >&2
     exit 1
   fi
-  rm -f run.exit
+  rm -f run.exit run.pid
   # A session of its own outlives the connection and can be signalled as a whole.
   nohup setsid launch/worker.sh supervise "$@" >>run.log 2>&1 </dev/null &
-  echo $! >run.pid
+  # From then on a stop is heard, and noted.
+  for ((i = 0; i < 300; i++)); do
+    [[ -e run.pid ]] && return
+    sleep 0.1
+  done
+  echo "error: training did not start within 30 seconds; see run.log" >&2
+  exit 1
 }
 
 supervise() {
   local status=0
   trap : TERM # is for Python; this shell stays to note how it ended
+  echo $$ >run.pid.new
+  mv run.pid.new run.pid
   .venv/bin/python "$@" || status=$?
   echo "$status" >run.exit
 }
@@ -55,6 +63,10 @@ stop() {
     sleep 1
   done
   kill -KILL -- "-$pid"
+  for ((i = 0; i < 100; i++)); do
+    kill -0 "$pid" 2>/dev/null || return 0
+    sleep 0.1
+  done
 }
 
 status() {

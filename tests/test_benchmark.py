@@ -61,16 +61,16 @@ def test_parts_ask_for_what_the_update_has(config):
     built = program.build(config, sharding.make_mesh(config.mesh), ARCHITECTURE)
     found = {part.name: part for part in parts.take_apart(config, built)}
     assert tuple(found) == flops.PARTS
-    params, batch, noise = found["rollout"].arguments
-    assert params is built.state.params
+    weights, base, batch, noise = found["rollout"].arguments
+    assert jax.tree.structure(weights) == jax.tree.structure(built.state.params) and base is None
     assert batch.text.shape == (4, *built.batch.text.shape[1:]) and noise.shape == (4, 6, 64)
-    assert jax.eval_shape(found["rollout"].function, params, batch, noise).shape == noise.shape
+    assert jax.eval_shape(found["rollout"].function, weights, base, batch, noise).shape == noise.shape
     grads = jax.eval_shape(found["transformer"].function, *found["transformer"].arguments)
-    assert jax.tree.map(jnp.shape, grads) == jax.tree.map(jnp.shape, params)
+    assert jax.tree.map(jnp.shape, grads) == jax.tree.map(jnp.shape, weights)
     config.optim.merge_terms = True
     built = program.build(config, sharding.make_mesh(config.mesh), ARCHITECTURE)
     merged = {part.name: part for part in parts.take_apart(config, built)}
-    assert merged["rollout"].arguments[2].shape == noise.shape
+    assert merged["rollout"].arguments[3].shape == noise.shape
     for name in ("transformer", "autoencoder", "reward"):
         jax.eval_shape(merged[name].function, *merged[name].arguments)
         assert merged[name].calls == found[name].calls / 2

@@ -191,9 +191,12 @@ def test_options_do_not_change_gradients(hf):
         graphdef, params = loaded(Clip, config, tensors, table, options)
         loss = jax.grad(lambda p, g=graphdef: jnp.sum(bind(g, p).encode_text(jnp.asarray(ids)) ** 2))
         results.append(engine.flatten(jax.jit(loss)(params)["text"]))
+    # Gradients that are zero but for rounding, as that of the keys' bias, are compared in the size of the others.
+    typical = np.sqrt(np.mean([np.sum(np.square(leaf)) for leaf in results[0].values()]))
     for other in results[1:]:
         for name, leaf in results[0].items():
-            np.testing.assert_allclose(other[name], leaf, rtol=1e-5, atol=1e-5, err_msg=name)
+            error = np.linalg.norm(other[name] - leaf)
+            assert error < parity.TOLERANCE * max(np.linalg.norm(leaf), typical), name
 
 
 def test_bfloat16_features_are_float32_and_close(hf):
