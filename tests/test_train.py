@@ -142,7 +142,7 @@ def test_a_run_in_few_bits_goes_on_bit_for_bit(recipe, tmp_path):
     """The random bits of the rounding are those of the update, whoever makes it."""
     config = recipe(
         steps=3, checkpoint__every=1, model__dtype="bfloat16", optim__weights="bfloat16", optim__moments="float8",
-        optim__ema_decay=0.5, optim__accumulation=2,
+        optim__ema_decay=0.5, method="direct_align",
     )  # fmt: skip
     train.train(config, tmp_path / "whole")
     shutil.copytree(tmp_path / "whole", tmp_path / "resumed")

@@ -218,7 +218,10 @@ def test_pictures_that_changed_under_the_same_captions_are_noticed(offline, mode
     [
         ({"data__height": 48}, r"holds pictures of 32x48 .*; set --config.data.height=32 .*width=48, .*--height=48"),
         ({"rollout__noise": "shared"}, r"rollout.noise='shared'"),
-        ({"data__encode": "online", "data__prompts": "prompts.txt"}, r"data.encode='online': data.rollout=offline needs encoded pictures"),
+        (
+            {"data__encode": "online", "data__prompts": "prompts.txt"},
+            r"data.encode='online': data.rollout=offline needs encoded pictures",
+        ),
     ],
 )
 def test_pictures_that_do_not_fit_leave_no_workdir(offline, tmp_path, changes, message):
