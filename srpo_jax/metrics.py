@@ -48,7 +48,8 @@ class Metrics:
         storage.write(folder / JSONL, "".join(json.dumps(record) + "\n" for record in kept).encode())
         self._folder = folder
         self._file = open(folder / JSONL, "a", encoding="utf-8")
-        self._board = SummaryWriter(str(folder / TENSORBOARD), purge_step=done + 1)
+        # Files are named by the second: of two within one, the later would take the place of the other in a bucket.
+        self._board = SummaryWriter(str(folder / TENSORBOARD), purge_step=done + 1, filename_suffix=f".{done}")
         self.flush()
         self._total = total
         # A bar needs a terminal that redraws its line; a log file gets a line a step.
