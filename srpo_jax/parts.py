@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 
 from srpo_jax import flops, rewards, sharding, step
 from srpo_jax.models.compute import join, path_name
-from srpo_jax.program import Program, compiler_options
+from srpo_jax.program import Program, compiler_options, in_float32, with_sharding
 from srpo_jax.step import Batch
 
 INIT = 0.02  # half the range of random weights; norms keep the activations in bounds
@@ -49,9 +49,7 @@ def take_apart(config: ConfigDict, built: Program) -> Iterator[Part]:
     in_place = jax.tree.map(lambda leaf: leaf.sharding, params)
     # An update casts its weights once, for every part of a batch.
     weights = jax.eval_shape(lambda params, base: step.in_compute_dtype(networks, params, base), params, base)
-    weights = jax.tree.map(
-        lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where), weights, in_place
-    )
+    weights = with_sharding(weights, in_place)
 
     def rows(size: int, tree: Any) -> Any:
         return jax.tree.map(lambda x: jax.ShapeDtypeStruct((size, *x.shape[1:]), x.dtype, sharding=split), tree)
@@ -93,9 +91,6 @@ def take_apart(config: ConfigDict, built: Program) -> Iterator[Part]:
 
         return jax.grad(total)(decoded)
 
-    def gradient_of(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(leaf.shape, jnp.float32, sharding=leaf.sharding)
-
     def optimizer(params: Any, opt_state: Any, grads: Any) -> tuple[Any, Any]:
         return built.optimizer.apply(params, grads, opt_state, jax.random.key(0), optax.tree.norm(grads))
 
@@ -114,7 +109,7 @@ def take_apart(config: ConfigDict, built: Program) -> Iterator[Part]:
             donate_argnums=(0, 1),
             out_shardings=(in_place, jax.tree.map(lambda leaf: leaf.sharding, opt_state)),
         ),
-        (params, opt_state, jax.tree.map(gradient_of, params)),
+        (params, opt_state, in_float32(params)),
         1,
     )
 

@@ -180,8 +180,8 @@ def build(config: ConfigDict, mesh: Mesh, architecture: Architecture) -> Program
     state = TrainState(
         step=jax.ShapeDtypeStruct((), jnp.int32, sharding=everywhere),
         params=params,
-        opt_state=_with_sharding(jax.eval_shape(optimizer.init, params), opt_sharding),
-        ema=_in_float32(params) if config.optim.ema_decay else None,
+        opt_state=with_sharding(jax.eval_shape(optimizer.init, params), opt_sharding),
+        ema=in_float32(params) if config.optim.ema_decay else None,
         rollout=_abstract_rollout(config, mesh, settings) if settings.reuse > 1 else None,
     )
     update, seed = step.make_update(networks, settings, optimizer), config.seed
@@ -209,7 +209,7 @@ def build(config: ConfigDict, mesh: Mesh, architecture: Architecture) -> Program
 
 def _network(mesh: Mesh, network: str, sizes: Any, compute: Compute) -> tuple[Any, Any]:
     graphdef, params = folder.abstract(network, sizes, compute)
-    return graphdef, _with_sharding(params, sharding.of_tree(mesh, network, params))
+    return graphdef, with_sharding(params, sharding.of_tree(mesh, network, params))
 
 
 def _transformer(mesh: Mesh, sizes: FluxConfig, compute: Compute, config: ConfigDict) -> tuple[Any, Any, Any]:
@@ -221,14 +221,16 @@ def _transformer(mesh: Mesh, sizes: FluxConfig, compute: Compute, config: Config
         graphdef, params = lora.abstract(sizes, compute, settings)
     except ValueError as error:
         raise UserError(f"config.lora.targets: {error}") from error
-    return graphdef, *lora.split(_with_sharding(params, sharding.of_tree(mesh, "flux", params)))
+    return graphdef, *lora.split(with_sharding(params, sharding.of_tree(mesh, "flux", params)))
 
 
-def _with_sharding(tree: Any, shardings: Any) -> Any:
+def with_sharding(tree: Any, shardings: Any) -> Any:
+    """Abstract arrays like ``tree``, each in the place that a tree of shardings gives it."""
     return jax.tree.map(lambda leaf, s: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=s), tree, shardings)
 
 
-def _in_float32(tree: Any) -> Any:
+def in_float32(tree: Any) -> Any:
+    """Abstract float32 arrays in the shapes and places of ``tree``: what is averaged or summed of parameters."""
     return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.float32, sharding=leaf.sharding), tree)
 
 
