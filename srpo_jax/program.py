@@ -6,6 +6,7 @@ time for a machine that is not there (``Program.lower``) and run for real on arr
 """
 
 import dataclasses
+import functools
 import os
 import pathlib
 from collections.abc import Callable
@@ -14,6 +15,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from absl import logging
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
@@ -104,14 +106,27 @@ def computes(config: ConfigDict, mesh: Mesh) -> Computes:
 # On NVIDIA GPUs, cuBLAS's matrix products are faster than XLA's own at FLUX's sizes, and need no tuning when they are
 # compiled (docs/performance.md).
 GPU_OPTIONS = {"xla_gpu_enable_triton_gemm": False}
+# On CPUs, YNNPACK's convolutions, the default, run on one core; without them XLA takes Eigen's, which run on all. This
+# names what YNNPACK may still do: sums.
+CPU_OPTIONS = {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_REDUCE"}
 
 
 def compiler_options(mesh: Mesh) -> dict[str, Any]:
     """What XLA is told for a mesh's devices, unless the environment's XLA_FLAGS says otherwise."""
-    if mesh.devices.flat[0].platform not in ("gpu", "cuda"):
-        return {}
+    options = {"gpu": GPU_OPTIONS, "cuda": GPU_OPTIONS, "cpu": CPU_OPTIONS}.get(mesh.devices.flat[0].platform, {})
     told = os.environ.get("XLA_FLAGS", "")
-    return {name: value for name, value in GPU_OPTIONS.items() if name not in told}
+    return {name: value for name, value in options.items() if name not in told and _is_known(name, value)}
+
+
+@functools.cache
+def _is_known(name: str, value: Any) -> bool:
+    """Whether the XLA at hand takes a compiler option: experimental ones come and go."""
+    try:
+        jax.jit(lambda: 0, compiler_options={name: value}).lower().compile()
+    except jax.errors.JaxRuntimeError as error:
+        logging.warning("XLA does not take the option %s=%s: %s", name, value, error)
+        return False
+    return True
 
 
 # --- the program ------------------------------------------------------------------------------------------------------

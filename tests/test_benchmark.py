@@ -145,7 +145,7 @@ def test_the_command(monkeypatch, capsys, tmp_path):
 
 
 def test_options_of_compilers(monkeypatch):
-    """GPUs have some, others none; what the environment's flags name is left to them."""
+    """GPUs and CPUs have some; what the environment's flags name is left to them, and what XLA lacks is left out."""
 
     def options(platform):
         devices = np.array([types.SimpleNamespace(platform=platform)])
@@ -153,7 +153,10 @@ def test_options_of_compilers(monkeypatch):
 
     monkeypatch.delenv("XLA_FLAGS", raising=False)
     assert options("gpu") == {"xla_gpu_enable_triton_gemm": False}
-    assert options("cpu") == options("tpu") == {}
+    assert options("cpu") == program.CPU_OPTIONS
+    assert options("tpu") == {}
+    monkeypatch.setitem(program.CPU_OPTIONS, "xla_cpu_no_such_option", True)
+    assert "xla_cpu_no_such_option" not in options("cpu")
     monkeypatch.setenv("XLA_FLAGS", "--xla_gpu_enable_triton_gemm=true")
     assert options("gpu") == {}
 
