@@ -1,7 +1,7 @@
 """An update taken apart: each of its parts as a program of its own, which can be compiled and timed alone.
 
-The parts are those of ``flops.PARTS`` and call the functions that the update calls, on one part of a batch
-(``optim.accumulation``) as the update does. What the compiler does across their borders is lost.
+The parts are those of ``flops.PARTS`` and call the functions that the update calls, as the update does: rollouts on the
+whole batch, the others on one part of it (``optim.accumulation``). What the compiler does across their borders is lost.
 """
 
 import functools
@@ -96,7 +96,8 @@ def take_apart(config: ConfigDict, built: Program) -> Iterator[Part]:
 
     yield Part("captions", jit(captions), (frozen, batch), passes)
     if config.data.rollout == "online":
-        yield Part("rollout", jit(rollout), (weights, base, batch, rows(count, tokens)), passes / settings.reuse)
+        whole = built.batch, rows(config.data.batch_size, tokens)
+        yield Part("rollout", jit(rollout), (weights, base, *whole), 1 / settings.reuse)
     gradients *= passes
     arguments = weights, base, rows(wide, batch), tokens, array(), tokens
     yield Part("transformer", jit(transformer, out_shardings=in_place), arguments, gradients)

@@ -139,15 +139,24 @@ def of_tree(mesh: Mesh, network: str, params: Any) -> Any:
     return jax.tree_util.tree_map_with_path(lambda path, leaf: sharding(path_name(path), leaf.shape), params)
 
 
-def gather(mesh: Mesh, network: str) -> Callable[[Any], Any]:
-    """A function, for use in a compiled program, that makes every device hold all of a network's parameters that are
-    split over "fsdp"; what "tensor" splits stays split."""
+def gather(mesh: Mesh, network: str) -> Callable[[str, jax.Array], jax.Array]:
+    """``whole(path, leaf)``, for use in a compiled program: makes every device hold all of a parameter that is split
+    over "fsdp"; what "tensor" splits stays split. ``leaf`` may be what was computed of the parameter, with its axes."""
 
-    def whole(path: tuple, leaf: jax.Array) -> jax.Array:
-        axes = P(*(None if axis == "fsdp" else axis for axis in spec(f"{network}.{path_name(path)}")))
-        return jax.lax.with_sharding_constraint(leaf, NamedSharding(mesh, axes))
+    def whole(path: str, leaf: jax.Array) -> jax.Array:
+        axes = spec(f"{network}.{path}")
+        # First as it lies: else the compiler may gather what the leaf was computed of.
+        here = fitting(mesh, leaf.shape, axes)
+        leaf = jax.lax.with_sharding_constraint(leaf, NamedSharding(mesh, here))
+        there = P(*(None if axis == "fsdp" else axis for axis in here))
+        return jax.lax.with_sharding_constraint(leaf, NamedSharding(mesh, there))
 
-    return lambda params: jax.tree_util.tree_map_with_path(whole, params)
+    return whole
+
+
+def fitting(mesh: Mesh, shape: tuple[int, ...], axes: P) -> P:
+    """The axes of a parameter for what belongs to it in another shape: what the mesh does not divide stays whole."""
+    return P(*(axis if axis and not size % mesh.shape[axis] else None for size, axis in zip(shape, axes, strict=False)))
 
 
 def of_optimizer(mesh: Mesh, optimizer: Optimizer, params: Any, shardings: Any, offload: bool = False) -> Any:
@@ -159,8 +168,7 @@ def of_optimizer(mesh: Mesh, optimizer: Optimizer, params: Any, shardings: Any, 
     abstract = jax.eval_shape(optimizer.init, params)
 
     def beside(leaf: jax.ShapeDtypeStruct, sharding: NamedSharding) -> NamedSharding:
-        axes = zip(leaf.shape, sharding.spec, strict=False)
-        axes = P(*(axis if axis and not size % mesh.shape[axis] else None for size, axis in axes))
+        axes = fitting(mesh, leaf.shape, sharding.spec)
         return NamedSharding(mesh, axes, memory_kind="pinned_host" if offload else None)
 
     return optax.tree.map_params(

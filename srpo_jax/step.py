@@ -4,11 +4,13 @@
     --> AdamW
 
 The batch is global; it may pass in parts (gradient accumulation) with the same result up to the order of sums, since
-every random number of a sample is drawn for the whole batch first. Terms (SRPO's two branches) run one after the
-other in a scan, in the memory of one, or merged into one batch (``optim.merge_terms``).
+every random number of a sample is drawn for the whole batch first. All parts are rolled out before the first gradient,
+so that the weights are made ready for rollouts once. Terms (SRPO's two branches) run one after the other in a scan, in
+the memory of one, or merged into one batch (``optim.merge_terms``).
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -21,7 +23,7 @@ from flax import nnx
 from srpo_jax import direct_align, flow, methods, rewards
 from srpo_jax.methods import Term
 from srpo_jax.models import lora
-from srpo_jax.models.compute import Params, bind, cast_weights, join
+from srpo_jax.models.compute import Params, bind, cast_weights, join, path_name
 from srpo_jax.models.eight_bit import EightBitKernel
 from srpo_jax.optim import Optimizer
 from srpo_jax.rewards import Reward
@@ -63,14 +65,15 @@ class Networks:
       guidance: whether that transformer has a guidance embedding.
       autoencoder: of ``models.autoencoder.Autoencoder``.
       rewards: the mixture, by name.
-      gather: puts the transformer's parameters onto every device for a rollout; None leaves them where they are.
+      gather: ``gather(path, leaf)`` puts one of the transformer's parameters onto every device for a rollout; None
+        leaves them where they are.
     """
 
     transformer: nnx.GraphDef
     guidance: bool
     autoencoder: nnx.GraphDef
     rewards: dict[str, Reward]
-    gather: Callable[[Params], Params] | None = None
+    gather: Callable[[str, jax.Array], jax.Array] | None = None
 
 
 class Frozen(NamedTuple):
@@ -91,7 +94,8 @@ class Batch(NamedTuple):
       reward_ids: by reward, int32 token ids ``[B, T']`` of the "positive" and "negative" captions (with control
       words) and
         of the plain "caption".
-      latents: clean packed latents of real images ``[B, N, 64]``, or None to make them by rollout.
+      latents: clean packed latents of images ``[B, N, 64]``: real ones, or those that a rollout made (ReFL: states
+        that it stopped at); None before that.
     """
 
     text: jax.Array
@@ -181,15 +185,33 @@ def in_compute_dtype(networks: Networks, params: Params, base: Params | None = N
 def in_eight_bits(networks: Networks, params: Params, kind: str) -> tuple[Networks, Params]:
     """The networks with a transformer whose blocks multiply 8-bit numbers, and its parameters.
 
-    Modulations stay as they are: they read one vector a sample, and all tokens follow them.
+    Modulations stay as they are: they read one vector a sample, and all tokens follow them. With ``Networks.gather``,
+    what it is asked to move are the 8-bit numbers.
     """
     transformer = bind(networks.transformer, params)
     for path, (module, name) in lora.layers(transformer).items():
         if not path.endswith("mod"):
             layer = getattr(module, name)
-            layer.kernel = EightBitKernel(layer.kernel[...], kind)
+            place = functools.partial(networks.gather, f"{path}.kernel") if networks.gather else None
+            layer.kernel = EightBitKernel(layer.kernel[...], kind, place)
     graphdef, state = nnx.split(transformer)
     return dataclasses.replace(networks, transformer=graphdef), nnx.to_pure_dict(state)
+
+
+def for_rollout(networks: Networks, settings: Settings, params: Params) -> tuple[Networks, Params]:
+    """The networks and the transformer's parameters as rollouts use them: cast, in 8 bits if that is asked for
+    (``rollout.dtype``), and gathered (``rollout.gather``)."""
+    weights, eight_bits = in_compute_dtype(networks, params), settings.rollout_dtype != "model"
+    if eight_bits:
+        networks, weights = in_eight_bits(networks, weights, settings.rollout_dtype)
+    if networks.gather is None:
+        return networks, weights
+
+    def gather(path: tuple, leaf: jax.Array) -> jax.Array:
+        # 8-bit kernels, which are no leaves but hold two, came gathered.
+        return leaf if path[-1].key in ("codes", "scales") else networks.gather(path_name(path), leaf)
+
+    return networks, jax.tree_util.tree_map_with_path(gather, weights)
 
 
 def rollout(
@@ -200,32 +222,36 @@ def rollout(
     noise: jax.Array,
     stop: jax.Array | None = None,
 ) -> jax.Array:
-    """Latents [B, N, 64] made from ``noise`` without gradient; ``stop`` as in ``flow.sample``."""
-
-    weights = in_compute_dtype(networks, params)
-    if networks.gather is not None:
-        weights = networks.gather(weights)
-    if settings.rollout_dtype != "model":
-        networks, weights = in_eight_bits(networks, weights, settings.rollout_dtype)
+    """Latents [B, N, 64] made from ``noise`` without gradient, ``settings.accumulation`` parts of the batch one after
+    the other; ``stop`` as in ``flow.sample``."""
+    networks, weights = for_rollout(networks, settings, params)
     transformer = bind(networks.transformer, weights)
-
-    def inputs(x: jax.Array, sigma: jax.Array) -> tuple[jax.Array | None, ...]:
-        return transformer_inputs(networks, settings, batch, x, sigma, settings.rollout_guidance)
-
-    def field(x: jax.Array, sigma: jax.Array) -> jax.Array:
-        return transformer(*inputs(x, sigma)).astype(jnp.float32)
-
-    def cached(x: jax.Array, sigma: jax.Array, index: jax.Array, change: jax.Array) -> tuple[jax.Array, jax.Array]:
-        renew = index % settings.cache == 0
-        v, change = transformer.through_cache(inputs(x, sigma), change, renew, settings.cache_ends)
-        return v.astype(jnp.float32), change
-
     sigmas = flow.shifted_schedule(settings.rollout_steps, settings.shift)
-    if settings.cache == 1:
-        made = flow.sample(field, noise, sigmas, stop, settings.solver)
-    else:
+
+    def roll(part: tuple[Batch, jax.Array, jax.Array | None]) -> jax.Array:
+        batch, noise, stop = part
+
+        def inputs(x: jax.Array, sigma: jax.Array) -> tuple[jax.Array | None, ...]:
+            return transformer_inputs(networks, settings, batch, x, sigma, settings.rollout_guidance)
+
+        def field(x: jax.Array, sigma: jax.Array) -> jax.Array:
+            return transformer(*inputs(x, sigma)).astype(jnp.float32)
+
+        def cached(x: jax.Array, sigma: jax.Array, index: jax.Array, change: jax.Array) -> tuple[jax.Array, jax.Array]:
+            renew = index % settings.cache == 0
+            v, change = transformer.through_cache(inputs(x, sigma), change, renew, settings.cache_ends)
+            return v.astype(jnp.float32), change
+
+        if settings.cache == 1:
+            return flow.sample(field, noise, sigmas, stop, settings.solver)
         change = transformer.no_change(len(noise), batch.text.shape[1] + settings.tokens)
-        made = flow.sample(cached, noise, sigmas, stop, settings.solver, change)
+        return flow.sample(cached, noise, sigmas, stop, settings.solver, change)
+
+    whole = batch, noise, stop
+    if settings.accumulation == 1:
+        made = roll(whole)
+    else:
+        made = join_batch(jax.lax.map(roll, split_batch(whole, settings.accumulation)))
     return jax.lax.stop_gradient(made)
 
 
@@ -277,17 +303,11 @@ def embed_captions(networks: Networks, frozen: Frozen, batch: Batch) -> methods.
     }
 
 
-def make_terms(
-    networks: Networks, settings: Settings, params: Params, batch: Batch, draws: Draws, text: methods.Embeddings
-) -> Term:
-    """Rolls out (or takes the batch's latents) and lays out the method's terms, a stack."""
-    sigmas = flow.shifted_schedule(settings.rollout_steps, settings.shift)
+def make_terms(settings: Settings, batch: Batch, draws: Draws, text: methods.Embeddings) -> Term:
+    """Lays out the method's terms, a stack, on a batch that has its latents."""
+    sigmas, x0 = flow.shifted_schedule(settings.rollout_steps, settings.shift), batch.latents
     if settings.method == "refl":
-        state = rollout(networks, settings, params, batch, draws.noise, draws.stop)
-        return methods.refl(state, jnp.asarray(sigmas)[draws.stop], text)
-    x0 = batch.latents
-    if x0 is None:
-        x0 = rollout(networks, settings, params, batch, draws.noise)
+        return methods.refl(x0, jnp.asarray(sigmas)[draws.stop], text)
     if settings.method == "draft_lv":
         return methods.draft_lv(x0, draws.renoise.swapaxes(0, 1), float(sigmas[-2]), text)
     if settings.method == "direct_align":
@@ -343,7 +363,8 @@ def gradient(
     total: Params | None = None,
     share: float = 1.0,
 ) -> tuple[Params, dict[str, jax.Array]]:
-    """The gradient of one part of a batch, summed over the method's terms, and metrics ``[terms]`` by name.
+    """The gradient of one part of a batch that has its latents, summed over the method's terms, and metrics
+    ``[terms]`` by name.
 
     It is added to ``total``, if that is given: parts and terms then share one sum, and not a sum of sums, each of which
     is as large as the parameters. Sums are float32, whatever the parameters are. ``share`` scales what is added, as for
@@ -351,7 +372,7 @@ def gradient(
     """
     text = embed_captions(networks, frozen, batch)
     weights = in_compute_dtype(networks, params, frozen.base)
-    terms = make_terms(networks, settings, join(weights, frozen.base), batch, draws, text)
+    terms = make_terms(settings, batch, draws, text)
     captions = {name: embeddings["caption"] for name, embeddings in text.items()}
 
     def differentiate(
@@ -400,19 +421,14 @@ def join_batch(tree: Any) -> Any:
     return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(x.shape[0] * x.shape[1], *x.shape[2:]), tree)
 
 
-def renew_rollout(
-    networks: Networks, settings: Settings, state: TrainState, frozen: Frozen, batch: Batch, noise: jax.Array
-) -> Rollout:
-    """The rollout that an update works on: a new one from ``noise`` at every ``settings.reuse``-th update, else the
-    state's. The update that makes one and those that use it again must be given the same prompts."""
-
-    def roll() -> Rollout:
-        parts = split_batch((batch, noise), settings.accumulation)
-        params = join(state.params, frozen.base)
-        latents = jax.lax.map(lambda part: rollout(networks, settings, params, *part), parts)
-        return Rollout(join_batch(latents), noise)
-
-    return jax.lax.cond(state.step % settings.reuse == 0, roll, lambda: state.rollout)
+def with_latents(
+    networks: Networks, settings: Settings, params: Params, frozen: Frozen, batch: Batch, draws: Draws
+) -> Batch:
+    """The batch with its latents: those it has, or a rollout's."""
+    if batch.latents is not None:
+        return batch
+    made = rollout(networks, settings, join(params, frozen.base), batch, draws.noise, draws.stop)
+    return batch._replace(latents=made)
 
 
 def make_update(
@@ -429,9 +445,14 @@ def make_update(
         draws = draw(settings, key, batch.text.shape[0])
         parts = settings.accumulation
         kept = None
-        if settings.reuse > 1:
-            # The image keeps its noise: the two belong to one trajectory. Grid positions and control words are new.
-            kept = renew_rollout(networks, settings, state, frozen, batch, draws.noise)
+        roll = functools.partial(with_latents, networks, settings, state.params, frozen, batch, draws)
+        if settings.reuse == 1:
+            batch = roll()
+        else:
+            # A new rollout at every so many updates, which are given the same prompts. The image keeps its noise: the
+            # two belong to one trajectory. Grid positions and control words are new.
+            renew = state.step % settings.reuse == 0
+            kept = jax.lax.cond(renew, lambda: Rollout(roll().latents, draws.noise), lambda: state.rollout)
             batch, draws = batch._replace(latents=kept.latents), draws._replace(noise=kept.noise)
 
         def add_part(total: Params, part: tuple[Batch, Draws]) -> tuple[Params, dict[str, jax.Array]]:

@@ -72,8 +72,8 @@ def clear_of_the_border(built, params, frozen, batch, draws) -> step.Draws:
 
     @jax.jit
     def touches(draws):
-        text = step.embed_captions(networks, frozen, batch)
-        terms = step.make_terms(networks, settings, params, batch, draws, text)
+        made = step.with_latents(networks, settings, params, frozen, batch, draws)
+        terms = step.make_terms(settings, made, draws, step.embed_captions(networks, frozen, batch))
         decoded = jax.lax.map(
             lambda term: step.run_term(networks, settings, params, frozen, batch, term).decoded, terms
         )
@@ -92,7 +92,12 @@ def clear_of_the_border(built, params, frozen, batch, draws) -> step.Draws:
 def compare(built, architecture, params, frozen, batch, draws, theirs) -> dict[str, float]:
     """The relative differences of the losses and of the whole gradient. Fails if they are not those of rounding."""
     draws = clear_of_the_border(built, params, frozen, batch, draws)
-    gradient = jax.jit(lambda *values: step.gradient(built.networks, built.settings, *values))
+
+    @jax.jit
+    def gradient(params, frozen, batch, draws):
+        made = step.with_latents(built.networks, built.settings, params, frozen, batch, draws)
+        return step.gradient(built.networks, built.settings, params, frozen, made, draws)
+
     ours, metrics = gradient(params, frozen, batch, draws)
     losses = theirs.gradient(torch_baseline.inputs_of(batch, draws))
     table = flux.diffusers_rules(architecture.transformer)

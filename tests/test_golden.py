@@ -138,7 +138,8 @@ def terms(case):
     @jax.jit
     def make(params, frozen, batch, draws):
         embeddings = step.embed_captions(case.networks, frozen, batch)
-        return step.make_terms(case.networks, case.settings, params, batch, draws, embeddings), embeddings
+        batch = step.with_latents(case.networks, case.settings, params, frozen, batch, draws)
+        return step.make_terms(case.settings, batch, draws, embeddings), embeddings
 
     return make(case.params, case.frozen, case.batch, case.draws)
 
@@ -291,10 +292,19 @@ def check_gradient_digest(grads, arrays, key, total):
         np.testing.assert_allclose(gradient[:6], head[: gradient.size], atol=1e-4 * scale, err_msg=str(name))
 
 
+def whole_gradient(case):
+    """The gradient and the metrics of a case, from its rollout on."""
+
+    @jax.jit
+    def run(params, frozen, batch, draws):
+        batch = step.with_latents(case.networks, case.settings, params, frozen, batch, draws)
+        return step.gradient(case.networks, case.settings, params, frozen, batch, draws)
+
+    return run(case.params, case.frozen, case.batch, case.draws)
+
+
 def test_the_steps_gradient_is_the_sum_over_branches(case):
-    grads, metrics = jax.jit(functools.partial(step.gradient, case.networks, case.settings))(
-        case.params, case.frozen, case.batch, case.draws
-    )
+    grads, metrics = whole_gradient(case)
     total = np.sqrt(sum(np.sum(np.square(g, dtype=np.float64)) for g in jax.tree.leaves(grads)))
     np.testing.assert_allclose(total, case.record["total_grad_norm"], rtol=1e-4)
     check_gradient_digest(engine.from_params(case.table, grads), case.arrays, "total", total)
@@ -307,10 +317,7 @@ def test_bfloat16_stays_near_float32(name, converted):
     """Bounds are three times the worse case's distance: cosine 0.9970, norm 0.83 % longer, rewards off by 0.0087."""
 
     def run(compute):
-        case = load_case(name, converted, compute)
-        grads, metrics = jax.jit(functools.partial(step.gradient, case.networks, case.settings))(
-            case.params, case.frozen, case.batch, case.draws
-        )
+        grads, metrics = whole_gradient(load_case(name, converted, compute))
         return np.concatenate([np.asarray(g, np.float64).ravel() for g in jax.tree.leaves(grads)]), metrics
 
     (exact, exact_metrics), (rounded, rounded_metrics) = run(Compute()), run(Compute(dtype=jnp.bfloat16))

@@ -181,15 +181,13 @@ def test_gradients_of_every_method_are_those_of_merged_weights(adapted, batch, m
     networks, factors, frozen = adapted
     recipe = test_step.settings(method=method, margin=10.0)
     draws = step.draw(recipe, jax.random.key(0), test_step.BATCH)
-    grads, values = jax.jit(functools.partial(step.gradient, networks, recipe))(factors, frozen, batch, draws)
+    grads, values = test_step.gradient((networks, factors, frozen), recipe, batch, draws)
     flat = engine.flatten(jax.device_get(factors))
     source = engine.MemorySource(engine.flatten(jax.device_get(frozen.base)))
     merged = weights_lora.MergedSource(source, flat, SETTINGS)
     params = engine.unflatten({name: merged.read(name) for name in merged.specs}, frozen.base)
     plain = dataclasses.replace(networks, transformer=test_step.make_networks(Compute())[0].transformer)
-    whole, expected = jax.jit(functools.partial(step.gradient, plain, recipe))(
-        params, frozen._replace(base=None), batch, draws
-    )
+    whole, expected = test_step.gradient((plain, params, frozen._replace(base=None)), recipe, batch, draws)
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-3, atol=1e-5), values, expected)
     whole, found = engine.flatten(whole), engine.flatten(grads)
     assert {name.rpartition(".")[0] for name in found} == {name.rpartition(".")[0] for name in flat}

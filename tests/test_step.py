@@ -59,8 +59,14 @@ def batch():
     return step.Batch(text, jax.random.normal(next(keys), (BATCH, 20)), {"clip": ids})
 
 
+def roll_out(networks, settings, params, frozen, batch, draws):
+    """The batch with its latents, given or rolled out."""
+    return jax.jit(functools.partial(step.with_latents, networks, settings))(params, frozen, batch, draws)
+
+
 def gradient(tiny, settings, batch, draws):
     networks, params, frozen = tiny
+    batch = roll_out(networks, settings, params, frozen, batch, draws)
     return jax.jit(functools.partial(step.gradient, networks, settings))(params, frozen, batch, draws)
 
 
@@ -90,8 +96,7 @@ def test_the_batch_gradient_is_the_mean_over_samples(tiny, batch):
     recipe = settings()
     draws = step.draw(recipe, jax.random.key(0), BATCH)
     whole, metrics = gradient(tiny, recipe, batch, draws)
-    one = jax.jit(functools.partial(step.gradient, tiny[0], recipe))
-    singles = [one(tiny[1], tiny[2], *jax.tree.map(lambda x, i=i: x[i : i + 1], (batch, draws))) for i in range(BATCH)]
+    singles = [gradient(tiny, recipe, *jax.tree.map(lambda x, i=i: x[i : i + 1], (batch, draws))) for i in range(BATCH)]
     mean = jax.tree.map(lambda *g: sum(g) / BATCH, *[g for g, _ in singles])
     assert distance(whole, mean) < 1e-5
     np.testing.assert_allclose(metrics["reward"], np.mean([m["reward"] for _, m in singles], axis=0), rtol=1e-4)
@@ -123,7 +128,8 @@ def test_weights_are_cast_before_they_are_used_many_times(batch):
     for merge in (False, True):
         recipe = settings(merge_terms=merge)
         draws = step.draw(recipe, jax.random.key(0), BATCH)
-        grads, _ = jax.eval_shape(functools.partial(step.gradient, networks, recipe), params, frozen, batch, draws)
+        made = batch._replace(latents=draws.noise)
+        grads, _ = jax.eval_shape(functools.partial(step.gradient, networks, recipe), params, frozen, made, draws)
         assert jax.tree.map(lambda x: x.dtype, grads) == jax.tree.map(lambda x: x.dtype, params)
 
 
@@ -152,7 +158,8 @@ def test_every_method_moves_every_parameter_and_raises_its_reward(tiny, batch, m
     networks, params, frozen = tiny
     draws = step.draw(recipe, jax.random.key(0), BATCH)
     embeddings = step.embed_captions(networks, frozen, batch)
-    terms = step.make_terms(networks, recipe, params, batch, draws, embeddings)
+    made = roll_out(networks, recipe, params, frozen, batch, draws)
+    terms = step.make_terms(recipe, made, draws, embeddings)
     captions = {"clip": embeddings["clip"]["caption"]}
 
     @jax.jit
@@ -176,7 +183,8 @@ def test_refl_starts_from_a_late_state_of_the_rollout(tiny, batch):
     networks, params, frozen = tiny
     draws = step.draw(recipe, jax.random.key(3), BATCH)
     assert set(np.asarray(draws.stop)) <= {1, 2}
-    terms = step.make_terms(networks, recipe, params, batch, draws, step.embed_captions(networks, frozen, batch))
+    made = roll_out(networks, recipe, params, frozen, batch, draws)
+    terms = step.make_terms(recipe, made, draws, step.embed_captions(networks, frozen, batch))
     sigmas = flow.shifted_schedule(3, recipe.shift)
     np.testing.assert_array_equal(terms.sigma_from[0], sigmas[np.asarray(draws.stop)])
     z = draws.noise
@@ -192,7 +200,8 @@ def test_direct_align_weighs_noise_levels(tiny, batch):
     recipe = settings(method="direct_align", weights=(0.25, 1.0))
     draws = step.draw(recipe, jax.random.key(0), BATCH)._replace(mid=jnp.array([5, 500, 995, 995]))
     embeddings = step.embed_captions(tiny[0], tiny[2], batch)
-    terms = step.make_terms(tiny[0], recipe, tiny[1], batch, draws, embeddings)
+    made = batch._replace(latents=draws.noise)
+    terms = step.make_terms(recipe, made, draws, embeddings)
     np.testing.assert_allclose(terms.weight[0], np.linspace(0.25, 1.0, 1000)[[5, 500, 995, 995]], rtol=1e-5)
     np.testing.assert_array_equal(terms.targets["clip"][0], embeddings["clip"]["caption"])
 
@@ -202,7 +211,8 @@ def test_latents_of_the_batch_replace_the_rollout(tiny, batch):
     latents = jax.random.normal(jax.random.key(5), (BATCH, recipe.tokens, 64))
     draws = step.draw(recipe, jax.random.key(0), BATCH)
     embeddings = step.embed_captions(tiny[0], tiny[2], batch)
-    terms = step.make_terms(tiny[0], recipe, tiny[1], batch._replace(latents=latents), draws, embeddings)
+    made = step.with_latents(*tiny[:1], recipe, *tiny[1:], batch._replace(latents=latents), draws)
+    terms = step.make_terms(recipe, made, draws, embeddings)
     levels = direct_align.denoising_step(recipe.grid, draws.mid)
     np.testing.assert_allclose(terms.noisy[0], flow.add_noise(latents, draws.noise, levels.sigma_from), atol=1e-6)
 

@@ -6,6 +6,8 @@ Every token of x and every output feature of W has a scale of its own, from its 
 the units make them: int32 for int8 (A100, TPU v5e, v6e and later), float32 for float8 (H100 and later).
 """
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -14,10 +16,10 @@ LARGEST = {"int8": 127.0, "float8": 448.0}  # of the numbers that are multiplied
 DTYPE = {"int8": jnp.int8, "float8": jnp.float8_e4m3fn}
 
 
-def quantize(x: jax.Array, kind: str) -> tuple[jax.Array, jax.Array]:
-    """8-bit numbers of the shape of ``x``, and scales [..., 1], float32, for the last axis."""
+def quantize(x: jax.Array, kind: str, axis: int = -1) -> tuple[jax.Array, jax.Array]:
+    """8-bit numbers of the shape of ``x``, and float32 scales, of size 1 along ``axis``: one for all of it."""
     x = x.astype(jnp.float32)
-    largest = jnp.abs(x).max(-1, keepdims=True)
+    largest = jnp.abs(x).max(axis, keepdims=True)
     scale = jnp.where(largest > 0, largest / LARGEST[kind], 1.0)
     unit = x / scale
     return (jnp.round(unit) if kind == "int8" else unit).astype(DTYPE[kind]), scale
@@ -29,14 +31,17 @@ class EightBitKernel(nnx.Module):
     Args:
       kernel: [layers, in, *out], floating point.
       kind: "int8" or "float8".
+      place: called on the 8-bit numbers and the scales while their axes are the kernel's, to say where they lie.
     """
 
-    def __init__(self, kernel: jax.Array, kind: str):
+    def __init__(self, kernel: jax.Array, kind: str, place: Callable[[jax.Array], jax.Array] | None = None):
         self.kind, self.features_out = kind, kernel.shape[2:]
+        codes, scales = quantize(kernel, kind, axis=1)
+        if place is not None:
+            codes, scales = place(codes), place(scales)
         # The units read both sides along the axis that is summed.
-        by_feature = kernel.reshape(*kernel.shape[:2], -1).swapaxes(1, 2)
-        codes, scales = quantize(by_feature, kind)
-        self.codes, self.scales = nnx.Param(codes), nnx.Param(scales[..., 0])
+        self.codes = nnx.Param(codes.reshape(*kernel.shape[:2], -1).swapaxes(1, 2))
+        self.scales = nnx.Param(scales.reshape(kernel.shape[0], -1))
 
     def product(self, x: jax.Array, dtype: jnp.dtype) -> jax.Array:
         """[..., in] -> [..., *out] in ``dtype``, of one layer, as a scan over the stack hands it out."""
