@@ -101,8 +101,8 @@ def default() -> ConfigDict:
     c.rollout.solver = "euler"
     # Of its blocks' matrix products: model (as model.dtype) | int8 | float8 (H100 and later), see docs/rollouts.md
     c.rollout.dtype = "model"
-    # Every device holds the whole transformer (in model.dtype) for a rollout, and does not gather each block's weights
-    # over mesh.fsdp at each of its steps.
+    # Every device holds the whole transformer (in model.dtype, or as rollout.dtype says) for the rollouts of an update,
+    # and does not gather each block's weights over mesh.fsdp at each of their steps.
     c.rollout.gather = False
     c.rollout.guidance = 1.0  # distilled guidance given to the transformer
     c.rollout.shift = 3.0  # time shift of the noise schedule, here and of the training grid

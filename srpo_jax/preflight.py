@@ -224,7 +224,8 @@ def advise(case: Case, report: dict[str, Any]) -> list[str]:
             advice.append("XLA_PYTHON_CLIENT_MEM_FRACTION=0.95 in the environment: JAX takes 75 % of a GPU by default")
         # Every pass gathers the weights anew.
         bound = report["seconds"]["bound"] == "interconnect"
-        whole = flops.parameters(case.architecture.transformer) * jnp.dtype(config.model.dtype).itemsize
+        itemsize = jnp.dtype(config.model.dtype).itemsize if config.rollout.dtype == "model" else 1
+        whole = flops.parameters(case.architecture.transformer) * itemsize
         if bound and config.data.rollout == "online" and not config.rollout.gather and whole < memory["headroom"]:
             advice.append(f"--config.rollout.gather=True: hold all weights in a rollout ({whole / GIB:.1f} GiB), and "
                           "gather them once, not at each of its steps")  # fmt: skip

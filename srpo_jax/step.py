@@ -208,8 +208,8 @@ def for_rollout(networks: Networks, settings: Settings, params: Params) -> tuple
         return networks, weights
 
     def gather(path: tuple, leaf: jax.Array) -> jax.Array:
-        # 8-bit kernels, which are no leaves but hold two, came gathered.
-        return leaf if path[-1].key in ("codes", "scales") else networks.gather(path_name(path), leaf)
+        placed = eight_bits and path[-1].key in ("codes", "scales")
+        return leaf if placed else networks.gather(path_name(path), leaf)
 
     return networks, jax.tree_util.tree_map_with_path(gather, weights)
 

@@ -24,7 +24,7 @@ from srpo_jax.errors import UserError
 from srpo_jax.models import lora
 from srpo_jax.models.autoencoder import AutoencoderConfig
 from srpo_jax.models.clip import VIT_H_14, ClipTextConfig
-from srpo_jax.models.compute import Compute
+from srpo_jax.models.compute import Compute, join
 from srpo_jax.models.flux import FluxConfig
 from srpo_jax.models.t5 import T5Config
 from srpo_jax.weights import engine, folder, formats
@@ -300,12 +300,13 @@ def test_factors_beside_quantised_weights_on_eight_devices(models):
 
 def gather_for_rollouts(models):
     """Child: the latents of a rollout of 5 steps, in two parts, and the bytes that it gathers, without and with
-    ``rollout.gather``; the same in 8 bits."""
+    ``rollout.gather``; the same in 8 bits, and beside a quantised base."""
     report = []
-    for dtype, gather in (("model", False), ("model", True), ("int8", False), ("int8", True)):
+    eight_bits, base = {"rollout__dtype": "int8"}, {"lora__rank": 4, "lora__quantize": "int8"}
+    for gather, more in ((False, {}), (True, {}), (False, eight_bits), (True, eight_bits), (False, base), (True, base)):
         config = tiny.config(
-            pathlib.Path(models), data__batch_size=16, rollout__steps=5, rollout__gather=gather, rollout__dtype=dtype,
-            mesh__data=2, optim__accumulation=2,
+            pathlib.Path(models), data__batch_size=16, rollout__steps=5, rollout__gather=gather, mesh__data=2,
+            optim__accumulation=2, **more,
         )  # fmt: skip
         mesh = sharding.make_mesh(config.mesh)
         built = program.build(config, mesh, program.read_architecture(config))
@@ -317,24 +318,26 @@ def gather_for_rollouts(models):
         noise = rng.normal(size=(16, built.settings.tokens, 64)).astype(np.float32)
         noise = jax.device_put(noise, sharding.of_batch(mesh))
         roll = jax.jit(functools.partial(step.rollout, built.networks, built.settings))
-        compiled = roll.lower(program.initial_state(config, built).params, batch, noise).compile()
+        params = join(program.initial_state(config, built).params, program.load_frozen(config, built).base)
+        compiled = roll.lower(params, batch, noise).compile()
         found = hlo.collectives(compiled.as_text(), 8).found
         moved = sum(one.traffic * one.runs for one in found if one.kind == "all-gather")
-        params = program.initial_state(config, built).params
         report.append({"gathered": moved, "latents": np.asarray(compiled(params, batch, noise)).ravel().tolist()})
-    whole = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
-    print(json.dumps({"reports": report, "bytes": whole}))
+        report[-1]["bytes"] = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
+    print(json.dumps(report))
 
 
 def test_weights_gathered_once_for_a_rollout(models):
     found = run("gather_for_rollouts", models)
-    each_step, once, eight_bits, eight_bits_once = found["reports"]
+    each_step, once, eight_bits, eight_bits_once, base, base_once = found
     np.testing.assert_allclose(once["latents"], each_step["latents"], rtol=1e-3, atol=1e-4)
     # Three quarters of the weights come from the three other devices along "fsdp".
-    assert once["gathered"] < 0.8 * found["bytes"] and each_step["gathered"] > 4 * once["gathered"]
+    assert once["gathered"] < 0.8 * once["bytes"] and each_step["gathered"] > 4 * once["gathered"]
     # Kernels of blocks come in a byte, not four; the rest as it is.
     np.testing.assert_allclose(eight_bits_once["latents"], eight_bits["latents"], rtol=1e-3, atol=1e-2)
-    assert eight_bits_once["gathered"] < 0.6 * once["gathered"], found
+    assert eight_bits_once["gathered"] < 0.6 * once["gathered"]
+    np.testing.assert_allclose(base_once["latents"], base["latents"], rtol=1e-3, atol=1e-4)
+    assert base_once["gathered"] < 0.8 * base_once["bytes"]
 
 
 def load_onto_eight(path):
