@@ -9,13 +9,17 @@ PIP := $(VENV)/bin/pip --disable-pip-version-check --quiet
 # Others than glibc ignore the variable.
 MALLOC := GLIBC_TUNABLES=glibc.malloc.hugetlb=1:glibc.malloc.trim_threshold=100000000000:glibc.malloc.mmap_max=0:glibc.malloc.top_pad=268435456
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint compare clean
 
 demo: $(VENV)/.installed
 	$(MALLOC) $(VENV)/bin/python -m srpo_jax.emoji.demo --out $(OUT)
 
 test: $(VENV)/.installed-test
 	$(VENV)/bin/python -m pytest -n 2 --dist loadfile
+
+# An update beside PyTorch's.
+compare: $(VENV)/.installed-test
+	$(MALLOC) $(VENV)/bin/python tests/side_by_side.py
 
 lint: $(VENV)/.installed-lint
 	$(VENV)/bin/ruff check .

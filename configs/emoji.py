@@ -3,7 +3,7 @@
     make demo           # everything, with a report; leaves the converted models and the prompts in demo/
     python -m srpo_jax.main --config=configs/emoji.py --workdir=runs/emoji       # this run alone, after that
 
-Hardware: two CPU cores; some two minutes. What to expect: on held-out concepts, bare names, an independent judge's
+Hardware: two CPU cores; a minute. What to expect: on held-out concepts, bare names, an independent judge's
 share of "3D" rises from 13 % to about 77 %, and it finds the right concept in 97 % of the pictures (98 % before).
 """
 

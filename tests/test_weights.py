@@ -322,6 +322,12 @@ def test_broken_and_foreign_files_are_named(tmp_path, case):
     assert str(path) in str(caught.value) and "\n" not in str(caught.value)
 
 
+def test_noise_under_torchs_suffix(tmp_path):
+    (tmp_path / "weights.pt").write_bytes(bytes(range(256)) * 4)
+    with pytest.raises(UserError, match=r"weights\.pt is neither a torch pickle nor a safetensors file"):
+        sources.open_source(tmp_path / "weights.pt")
+
+
 # --- others' files ---
 
 

@@ -134,12 +134,15 @@ def open_file(path: pathlib.Path) -> Source:
     try:
         kind = foreign_kind(path)
         with open(path, "rb") as file:
-            head = file.read(2)
+            head = file.read(9)
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from error
     if kind:
         raise UserError(f"{path} is {kind}")
-    is_pickle = head == b"PK" or head in (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")  # a zip, or a bare pickle
+    # A zip, or a bare pickle; safetensors have their header, JSON, after 8 bytes.
+    is_pickle = head[:2] in (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
+    if not is_pickle and head[8:] != b"{" and path.suffix != ".safetensors":
+        raise UserError(f"{path} is neither a torch pickle nor a safetensors file")
     source = TorchSource(path) if is_pickle else SafetensorsFile(path)
     return functools.reduce(_unwrapped, WRAPPERS, source)
 
