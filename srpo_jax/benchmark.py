@@ -1,6 +1,6 @@
 r"""Times an update and each of its parts, with random weights, and says how far from the hardware's peak they are.
 
-    python -m srpo_jax.benchmark                                        # two CPU cores, two minutes
+    python -m srpo_jax.benchmark                                        # two CPU cores, one minute
     python -m srpo_jax.benchmark --preset=wide --config.model.attention=cudnn
     python -m srpo_jax.benchmark --config=configs/flux_dev_hps.py --device-batch=1 --json=speed.json
 
@@ -64,6 +64,7 @@ def _small() -> Case:
     c.data.text_length, c.data.height, c.data.width = 16, 64, 64
     c.rollout.steps, c.rollout.guidance, c.rollout.noise = 10, 2.5, "per_sample"
     c.reward.weights.hps, c.reward.weights.clip = 0.0, 1.0
+    c.optim.merge_terms = True
     return Case(
         c,
         Architecture(

@@ -165,7 +165,6 @@ def main() -> None:
         flags.DEFINE_string("json", None, "", flag_values=values)
 
     case = benchmark.PRESETS["small"]()
-    case.config.optim.merge_terms = True  # as suits a CPU
     config, values = command.parse(sys.argv, "python tests/side_by_side.py", define, lambda _: case.config)
     config.data.batch_size = values["device-batch"]
     config_lib.validate(config, paths=False)
