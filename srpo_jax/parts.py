@@ -47,7 +47,7 @@ def take_apart(config: ConfigDict, built: Program) -> Iterator[Part]:
     params, opt_state = built.state.params, built.state.opt_state
     frozen, base = built.frozen._replace(base=None), built.frozen.base
     in_place = jax.tree.map(lambda leaf: leaf.sharding, params)
-    # An update casts its weights once, for every part of a batch.
+    # An update casts its weights before it uses them: once for all rollouts, once for the gradients of a part.
     weights = jax.eval_shape(lambda params, base: step.in_compute_dtype(networks, params, base), params, base)
     weights = with_sharding(weights, in_place)
 

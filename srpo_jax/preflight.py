@@ -32,14 +32,26 @@ import time
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 from absl import flags
 from ml_collections import ConfigDict
 
-from srpo_jax import architectures, benchmark, command, errors, flops, hlo, program, roofline, sharding, topologies
+from srpo_jax import (
+    architectures,
+    benchmark,
+    command,
+    errors,
+    flops,
+    hlo,
+    program,
+    roofline,
+    sharding,
+    step,
+    topologies,
+)
 from srpo_jax import config as config_lib
 from srpo_jax.architectures import TextArchitecture
 from srpo_jax.errors import UserError
+from srpo_jax.models.compute import join
 from srpo_jax.program import Architecture, Program
 from srpo_jax.topologies import Target
 from srpo_jax.weights import folder
@@ -210,6 +222,14 @@ def _traffic(found: tuple[hlo.Collective, ...]) -> dict[str, dict[str, float]]:
 # --- what to do about it ----------------------------------------------------------------------------------------------
 
 
+def rollout_bytes(built: Program) -> int:
+    """Bytes of the transformer as rollouts use it, all of it in one place."""
+    networks = dataclasses.replace(built.networks, gather=None)
+    params = join(built.state.params, built.frozen.base)
+    weights = jax.eval_shape(lambda params: step.for_rollout(networks, built.settings, params)[1], params)
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(weights))
+
+
 def advise(case: Case, report: dict[str, Any]) -> list[str]:
     """What makes a case fit, the cheapest first; of one that fits, what makes it faster."""
     config, target, memory = case.config, case.target, report["memory"]
@@ -224,8 +244,7 @@ def advise(case: Case, report: dict[str, Any]) -> list[str]:
             advice.append("XLA_PYTHON_CLIENT_MEM_FRACTION=0.95 in the environment: JAX takes 75 % of a GPU by default")
         # Every pass gathers the weights anew.
         bound = report["seconds"]["bound"] == "interconnect"
-        itemsize = jnp.dtype(config.model.dtype).itemsize if config.rollout.dtype == "model" else 1
-        whole = flops.parameters(case.architecture.transformer) * itemsize
+        whole = rollout_bytes(case.built)
         if bound and config.data.rollout == "online" and not config.rollout.gather and whole < memory["headroom"]:
             advice.append(f"--config.rollout.gather=True: hold all weights in a rollout ({whole / GIB:.1f} GiB), and "
                           "gather them once, not at each of its steps")  # fmt: skip

@@ -107,7 +107,7 @@ def computes(config: ConfigDict, mesh: Mesh) -> Computes:
 # compiled (docs/performance.md).
 GPU_OPTIONS = {"xla_gpu_enable_triton_gemm": False}
 # On CPUs, YNNPACK's convolutions, the default, run on one core; without them XLA takes Eigen's, which run on all. This
-# names what YNNPACK may still do: sums.
+# names what YNNPACK may still do: sums. Both are for an update and its parts, not for sampling.
 CPU_OPTIONS = {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_REDUCE"}
 
 
@@ -120,7 +120,7 @@ def compiler_options(mesh: Mesh) -> dict[str, Any]:
 
 @functools.cache
 def _is_known(name: str, value: Any) -> bool:
-    """Whether the XLA at hand takes a compiler option: experimental ones come and go."""
+    """Whether the XLA of the default backend takes a compiler option: experimental ones come and go."""
     try:
         jax.jit(lambda: 0, compiler_options={name: value}).lower().compile()
     except jax.errors.JaxRuntimeError as error:

@@ -1,6 +1,7 @@
 """Preflight's command line, its arithmetic on a real compiled update, its advice; and, where libtpu is, a TPU."""
 
 import copy
+import dataclasses
 import json
 import re
 
@@ -142,6 +143,21 @@ def test_a_run_that_waits_for_others(case, report):
     assert "accumulation" not in preflight.advise(case, report)[-1]
     report["memory"]["headroom"] = 2**20  # less than the weights
     assert not any("gather" in line for line in preflight.advise(case, report))
+
+
+def test_bytes_of_weights_as_rollouts_use_them(case):
+    """Kernels of the blocks, but for modulations, in a byte with 8-bit rollouts; the rest as before."""
+    built = case.built
+    whole = preflight.rollout_bytes(built)
+    params = jax.tree_util.tree_leaves_with_path(built.state.params)
+    eight = [leaf for path, leaf in params if path[-1].key == "kernel" and path[0].key.endswith("_blocks")
+             and not path[-2].key.endswith("mod")]  # fmt: skip
+    assert 0 < sum(leaf.size for leaf in eight) < sum(leaf.size for _, leaf in params)
+    itemsize = jax.numpy.dtype(built.computes.transformer.dtype).itemsize
+    settings = dataclasses.replace(built.settings, rollout_dtype="int8")
+    less = whole - preflight.rollout_bytes(dataclasses.replace(built, settings=settings))
+    scales = 4 * sum(leaf.size // leaf.shape[1] for leaf in eight)
+    assert less == (itemsize - 1) * sum(leaf.size for leaf in eight) - scales
 
 
 def test_no_host_of_gpus_that_are_not_there():

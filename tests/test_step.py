@@ -102,7 +102,7 @@ def test_the_batch_gradient_is_the_mean_over_samples(tiny, batch):
     np.testing.assert_allclose(metrics["reward"], np.mean([m["reward"] for _, m in singles], axis=0), rtol=1e-4)
 
 
-@pytest.mark.parametrize("method", ["srpo", "draft_lv", "offline srpo"])
+@pytest.mark.parametrize("method", ["srpo", "draft_lv", "refl", "offline srpo"])
 def test_how_a_batch_passes_changes_nothing(tiny, batch, method):
     """In parts, its terms merged or in turn: the order of sums is all that differs."""
     if method.startswith("offline"):
@@ -211,7 +211,8 @@ def test_latents_of_the_batch_replace_the_rollout(tiny, batch):
     latents = jax.random.normal(jax.random.key(5), (BATCH, recipe.tokens, 64))
     draws = step.draw(recipe, jax.random.key(0), BATCH)
     embeddings = step.embed_captions(tiny[0], tiny[2], batch)
-    made = step.with_latents(*tiny[:1], recipe, *tiny[1:], batch._replace(latents=latents), draws)
+    networks, params, frozen = tiny
+    made = step.with_latents(networks, recipe, params, frozen, batch._replace(latents=latents), draws)
     terms = step.make_terms(recipe, made, draws, embeddings)
     levels = direct_align.denoising_step(recipe.grid, draws.mid)
     np.testing.assert_allclose(terms.noisy[0], flow.add_noise(latents, draws.noise, levels.sigma_from), atol=1e-6)
