@@ -224,9 +224,8 @@ def _traffic(found: tuple[hlo.Collective, ...]) -> dict[str, dict[str, float]]:
 
 def rollout_bytes(built: Program) -> int:
     """Bytes of the transformer as rollouts use it, all of it in one place."""
-    networks = dataclasses.replace(built.networks, gather=None)
     params = join(built.state.params, built.frozen.base)
-    weights = jax.eval_shape(lambda params: step.for_rollout(networks, built.settings, params)[1], params)
+    weights = jax.eval_shape(lambda params: step.for_rollout(built.networks, built.settings, params)[1], params)
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(weights))
 
 
@@ -244,10 +243,11 @@ def advise(case: Case, report: dict[str, Any]) -> list[str]:
             advice.append("XLA_PYTHON_CLIENT_MEM_FRACTION=0.95 in the environment: JAX takes 75 % of a GPU by default")
         # Every pass gathers the weights anew.
         bound = report["seconds"]["bound"] == "interconnect"
-        whole = rollout_bytes(case.built)
-        if bound and config.data.rollout == "online" and not config.rollout.gather and whole < memory["headroom"]:
-            advice.append(f"--config.rollout.gather=True: hold all weights in a rollout ({whole / GIB:.1f} GiB), and "
-                          "gather them once, not at each of its steps")  # fmt: skip
+        if bound and config.data.rollout == "online" and not config.rollout.gather:
+            whole = rollout_bytes(case.built)
+            if whole < memory["headroom"]:
+                advice.append(f"--config.rollout.gather=True: hold all weights in a rollout ({whole / GIB:.1f} GiB), "
+                              "and gather them once, not at each of its steps")  # fmt: skip
         if bound and config.optim.accumulation > 1:
             advice.append("a smaller config.optim.accumulation, if it fits: fewer passes gather the weights")
         return advice

@@ -186,8 +186,9 @@ def build(config: ConfigDict, mesh: Mesh, architecture: Architecture) -> Program
         sizes = architecture.rewards[name]
         reward, reward_params[name] = _network(mesh, "clip", sizes, options.reward)
         rewards[name] = Reward(reward, sizes.vision_config.image_size, name, weight)
-    gather = sharding.gather(mesh, "flux") if config.rollout.gather else None
-    networks = Networks(graphdef, architecture.transformer.guidance_embeds, autoencoder, rewards, gather)
+    networks = Networks(graphdef, architecture.transformer.guidance_embeds, autoencoder, rewards)
+    if config.rollout.gather:
+        networks = dataclasses.replace(networks, gather=sharding.gather(mesh, "flux"))
 
     everywhere = sharding.replicated(mesh)
     params_sharding = jax.tree.map(lambda leaf: leaf.sharding, params)

@@ -56,6 +56,12 @@ class TrainState:
     rollout: Rollout | None = None
 
 
+def _where_it_lies(path: str, leaf: jax.Array) -> jax.Array:
+    """Leaves a parameter where it is."""
+    del path
+    return leaf
+
+
 @dataclasses.dataclass(frozen=True)
 class Networks:
     """The graph definitions that an update runs; parameters come as arguments.
@@ -65,15 +71,15 @@ class Networks:
       guidance: whether that transformer has a guidance embedding.
       autoencoder: of ``models.autoencoder.Autoencoder``.
       rewards: the mixture, by name.
-      gather: ``gather(path, leaf)`` puts one of the transformer's parameters onto every device for a rollout; None
-        leaves them where they are.
+      gather: called as ``gather(path, leaf)`` on each of the transformer's parameters before rollouts; returns it,
+        perhaps put onto every device.
     """
 
     transformer: nnx.GraphDef
     guidance: bool
     autoencoder: nnx.GraphDef
     rewards: dict[str, Reward]
-    gather: Callable[[str, jax.Array], jax.Array] | None = None
+    gather: Callable[[str, jax.Array], jax.Array] = _where_it_lies
 
 
 class Frozen(NamedTuple):
@@ -185,15 +191,16 @@ def in_compute_dtype(networks: Networks, params: Params, base: Params | None = N
 def in_eight_bits(networks: Networks, params: Params, kind: str) -> tuple[Networks, Params]:
     """The networks with a transformer whose blocks multiply 8-bit numbers, and its parameters.
 
-    Modulations stay as they are: they read one vector a sample, and all tokens follow them. With ``Networks.gather``,
-    what it is asked to move are the 8-bit numbers.
+    Modulations stay as they are: they read one vector a sample, and all tokens follow them. What ``Networks.gather``
+    is asked to move are the 8-bit numbers.
     """
     transformer = bind(networks.transformer, params)
     for path, (module, name) in lora.layers(transformer).items():
         if not path.endswith("mod"):
             layer = getattr(module, name)
-            place = functools.partial(networks.gather, f"{path}.kernel") if networks.gather else None
-            layer.kernel = EightBitKernel(layer.kernel[...], kind, place)
+            layer.kernel = EightBitKernel(
+                layer.kernel[...], kind, functools.partial(networks.gather, f"{path}.kernel")
+            )
     graphdef, state = nnx.split(transformer)
     return dataclasses.replace(networks, transformer=graphdef), nnx.to_pure_dict(state)
 
@@ -204,8 +211,6 @@ def for_rollout(networks: Networks, settings: Settings, params: Params) -> tuple
     weights, eight_bits = in_compute_dtype(networks, params), settings.rollout_dtype != "model"
     if eight_bits:
         networks, weights = in_eight_bits(networks, weights, settings.rollout_dtype)
-    if networks.gather is None:
-        return networks, weights
 
     def gather(path: tuple, leaf: jax.Array) -> jax.Array:
         placed = eight_bits and path[-1].key in ("codes", "scales")

@@ -34,11 +34,10 @@ class EightBitKernel(nnx.Module):
       place: called on the 8-bit numbers and the scales while their axes are the kernel's, to say where they lie.
     """
 
-    def __init__(self, kernel: jax.Array, kind: str, place: Callable[[jax.Array], jax.Array] | None = None):
+    def __init__(self, kernel: jax.Array, kind: str, place: Callable[[jax.Array], jax.Array] = lambda x: x):
         self.kind, self.features_out = kind, kernel.shape[2:]
         codes, scales = quantize(kernel, kind, axis=1)
-        if place is not None:
-            codes, scales = place(codes), place(scales)
+        codes, scales = place(codes), place(scales)
         # The units read both sides along the axis that is summed.
         self.codes = nnx.Param(codes.reshape(*kernel.shape[:2], -1).swapaxes(1, 2))
         self.scales = nnx.Param(scales.reshape(kernel.shape[0], -1))
