@@ -20,6 +20,7 @@ import conftest  # noqa: F401  (makes torchvision importable, which diffusers wa
 import jax
 import jax.numpy as jnp
 import numpy as np
+import test_step
 import torch
 import torch_baseline
 from absl import flags
@@ -92,12 +93,7 @@ def clear_of_the_border(built, params, frozen, batch, draws) -> step.Draws:
 def compare(built, architecture, params, frozen, batch, draws, theirs) -> dict[str, float]:
     """The relative differences of the losses and of the whole gradient. Fails if they are not those of rounding."""
     draws = clear_of_the_border(built, params, frozen, batch, draws)
-
-    @jax.jit
-    def gradient(params, frozen, batch, draws):
-        made = step.with_latents(built.networks, built.settings, params, frozen, batch, draws)
-        return step.gradient(built.networks, built.settings, params, frozen, made, draws)
-
+    gradient = test_step.rolled_out_gradient(built.networks, built.settings)
     ours, metrics = gradient(params, frozen, batch, draws)
     losses = theirs.gradient(torch_baseline.inputs_of(batch, draws))
     table = flux.diffusers_rules(architecture.transformer)

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import test_step
 
 from srpo_jax import convert, direct_align, flow, methods, rewards, step, text
 from srpo_jax.config import default
@@ -294,12 +295,7 @@ def check_gradient_digest(grads, arrays, key, total):
 
 def whole_gradient(case):
     """The gradient and the metrics of a case, from its rollout on."""
-
-    @jax.jit
-    def run(params, frozen, batch, draws):
-        batch = step.with_latents(case.networks, case.settings, params, frozen, batch, draws)
-        return step.gradient(case.networks, case.settings, params, frozen, batch, draws)
-
+    run = test_step.rolled_out_gradient(case.networks, case.settings)
     return run(case.params, case.frozen, case.batch, case.draws)
 
 

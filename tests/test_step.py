@@ -64,10 +64,20 @@ def roll_out(networks, settings, params, frozen, batch, draws):
     return jax.jit(functools.partial(step.with_latents, networks, settings))(params, frozen, batch, draws)
 
 
+def rolled_out_gradient(networks, settings):
+    """``step.gradient`` from the rollout on, one program."""
+
+    @jax.jit
+    def run(params, frozen, batch, draws):
+        batch = step.with_latents(networks, settings, params, frozen, batch, draws)
+        return step.gradient(networks, settings, params, frozen, batch, draws)
+
+    return run
+
+
 def gradient(tiny, settings, batch, draws):
     networks, params, frozen = tiny
-    batch = roll_out(networks, settings, params, frozen, batch, draws)
-    return jax.jit(functools.partial(step.gradient, networks, settings))(params, frozen, batch, draws)
+    return rolled_out_gradient(networks, settings)(params, frozen, batch, draws)
 
 
 def distance(a, b):
@@ -96,7 +106,8 @@ def test_the_batch_gradient_is_the_mean_over_samples(tiny, batch):
     recipe = settings()
     draws = step.draw(recipe, jax.random.key(0), BATCH)
     whole, metrics = gradient(tiny, recipe, batch, draws)
-    singles = [gradient(tiny, recipe, *jax.tree.map(lambda x, i=i: x[i : i + 1], (batch, draws))) for i in range(BATCH)]
+    one = rolled_out_gradient(tiny[0], recipe)
+    singles = [one(tiny[1], tiny[2], *jax.tree.map(lambda x, i=i: x[i : i + 1], (batch, draws))) for i in range(BATCH)]
     mean = jax.tree.map(lambda *g: sum(g) / BATCH, *[g for g, _ in singles])
     assert distance(whole, mean) < 1e-5
     np.testing.assert_allclose(metrics["reward"], np.mean([m["reward"] for _, m in singles], axis=0), rtol=1e-4)
