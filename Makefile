@@ -22,7 +22,7 @@ compare: $(VENV)/.installed-test
 	$(MALLOC) $(VENV)/bin/python tests/side_by_side.py
 
 lint: $(VENV)/.installed-lint
-	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check .
 
 # A stamp per set of packages: present means installed, older than setup.py means install again.
 $(VENV)/.installed: setup.py | $(VENV)/bin/python

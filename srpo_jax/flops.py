@@ -146,9 +146,7 @@ def _adapted(config: FluxConfig, lora: Lora) -> dict[str, tuple[int, ...]]:
     return {name: kernels[name] for name in chosen(lora, kernels)}
 
 
-def adapted(
-    config: FluxConfig, lora: Lora, image_tokens: int, text_tokens: int, *, remat: str, attention: str
-) -> Work:
+def adapted(config: FluxConfig, lora: Lora, image_tokens: int, text_tokens: int, *, remat: str, attention: str) -> Work:
     """A forward and a backward pass of the transformer in which factors alone are trained.
 
     Frozen kernels have no gradient, and the gradient that passes through the blocks does not go on to the condition:

@@ -1,6 +1,6 @@
 """Makes PNG files from prompts, as diffusers' FluxPipeline does, with converted weights or a checkpoint of a run.
 
-    python -m srpo_jax.generate --model=models/flux-dev --prompts=prompts.txt --out=images --checkpoint=runs/hps
+python -m srpo_jax.generate --model=models/flux-dev --prompts=prompts.txt --out=images --checkpoint=runs/hps
 """
 
 import argparse
@@ -123,9 +123,7 @@ def generate(
     parts = sharding.batch_parts(mesh)
     batch_size = -(-min(batch_size or parts, len(prompts)) // parts) * parts
     kind = jnp.dtype(dtype)
-    compute = Compute(
-        dtype=kind, param_dtype=kind, attention=attention, mesh=mesh, constrain=sharding.constraint(mesh)
-    )
+    compute = Compute(dtype=kind, param_dtype=kind, attention=attention, mesh=mesh, constrain=sharding.constraint(mesh))
     if text_length is None:
         text_length = min(MAX_TEXT, text.load_tokenizer(model / "tokenizer_2").model_max_length)
 

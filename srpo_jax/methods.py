@@ -73,8 +73,7 @@ def srpo(
     """SRPO: a denoising step under the wanted words and an inversion step with the words exchanged.
 
     The network's output enters the inverted state with the opposite sign, so that this branch pushes down what the
-    reward
-    model likes whatever the words: the method's guard against reward hacking.
+    reward model likes whatever the words: the method's guard against reward hacking.
 
     Args:
       x0: clean packed latents ``[B, N, 64]``.

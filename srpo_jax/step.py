@@ -198,9 +198,7 @@ def in_eight_bits(networks: Networks, params: Params, kind: str) -> tuple[Networ
     for path, (module, name) in lora.layers(transformer).items():
         if not path.endswith("mod"):
             layer = getattr(module, name)
-            layer.kernel = EightBitKernel(
-                layer.kernel[...], kind, functools.partial(networks.gather, f"{path}.kernel")
-            )
+            layer.kernel = EightBitKernel(layer.kernel[...], kind, functools.partial(networks.gather, f"{path}.kernel"))
     graphdef, state = nnx.split(transformer)
     return dataclasses.replace(networks, transformer=graphdef), nnx.to_pure_dict(state)
 
@@ -301,9 +299,7 @@ def run_term(
 def embed_captions(networks: Networks, frozen: Frozen, batch: Batch) -> methods.Embeddings:
     """Unit-norm text features [B, E] of every caption variant, by reward."""
     return {
-        name: {
-            variant: reward.embed_text(frozen.rewards[name], ids) for variant, ids in batch.reward_ids[name].items()
-        }
+        name: {variant: reward.embed_text(frozen.rewards[name], ids) for variant, ids in batch.reward_ids[name].items()}
         for name, reward in networks.rewards.items()
     }
 
@@ -317,9 +313,7 @@ def make_terms(settings: Settings, batch: Batch, draws: Draws, text: methods.Emb
         return methods.draft_lv(x0, draws.renoise.swapaxes(0, 1), float(sigmas[-2]), text)
     if settings.method == "direct_align":
         return methods.direct_align_only(x0, draws.noise, draws.mid, settings.grid, text, settings.weights)
-    return methods.srpo(
-        x0, draws.noise, draws.mid, settings.grid, text, form=settings.form, branches=settings.branches
-    )
+    return methods.srpo(x0, draws.noise, draws.mid, settings.grid, text, form=settings.form, branches=settings.branches)
 
 
 def term_loss(

@@ -122,8 +122,15 @@ def test_diffusers_loads_the_exported_pipeline(pipeline, ours, tmp_path, dtype):
         return
     # The settings that decide what is computed came through too: the same images, up to the order of torch's sums.
     images = [
-        pipe("a red bird", height=32, width=32, num_inference_steps=2, max_sequence_length=references.TEXT_LENGTH,
-             generator=torch.Generator().manual_seed(0), output_type="np").images
+        pipe(
+            "a red bird",
+            height=32,
+            width=32,
+            num_inference_steps=2,
+            max_sequence_length=references.TEXT_LENGTH,
+            generator=torch.Generator().manual_seed(0),
+            output_type="np",
+        ).images
         for pipe in (expected, found)
     ]
     assert np.abs(images[0] - images[1]).max() < 1e-5 and images[0].std() > 0.01
@@ -132,8 +139,10 @@ def test_diffusers_loads_the_exported_pipeline(pipeline, ours, tmp_path, dtype):
 @pytest.mark.parametrize("dtype", ["bfloat16"], indirect=True)
 def test_single_components_load_in_their_packages(pipeline, ours, tmp_path):
     classes = {
-        "transformer": diffusers.FluxTransformer2DModel, "vae": diffusers.AutoencoderKL,
-        "text_encoder": transformers.CLIPTextModel, "text_encoder_2": transformers.T5EncoderModel,
+        "transformer": diffusers.FluxTransformer2DModel,
+        "vae": diffusers.AutoencoderKL,
+        "text_encoder": transformers.CLIPTextModel,
+        "text_encoder_2": transformers.T5EncoderModel,
     }
     for part, reference in classes.items():
         convert.export_folder(ours / part, tmp_path / part, "diffusers")
@@ -147,8 +156,12 @@ def test_single_file_round_trip_is_exact(ours, tmp_path, style):
     convert.export_folder(ours, tmp_path / "out", style)
     places = {
         "bfl": {"transformer": "flux1", "vae": "ae"},
-        "comfyui": {"transformer": "diffusion_models/flux1", "vae": "vae/ae", "text_encoder": "text_encoders/clip_l",
-                    "text_encoder_2": "text_encoders/t5xxl"},
+        "comfyui": {
+            "transformer": "diffusion_models/flux1",
+            "vae": "vae/ae",
+            "text_encoder": "text_encoders/clip_l",
+            "text_encoder_2": "text_encoders/t5xxl",
+        },
     }[style]
     made = sorted(str(p.relative_to(tmp_path / "out")) for p in (tmp_path / "out").rglob("*.*"))
     assert made == sorted(f"{place}.safetensors" for place in places.values())
@@ -306,14 +319,20 @@ def test_hps_pickle_with_a_tokenizer_from_elsewhere(clip, tmp_path):
     for name in ("vocab.json", "merges.txt", "unrelated.txt"):
         (tmp_path / "words" / name).write_text(name)
     convert.import_folder(
-        tmp_path / "HPS.pt", tmp_path / "hps", network="clip", config=tmp_path / "config.json",
+        tmp_path / "HPS.pt",
+        tmp_path / "hps",
+        network="clip",
+        config=tmp_path / "config.json",
         tokenizer=tmp_path / "words",
     )
     assert (tmp_path / "hps" / folder.WEIGHTS).read_bytes() == (tmp_path / "ours" / folder.WEIGHTS).read_bytes()
     assert sorted(os.listdir(tmp_path / "hps" / "tokenizer")) == ["merges.txt", "vocab.json"]
     # Without a config it is taken for ViT-H-14, as HPS-v2.1 is, which this small one is not.
-    with pytest.raises(UserError, match=r"usual sizes were assumed; --config.* token_embedding.weight \[64, 16\] "
-                                        r"instead of \[49408, 1024\]"):
+    with pytest.raises(
+        UserError,
+        match=r"usual sizes were assumed; --config.* token_embedding.weight \[64, 16\] "
+        r"instead of \[49408, 1024\]",
+    ):
         convert.import_folder(tmp_path / "HPS.pt", tmp_path / "no")
     with pytest.raises(UserError, match="holds no tokenizer"):
         convert.import_folder(
@@ -459,8 +478,9 @@ def edit_shard(part, change):
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16"], indirect=True)
-@pytest.mark.parametrize("fault", ["missing", "unused", "shape", "truncated", "pointer", "lost shard", "interrupt",
-                                   "disk full"])
+@pytest.mark.parametrize(
+    "fault", ["missing", "unused", "shape", "truncated", "pointer", "lost shard", "interrupt", "disk full"]
+)
 def test_a_fault_in_a_late_component_leaves_nothing(pipeline, tmp_path, fault, monkeypatch):
     source, target = tmp_path / "in", tmp_path / "sub" / "out"
     shutil.copytree(pipeline, source)
@@ -599,8 +619,15 @@ def peak(*paths):
 @pytest.mark.skipif(not pathlib.Path("/proc/self/status").exists(), reason="memory is measured as Linux reports it")
 def test_memory_stays_near_the_largest_tensor(tmp_path):
     """A 400 MB transformer of 5 MB tensors, in and out again, takes little more memory than one of 1 MB."""
-    sizes = {"num_layers": 1, "attention_head_dim": 128, "axes_dims_rope": [16, 56, 56], "in_channels": 64,
-             "joint_attention_dim": 64, "pooled_projection_dim": 32, "guidance_embeds": True}
+    sizes = {
+        "num_layers": 1,
+        "attention_head_dim": 128,
+        "axes_dims_rope": [16, 56, 56],
+        "in_channels": 64,
+        "joint_attention_dim": 64,
+        "pooled_projection_dim": 32,
+        "guidance_embeds": True,
+    }
     form, peaks = formats.find("flux", "diffusers"), {}
     for name, heads, layers in (("small", 1, 1), ("large", 4, 23)):
         config = folder.make_config("flux", sizes | {"num_attention_heads": heads, "num_single_layers": layers}, name)

@@ -19,8 +19,13 @@ from srpo_jax.weights import folder
 from srpo_jax.weights.files import SafetensorsFile
 
 CONFIG = ClipTextConfig(
-    vocab_size=64, hidden_size=16, intermediate_size=32, num_hidden_layers=3, num_attention_heads=2,
-    max_position_embeddings=8, eos_token_id=63,
+    vocab_size=64,
+    hidden_size=16,
+    intermediate_size=32,
+    num_hidden_layers=3,
+    num_attention_heads=2,
+    max_position_embeddings=8,
+    eos_token_id=63,
 )
 
 

@@ -118,9 +118,7 @@ def load_case(name, converted, compute=Compute()):  # noqa: B008 (frozen)
     batch = step.Batch(
         jnp.asarray(arrays["encoder_hidden_states"]), jnp.asarray(arrays["pooled_projections"]), {reward_name: ids}
     )
-    draws = step.Draws(
-        flow.pack(jnp.asarray(nhwc(arrays["noise"]))), jnp.array([record["mid_timestep"]]), None, None
-    )
+    draws = step.Draws(flow.pack(jnp.asarray(nhwc(arrays["noise"]))), jnp.array([record["mid_timestep"]]), None, None)
     return SimpleNamespace(
         record=record, arrays=arrays, settings=settings, networks=networks, params=params, frozen=frozen, batch=batch,
         draws=draws, prompts=prompts, reward=reward_name, table=flux.diffusers_rules(flux_config),
@@ -235,9 +233,7 @@ def test_gradients_of_the_intermediates(case, terms, outcomes, branch):
         return loss_of_image(step.to_unit_range(step.decode(networks, settings, frozen.autoencoder, x)))
 
     def loss_of_velocity(v):
-        return loss_of_recovered(
-            direct_align.recover(term.noisy, v, term.noise, term.sigma_from, term.sigma_to)
-        )
+        return loss_of_recovered(direct_align.recover(term.noisy, v, term.noise, term.sigma_from, term.sigma_to))
 
     ours, arrays = outcomes[branch], case.arrays
     image = step.to_unit_range(ours.decoded)

@@ -206,9 +206,7 @@ def test_what_is_refused(words, message):
         preflight.parse(["preflight", RECIPE, *words])
 
 
-@pytest.mark.parametrize(
-    "topology, remedy", [("v5e:2x2", ".[preflight-tpu]"), ("h100:8", ".[preflight-cuda]")]
-)
+@pytest.mark.parametrize("topology, remedy", [("v5e:2x2", ".[preflight-tpu]"), ("h100:8", ".[preflight-cuda]")])
 def test_a_missing_compiler(monkeypatch, topology, remedy):
     monkeypatch.setattr(topologies.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(errors.UserError) as caught:

@@ -28,7 +28,13 @@ def test_clip_words_are_whole_and_the_end_is_the_largest_id(folders):
     assert len(tokenizer) == size and tokenizer.model_max_length == LENGTH
     ids = tokenizer("3D. Red Apple")["input_ids"]
     assert tokenizer.convert_ids_to_tokens(ids) == [
-        "<|startoftext|>", "3</w>", "d</w>", ".</w>", "red</w>", "apple</w>", "<|endoftext|>",
+        "<|startoftext|>",
+        "3</w>",
+        "d</w>",
+        ".</w>",
+        "red</w>",
+        "apple</w>",
+        "<|endoftext|>",
     ]
     assert (ids[0], ids[-1], tokenizer.pad_token_id) == (size - 2, size - 1, size - 1)
 

@@ -20,8 +20,12 @@ from srpo_jax.weights.files import SafetensorsFile, SafetensorsWriter, Spec, new
 
 def test_reads_what_the_safetensors_package_writes_and_the_reverse(tmp_path):
     arrays = {
-        "b": random((3, 5), BF16), "f": random((2, 3, 4), np.float32), "half": random((3,), np.float16),
-        "ids": np.arange(4), "scalar": np.full((), 2.5, np.float32), "empty": np.zeros((0, 3), np.float32),
+        "b": random((3, 5), BF16),
+        "f": random((2, 3, 4), np.float32),
+        "half": random((3,), np.float16),
+        "ids": np.arange(4),
+        "scalar": np.full((), 2.5, np.float32),
+        "empty": np.zeros((0, 3), np.float32),
     }
     safetensors.numpy.save_file(arrays, tmp_path / "theirs.safetensors", {"format": "pt"})
     theirs = SafetensorsFile(tmp_path / "theirs.safetensors")

@@ -274,16 +274,23 @@ def train(workdir: pathlib.Path, steps: int, batch: int, learning_rate: float, s
         for step, images in zip(range(first, steps), batches(data, seed, first, batch), strict=False):
             images = jax.device_put(images, over_devices)
             state["params"], state["moments"], parts = update(
-                state["params"], state["moments"], images, jax.random.fold_in(root, step),
-                graphdef=graphdef, transformation=transformation,
+                state["params"],
+                state["moments"],
+                images,
+                jax.random.fold_in(root, step),
+                graphdef=graphdef,
+                transformation=transformation,
             )
             done = step + 1
             if done % 50 == 0 or done == steps:
                 parts = {name: float(value) for name, value in parts.items()}
                 rate = (done - marked) / (time.monotonic() - mark)
                 told = ", ".join(f"{name} {value:.4f}" for name, value in parts.items())
-                print(f"step {done}/{steps}: {told}; {rate * batch:.1f} pictures/s, "
-                      f"{(steps - done) / rate / 60:.1f} min left", flush=True)
+                print(
+                    f"step {done}/{steps}: {told}; {rate * batch:.1f} pictures/s, "
+                    f"{(steps - done) / rate / 60:.1f} min left",
+                    flush=True,
+                )
                 if not all(math.isfinite(value) for value in parts.values()):
                     raise errors.UserError(f"the loss is not finite at step {done}: lower --learning_rate")
                 mark, marked = time.monotonic(), done

@@ -48,8 +48,10 @@ class AutoencoderConfig:
             raise ValueError("block_out_channels is empty; an autoencoder needs at least one resolution")
         for width in self.block_out_channels:
             if width % self.norm_num_groups:
-                raise ValueError(f"norm_num_groups={self.norm_num_groups} does not divide the width {width} of "
-                                 f"block_out_channels={self.block_out_channels}")
+                raise ValueError(
+                    f"norm_num_groups={self.norm_num_groups} does not divide the width {width} of "
+                    f"block_out_channels={self.block_out_channels}"
+                )
 
     @property
     def factor(self) -> int:
@@ -67,8 +69,12 @@ class AutoencoderConfig:
         if missing := [name for name in fields if config.get(name) is None]:
             raise ValueError(f"autoencoder config lacks {', '.join(missing)}; expected the config.json of a FLUX vae")
         supported = {
-            "act_fn": "silu", "use_quant_conv": False, "use_post_quant_conv": False, "mid_block_add_attention": True,
-            "latents_mean": None, "latents_std": None,
+            "act_fn": "silu",
+            "use_quant_conv": False,
+            "use_post_quant_conv": False,
+            "mid_block_add_attention": True,
+            "latents_mean": None,
+            "latents_std": None,
         }
         for name, value in supported.items():
             if config.get(name, value) != value:
@@ -186,8 +192,18 @@ class Mid(nnx.Module):
 class Level(nnx.Module):
     """Residual blocks at one resolution, then ``downsample`` or ``upsample`` except at a side's last level."""
 
-    def __init__(self, inputs: int, outputs: int, depth: int, config: AutoencoderConfig, compute: Compute, *,
-                 downsample: bool = False, upsample: bool = False, rngs: nnx.Rngs):
+    def __init__(
+        self,
+        inputs: int,
+        outputs: int,
+        depth: int,
+        config: AutoencoderConfig,
+        compute: Compute,
+        *,
+        downsample: bool = False,
+        upsample: bool = False,
+        rngs: nnx.Rngs,
+    ):
         widths = [inputs] + [outputs] * depth
         self.resnets = nnx.List(
             [ResnetBlock(widths[i], widths[i + 1], config, compute, rngs=rngs) for i in range(depth)]
@@ -222,11 +238,20 @@ class Encoder(nnx.Module):
         self.compute = compute
         widths = config.block_out_channels
         self.conv_in = _conv(config.in_channels, widths[0], 3, compute, rngs)
-        self.down_blocks = nnx.List([
-            Level(widths[max(i - 1, 0)], width, config.layers_per_block, config, compute,
-                  downsample=i + 1 < len(widths), rngs=rngs)
-            for i, width in enumerate(widths)
-        ])
+        self.down_blocks = nnx.List(
+            [
+                Level(
+                    widths[max(i - 1, 0)],
+                    width,
+                    config.layers_per_block,
+                    config,
+                    compute,
+                    downsample=i + 1 < len(widths),
+                    rngs=rngs,
+                )
+                for i, width in enumerate(widths)
+            ]
+        )
         self.mid = Mid(widths[-1], config, compute, rngs=rngs)
         self.norm_out = GroupNorm(widths[-1], config.norm_num_groups, compute)
         self.conv_out = _conv(widths[-1], 2 * config.latent_channels, 3, compute, rngs)
@@ -248,11 +273,20 @@ class Decoder(nnx.Module):
         widths = config.block_out_channels[::-1]
         self.conv_in = _conv(config.latent_channels, widths[0], 3, compute, rngs)
         self.mid = Mid(widths[0], config, compute, rngs=rngs)
-        self.up_blocks = nnx.List([
-            Level(widths[max(i - 1, 0)], width, config.layers_per_block + 1, config, compute,
-                  upsample=i + 1 < len(widths), rngs=rngs)
-            for i, width in enumerate(widths)
-        ])
+        self.up_blocks = nnx.List(
+            [
+                Level(
+                    widths[max(i - 1, 0)],
+                    width,
+                    config.layers_per_block + 1,
+                    config,
+                    compute,
+                    upsample=i + 1 < len(widths),
+                    rngs=rngs,
+                )
+                for i, width in enumerate(widths)
+            ]
+        )
         self.norm_out = GroupNorm(widths[-1], config.norm_num_groups, compute)
         self.conv_out = _conv(widths[-1], config.out_channels, 3, compute, rngs)
 
@@ -285,8 +319,10 @@ class Autoencoder(nnx.Module):
           ValueError: for sides that the factor does not divide.
         """
         if images.shape[1] % self.config.factor or images.shape[2] % self.config.factor:
-            raise ValueError(f"pictures of {images.shape[1]}x{images.shape[2]} cannot be encoded: make both sides "
-                             f"multiples of {self.config.factor}")
+            raise ValueError(
+                f"pictures of {images.shape[1]}x{images.shape[2]} cannot be encoded: make both sides "
+                f"multiples of {self.config.factor}"
+            )
         mean, logvar = jnp.split(self.encoder(images).astype(jnp.float32), 2, axis=-1)
         return mean, jnp.clip(logvar, -30.0, 20.0)
 

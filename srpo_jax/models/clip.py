@@ -63,7 +63,7 @@ class ClipTextConfig:
 
     @property
     def end_rule(self) -> str:
-        """"argmax" or "eos", see ``end_positions``."""
+        """Which rule finds the end token, "argmax" or "eos": see ``end_positions``."""
         return "argmax" if self.eos_token_id == LEGACY_EOS_TOKEN_ID else "eos"
 
 
@@ -250,9 +250,7 @@ class ClipMlp(nnx.Module):
 class ClipBlock(nnx.Module):
     """Pre-norm transformer block of either tower."""
 
-    def __init__(
-        self, config: ClipTextConfig | ClipVisionConfig, causal: bool, compute: Compute, *, rngs: nnx.Rngs
-    ):
+    def __init__(self, config: ClipTextConfig | ClipVisionConfig, causal: bool, compute: Compute, *, rngs: nnx.Rngs):
         width, layers, eps = config.hidden_size, config.num_hidden_layers, config.layer_norm_eps
         self.norm1 = _norm(width, eps, compute, rngs)
         self.attn = ClipAttention(width, config.num_attention_heads, layers, causal, compute, rngs=rngs)

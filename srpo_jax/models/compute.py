@@ -30,18 +30,15 @@ class Compute:
 
     Attributes:
       dtype: of matrix products, convolutions and the activations between them. Norms, softmax, rotary tables,
-      sinusoidal
-        embeddings and losses are float32 whatever this says.
+        sinusoidal embeddings and losses are float32 whatever this says.
       param_dtype: of the stored parameters.
       attention: backend name, see ``attention.attention``.
       remat: which intermediate values of a repeated block are kept for the backward pass: "none" keeps all, "full"
-      keeps
-        only the block's input, "dots" keeps the results of matrix products.
+        keeps only the block's input, "dots" keeps the results of matrix products.
       scan_unroll: how many repeated blocks one iteration of the scan holds.
       mesh: the devices that activations are split over, for what XLA cannot split by itself; None for one device.
       constrain: called as ``constrain(x, name)`` on activations at block borders, with the names "tokens" [B, T, D],
-      "heads"
-        [B, T, H, Dh] and "image" [B, H, W, C]; returns x, perhaps with a sharding constraint.
+        "heads" [B, T, H, Dh] and "image" [B, H, W, C]; returns x, perhaps with a sharding constraint.
     """
 
     dtype: Any = jnp.float32

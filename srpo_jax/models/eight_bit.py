@@ -47,8 +47,6 @@ class EightBitKernel(nnx.Module):
         codes, scales = quantize(x, self.kind)
         # What float8 sums to is rounded to ``dtype`` at once, before it is scaled: half the bytes, the same digits.
         wide = jnp.int32 if self.kind == "int8" else dtype
-        y = jax.lax.dot_general(
-            codes, self.codes[...], (((x.ndim - 1,), (1,)), ((), ())), preferred_element_type=wide
-        )
+        y = jax.lax.dot_general(codes, self.codes[...], (((x.ndim - 1,), (1,)), ((), ())), preferred_element_type=wide)
         y = (y.astype(jnp.float32) * scales * self.scales[...]).astype(dtype)
         return y.reshape(*x.shape[:-1], *self.features_out)

@@ -46,49 +46,82 @@ class Format:
 # A format whose marks are part of another's comes after it.
 FORMATS = (
     Format(
-        "flux", "diffusers", (("x_embedder.weight", "context_embedder.weight", "norm_out.linear.weight"),),
-        "diffusers_rules", ("config.json", "FluxTransformer2DModel"), "diffusion_pytorch_model",
+        "flux",
+        "diffusers",
+        (("x_embedder.weight", "context_embedder.weight", "norm_out.linear.weight"),),
+        "diffusers_rules",
+        ("config.json", "FluxTransformer2DModel"),
+        "diffusion_pytorch_model",
     ),
     Format(
-        "flux", "bfl", (("img_in.weight", "txt_in.weight", "final_layer.linear.weight", "vector_in.in_layer.weight"),),
-        "bfl_rules", ("config.json", "FluxTransformer2DModel"), "flux1",
+        "flux",
+        "bfl",
+        (("img_in.weight", "txt_in.weight", "final_layer.linear.weight", "vector_in.in_layer.weight"),),
+        "bfl_rules",
+        ("config.json", "FluxTransformer2DModel"),
+        "flux1",
     ),
     Format(
-        "autoencoder", "diffusers",
+        "autoencoder",
+        "diffusers",
         (("encoder.down_blocks.0.resnets.0.conv1.weight", "decoder.up_blocks.0.resnets.0.conv1.weight"),),
-        "diffusers_rules", ("config.json", "AutoencoderKL"), "diffusion_pytorch_model",
+        "diffusers_rules",
+        ("config.json", "AutoencoderKL"),
+        "diffusion_pytorch_model",
     ),
     Format(
-        "autoencoder", "bfl", (("encoder.down.0.block.0.conv1.weight", "decoder.up.0.block.0.conv1.weight"),),
-        "bfl_rules", ("config.json", "AutoencoderKL"), "ae",
+        "autoencoder",
+        "bfl",
+        (("encoder.down.0.block.0.conv1.weight", "decoder.up.0.block.0.conv1.weight"),),
+        "bfl_rules",
+        ("config.json", "AutoencoderKL"),
+        "ae",
     ),
     Format(
-        "clip", "hf",
+        "clip",
+        "hf",
         (("text_model.embeddings.token_embedding.weight", "vision_model.embeddings.class_embedding"),),
-        "hf_rules", ("config.json", "clip"), "model",
+        "hf_rules",
+        ("config.json", "clip"),
+        "model",
     ),
     Format(
-        "clip", "open_clip", (("visual.conv1.weight", "visual.class_embedding", "token_embedding.weight"),),
-        "open_clip_rules", ("open_clip_config.json", ""), "open_clip_model",
+        "clip",
+        "open_clip",
+        (("visual.conv1.weight", "visual.class_embedding", "token_embedding.weight"),),
+        "open_clip_rules",
+        ("open_clip_config.json", ""),
+        "open_clip_model",
     ),
     Format(
-        "clip_text", "hf",
+        "clip_text",
+        "hf",
         (("text_model.embeddings.token_embedding.weight",), ("embeddings.token_embedding.weight",)),
-        "hf_text_rules", ("config.json", "clip_text_model"), "model",
+        "hf_text_rules",
+        ("config.json", "clip_text_model"),
+        "model",
     ),
     Format(
-        "t5", "hf", (("encoder.block.0.layer.0.SelfAttention.q.weight",),),
-        "hf_rules", ("config.json", "t5"), "model",
+        "t5",
+        "hf",
+        (("encoder.block.0.layer.0.SelfAttention.q.weight",),),
+        "hf_rules",
+        ("config.json", "t5"),
+        "model",
     ),
 )
 
 # What people try by mistake, by a part of a tensor name; asked in this order, before and after the formats above.
 _NEVER_OURS = (
     (r"\.lora_|^lora_|\.lora\.", "a LoRA: merge it into its base model first, or train on from it by config.lora.init"),
-    (r"\.quant_state|\.absmax$|scale_weight$|^scaled_fp8$|\.input_scale$|\.weight_scale$",
-     "a quantised checkpoint: use the original weights"),
-    (r"^model\.diffusion_model\.|^first_stage_model\.|^cond_stage_model\.|^conditioner\.|^text_encoders\.",
-     "an all-in-one checkpoint: use the transformer, autoencoder and text encoders as separate files"),
+    (
+        r"\.quant_state|\.absmax$|scale_weight$|^scaled_fp8$|\.input_scale$|\.weight_scale$",
+        "a quantised checkpoint: use the original weights",
+    ),
+    (
+        r"^model\.diffusion_model\.|^first_stage_model\.|^cond_stage_model\.|^conditioner\.|^text_encoders\.",
+        "an all-in-one checkpoint: use the transformer, autoencoder and text encoders as separate files",
+    ),
     (r"^decoder\.block\.\d+\.layer", "a T5 with its decoder: use the encoder alone (FLUX's text_encoder_2)"),
     (r"^controlnet_|^control_net", "a ControlNet"),
 )
@@ -99,8 +132,10 @@ _OTHERS = (
     (r"^encoder\.layer\.\d+\.attention", "a BERT"),
     (r"^visual\.trunk\.|^text\.transformer\.", "an open_clip model that is not of its plain ViT family"),
     (r"^vision_model\.", "a vision transformer without its text half"),
-    (r"^(double_blocks|single_blocks|img_attn|transformer_blocks|single_transformer_blocks)\b",
-     "a part of a FLUX transformer: give the folder, or the index.json that joins the parts"),
+    (
+        r"^(double_blocks|single_blocks|img_attn|transformer_blocks|single_transformer_blocks)\b",
+        "a part of a FLUX transformer: give the folder, or the index.json that joins the parts",
+    ),
 )
 
 
@@ -233,20 +268,37 @@ def assumed_config(form: Format, specs: Mapping[str, Spec], where: Any) -> Any:
 
 
 T5_XXL = {
-    "vocab_size": 32128, "d_model": 4096, "d_kv": 64, "d_ff": 10240, "num_layers": 24, "num_heads": 64,
-    "relative_attention_num_buckets": 32, "relative_attention_max_distance": 128, "layer_norm_epsilon": 1e-6,
+    "vocab_size": 32128,
+    "d_model": 4096,
+    "d_kv": 64,
+    "d_ff": 10240,
+    "num_layers": 24,
+    "num_heads": 64,
+    "relative_attention_num_buckets": 32,
+    "relative_attention_max_distance": 128,
+    "layer_norm_epsilon": 1e-6,
     "feed_forward_proj": "gated-gelu",
 }
 _FLUX_TENSORS = {  # (image, text, pooled, out, norm, guidance, double blocks, single blocks)
     "diffusers": (
-        "x_embedder.weight", "context_embedder.weight", "time_text_embed.text_embedder.linear_1.weight",
-        "proj_out.weight", "transformer_blocks.0.attn.norm_q.weight",
-        "time_text_embed.guidance_embedder.linear_1.weight", "transformer_blocks", "single_transformer_blocks",
+        "x_embedder.weight",
+        "context_embedder.weight",
+        "time_text_embed.text_embedder.linear_1.weight",
+        "proj_out.weight",
+        "transformer_blocks.0.attn.norm_q.weight",
+        "time_text_embed.guidance_embedder.linear_1.weight",
+        "transformer_blocks",
+        "single_transformer_blocks",
     ),
     "bfl": (
-        "img_in.weight", "txt_in.weight", "vector_in.in_layer.weight", "final_layer.linear.weight",
-        "double_blocks.0.img_attn.norm.query_norm.scale", "guidance_in.in_layer.weight",
-        "double_blocks", "single_blocks",
+        "img_in.weight",
+        "txt_in.weight",
+        "vector_in.in_layer.weight",
+        "final_layer.linear.weight",
+        "double_blocks.0.img_attn.norm.query_norm.scale",
+        "guidance_in.in_layer.weight",
+        "double_blocks",
+        "single_blocks",
     ),
 }
 

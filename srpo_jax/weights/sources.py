@@ -97,8 +97,11 @@ class TorchSource:
 
     def _dtype(self, name: str, tensor: Any) -> np.dtype:
         short = str(tensor.dtype).removeprefix("torch.")
-        special = {"bfloat16": ml_dtypes.bfloat16, "float8_e4m3fn": ml_dtypes.float8_e4m3fn,
-                   "float8_e5m2": ml_dtypes.float8_e5m2}
+        special = {
+            "bfloat16": ml_dtypes.bfloat16,
+            "float8_e4m3fn": ml_dtypes.float8_e4m3fn,
+            "float8_e5m2": ml_dtypes.float8_e5m2,
+        }
         try:
             return np.dtype(special.get(short, short))
         except TypeError as error:
