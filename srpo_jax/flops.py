@@ -201,8 +201,9 @@ def decoder(config: AutoencoderConfig, height: int, width: int) -> Forward:
             again += one
             before = channels
         if level + 1 < len(widths):
+            # Four convolutions of 2x2 on the coarse picture, of which one border reads one row or column of two.
+            products += 4 * 2 * channels**2 * (2 * rows - 1) * (2 * columns - 1)
             rows, columns = 2 * rows, 2 * columns
-            products += _convolution(channels, channels, rows, columns)
     products += _convolution(before, config.out_channels, rows, columns)
     return Forward(
         products=products,

@@ -168,17 +168,44 @@ class Downsample(nnx.Module):
         return self.conv(x)
 
 
+# Rows of a doubled picture repeat in pairs, so that a kernel's three taps read two rows of the picture before: an even
+# row of the output reads the row above with the first tap and its own with the sum of the others, an odd one its own
+# with the sum of the first two and the row below with the last. [row of a pair, tap on the coarse picture, kernel's tap]
+_TAPS = (((1, 0, 0), (0, 1, 1)), ((1, 1, 0), (0, 0, 1)))
+
+
 class Upsample(nnx.Module):
-    """Doubles height and width: every position repeated, then a 3x3 convolution."""
+    """Doubles height and width: every position repeated, then a 3x3 convolution.
+
+    Computed without the repetition, as four 2x2 convolutions of the coarse picture whose outputs interleave: the same
+    sums in 4/9 of the products.
+    """
 
     def __init__(self, channels: int, compute: Compute, *, rngs: nnx.Rngs):
         self.conv = _conv(channels, channels, 3, compute, rngs)
+        self.dtype = compute.dtype
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """[B, H, W, C] -> [B, 2H, 2W, C]."""
         batch, height, width, channels = x.shape
-        x = jnp.broadcast_to(x[:, :, None, :, None], (batch, height, 2, width, 2, channels))
-        return self.conv(x.reshape(batch, 2 * height, 2 * width, channels))
+        taps = jnp.asarray(_TAPS, jnp.float32)
+        # In full precision: the taps' sums are weights, rounded once as any other.
+        kernels = jnp.einsum(
+            "ard,bse,deio->abrsio", taps, taps, self.conv.kernel[...].astype(jnp.float32), precision="highest"
+        ).astype(self.dtype)
+
+        def quarter(row: int, column: int) -> jax.Array:
+            return jax.lax.conv_general_dilated(
+                x.astype(self.dtype),
+                kernels[row, column],
+                window_strides=(1, 1),
+                padding=((1 - row, row), (1 - column, column)),
+                dimension_numbers=("NHWC", "HWIO", "NHWC"),
+            )
+
+        rows = [jnp.stack([quarter(row, column) for column in (0, 1)], axis=3) for row in (0, 1)]
+        doubled = jnp.stack(rows, axis=2).reshape(batch, 2 * height, 2 * width, channels)
+        return doubled + self.conv.bias[...].astype(self.dtype)
 
 
 class Mid(nnx.Module):
