@@ -4,8 +4,8 @@ r"""Times an update beside the same update in PyTorch eager, on the CPU, in floa
 
 The sizes are those of `python -m srpo_jax.benchmark --preset=small`. PyTorch runs diffusers' transformer and
 autoencoder and transformers' CLIP (tests/torch_baseline.py). First both compute the same losses and gradients; then
-each part is timed in turn. --compile adds torch.compile, which needs a C++ compiler. Threads are the cores that the
-process may use.
+each part is timed, a call of ours and one of theirs in turn, and the ratio is the median of the pairs'. --compile adds
+torch.compile, which needs a C++ compiler. Threads are the cores that the process may use.
 """
 
 import json
@@ -138,14 +138,38 @@ def torch_parts(update: torch_baseline.Update, inputs: torch_baseline.Inputs, co
     }
 
 
-def median(call, runs: int) -> tuple[float, float]:
-    """(seconds of the first call, median seconds of those after it)."""
-    taken = []
-    for _ in range(runs + 1):
-        started = time.perf_counter()
-        call()
-        taken.append(time.perf_counter() - started)
-    return taken[0], statistics.median(taken[1:])
+def ours_prepared(part: parts.Part):
+    """(seconds to compile a part of ours, a call that runs it once on numbers of its own)."""
+    started = time.perf_counter()
+    compiled = part.function.lower(*part.arguments).compile()
+    seconds = time.perf_counter() - started
+    values = parts.fill(part.arguments)
+
+    def call() -> None:
+        nonlocal values
+        result = jax.block_until_ready(compiled(*values))
+        # These take the memory of what they are given.
+        if part.name == "optimizer":
+            values = (*result, values[2])
+        elif part.name == "update":
+            values = (result[0], *values[1:])
+
+    return seconds, call
+
+
+def timed_in_turn(calls: dict, runs: int) -> dict[str, list[float]]:
+    """Seconds of each call, ``runs`` times in turn, so that a machine that slows down slows all of them.
+
+    Before each timed call the same runs once untimed: caches and sleeping threads are then its own.
+    """
+    taken = {name: [] for name in calls}
+    for _ in range(runs):
+        for name, call in calls.items():
+            call()
+            started = time.perf_counter()
+            call()
+            taken[name].append(time.perf_counter() - started)
+    return taken
 
 
 def main() -> None:
@@ -203,22 +227,25 @@ def run(config, architecture, values) -> dict:
     apart = program.build(in_turn, built.mesh, architecture)
     ours = {part.name: part for part in parts.take_apart(in_turn, apart)}
     ours["update"] = parts.Part("update", built.update, (built.state, built.frozen, built.batch), 1)
-    repeat = {
-        "optimizer": lambda values, result: (*result, values[2]),
-        "update": lambda values, result: (result[0], *values[1:]),
-    }
     work = flops.update(in_turn, architecture)
     print(f"{threads} threads; batch {count}; seconds a call, and how many times faster ours is")
     print(f"{'part':<12} {'GFLOP':>8} {'ours':>8} {'compile':>8}" + "".join(f" {kind:>9} {'':>6}" for kind in theirs))
     for part in PARTS:
-        timing = benchmark.measure(ours[part].function, ours[part].arguments, runs, repeat.get(part))
-        total = sum(w.model for w in work.values()) if part == "update" else work[part].model / ours[part].calls
-        row = {"ours": timing.seconds, "compile_seconds": timing.compile, "model_flops": total}
-        line = f"{part:<12} {total / 1e9:8.4g} {timing.seconds:8.4f} {timing.compile:8.2f}"
+        compile_seconds, call = ours_prepared(ours[part])
+        first = {}
         for kind, calls in theirs.items():
-            first, row[kind] = median(calls[part], runs)
-            row[f"{kind}_first"] = first
-            line += f" {row[kind]:9.4f} {row[kind] / timing.seconds:5.2f}x"
+            started = time.perf_counter()
+            calls[part]()
+            first[f"{kind}_first"] = time.perf_counter() - started
+        taken = timed_in_turn({"ours": call, **{kind: calls[part] for kind, calls in theirs.items()}}, runs)
+        total = sum(w.model for w in work.values()) if part == "update" else work[part].model / ours[part].calls
+        row = {name: statistics.median(seconds) for name, seconds in taken.items()}
+        row |= {"compile_seconds": compile_seconds, "model_flops": total, **first}
+        line = f"{part:<12} {total / 1e9:8.4g} {row['ours']:8.4f} {compile_seconds:8.2f}"
+        for kind in theirs:
+            ratios = [slow / fast for slow, fast in zip(taken[kind], taken["ours"], strict=True)]
+            row[f"{kind}_ratio"] = statistics.median(ratios)
+            line += f" {row[kind]:9.4f} {row[f'{kind}_ratio']:5.2f}x"
         print(line, flush=True)
         report["parts"][part] = row
     if values["json"]:
