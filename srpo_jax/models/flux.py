@@ -127,15 +127,17 @@ class Mlp(nnx.Module):
 
 
 class HeadNorm(nnx.Module):
-    """RMSNorm of queries or keys over the channels of each head, in float32: [B, T, H, Dh] -> the same, float32."""
+    """RMSNorm of queries or keys over the channels of each head, computed in float32: [B, T, H, Dh] -> the same in
+    ``compute.dtype``, to which the reference rounds them too before it rotates."""
 
     def __init__(self, head_dim: int, compute: Compute):
         self.scale = nnx.Param(jnp.ones((head_dim,), compute.param_dtype))
+        self.dtype = compute.dtype
 
     def __call__(self, x: jax.Array) -> jax.Array:
         x = x.astype(jnp.float32)
         x = x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + EPSILON)
-        return x * self.scale[...].astype(jnp.float32)
+        return (x * self.scale[...].astype(jnp.float32)).astype(self.dtype)
 
 
 def sinusoid(values: jax.Array) -> jax.Array:
@@ -159,10 +161,20 @@ def rotary_table(ids: jax.Array, axes_dims: tuple[int, ...]) -> tuple[jax.Array,
 
 
 def rotate(x: jax.Array, table: tuple[jax.Array, jax.Array]) -> jax.Array:
-    """Rotates neighbouring channel pairs of [B, T, H, Dh] float32 by their token's angles."""
+    """Rotates neighbouring channel pairs of [B, T, H, Dh] by their token's angles; the result is float32."""
+    x = x.astype(jnp.float32)
     cos, sin = (part[None, :, None, :] for part in table)
     even, odd = x[..., 0::2], x[..., 1::2]
     return jnp.stack([even * cos - odd * sin, even * sin + odd * cos], axis=-1).reshape(x.shape)
+
+
+def parts_of(qkv: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """[B, T, 3, H, Dh] -> three times [B, T, H, Dh].
+
+    Slices, whose gradients are written side by side, as the weights' gradient reads them. Those of a moved axis lie
+    apart, and are transposed first.
+    """
+    return qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]
 
 
 def modulate(x: jax.Array, shift: jax.Array, scale: jax.Array) -> jax.Array:
@@ -195,8 +207,8 @@ class StreamAttention(nnx.Module):
         self.proj = Linear(config.width, config.width, compute, rngs=rngs)
 
     def queries_keys_values(self, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """[B, T, D] -> three times [B, T, H, Dh]; queries and keys are normalised and float32."""
-        query, key, value = jnp.moveaxis(self.qkv(x), 2, 0)
+        """[B, T, D] -> three times [B, T, H, Dh]; queries and keys are normalised."""
+        query, key, value = parts_of(self.qkv(x))
         return self.query_norm(query), self.key_norm(key), value
 
 
@@ -255,7 +267,7 @@ class SingleBlock(nnx.Module):
     def __call__(self, x: jax.Array, condition: jax.Array, table) -> jax.Array:
         shift, scale, gate = modulation(self.mod, condition, 3, self.compute)
         normed = modulate(x, shift, scale)
-        query, key, value = jnp.moveaxis(self.qkv(normed), 2, 0)
+        query, key, value = parts_of(self.qkv(normed))
         attended = joint_attention(self.query_norm(query), self.key_norm(key), value, table, self.compute)
         hidden = jax.nn.gelu(self.mlp_in(normed), approximate=True)
         return x + gate * self.out(jnp.concatenate([attended, hidden], axis=-1))
