@@ -30,7 +30,7 @@ QUANTIZE = ("none", "int8", "nf4")
 # A run may be resumed with other values of these: they change where and how fast it runs, not what it computes.
 RESUMABLE = (
     *("steps", "checkpoint", "sample", "mesh", "remat", "compilation_cache", "model.scan_unroll", "optim.merge_terms"),
-    *("optim.offload", "rollout.gather"),
+    *("optim.offload", "rollout.gather", "rollout.unroll"),
 )
 
 
@@ -104,6 +104,9 @@ def default() -> ConfigDict:
     # Every device holds the whole transformer (in model.dtype, or as rollout.dtype says) for the rollouts of an update,
     # and does not gather each block's weights over mesh.fsdp at each of their steps.
     c.rollout.gather = False
+    # Each block's weights in arrays of their own, made once an update, and no loop over blocks, which takes a copy of
+    # them at every step. Compiles longer; where weights are stored in model.dtype, their copy takes memory.
+    c.rollout.unroll = False
     c.rollout.guidance = 1.0  # distilled guidance given to the transformer
     c.rollout.shift = 3.0  # time shift of the noise schedule, here and of the training grid
     c.rollout.noise = "shared"  # shared: one noise for the whole batch, as released | per_sample
@@ -342,7 +345,12 @@ def _check_offline(flat: dict[str, Any], require: Any) -> None:
     require("rollout.noise", flat["rollout.noise"] == "per_sample",
             f"{offline} draws noise for each picture; set it to per_sample")  # fmt: skip
     require("rollout.reuse", flat["rollout.reuse"] == 1, f"{offline} has no rollout to use again; set it to 1")
-    for key, plain in (("rollout.dtype", "model"), ("rollout.solver", "euler"), ("rollout.cache", 1)):
+    for key, plain in (
+        ("rollout.dtype", "model"),
+        ("rollout.solver", "euler"),
+        ("rollout.cache", 1),
+        ("rollout.unroll", False),
+    ):
         require(key, flat[key] == plain, f"{offline} has no rollout to make faster; set it to {plain}")
 
 

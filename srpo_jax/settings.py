@@ -20,6 +20,7 @@ class Settings:
     rollout_steps: int
     solver: str
     rollout_dtype: str
+    rollout_unroll: bool
     rollout_guidance: float
     shift: float
     shared_noise: bool
@@ -59,6 +60,7 @@ class Settings:
             rollout_steps=config.rollout.steps,
             solver=config.rollout.solver,
             rollout_dtype=config.rollout.dtype,
+            rollout_unroll=config.rollout.unroll,
             rollout_guidance=config.rollout.guidance,
             shift=config.rollout.shift,
             shared_noise=config.rollout.noise == "shared",

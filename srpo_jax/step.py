@@ -25,6 +25,7 @@ from srpo_jax.methods import Term
 from srpo_jax.models import lora
 from srpo_jax.models.compute import Params, bind, cast_weights, join, path_name
 from srpo_jax.models.eight_bit import EightBitKernel
+from srpo_jax.models.stack import unstack
 from srpo_jax.optim import Optimizer
 from srpo_jax.rewards import Reward
 from srpo_jax.settings import Settings
@@ -98,8 +99,7 @@ class Batch(NamedTuple):
       text: T5 features ``[B, T, C]``.
       pooled: CLIP-L features ``[B, P]``.
       reward_ids: by reward, int32 token ids ``[B, T']`` of the "positive" and "negative" captions (with control
-      words) and
-        of the plain "caption".
+        words) and of the plain "caption".
       latents: clean packed latents of images ``[B, N, 64]``: real ones, or those that a rollout made (ReFL: states
         that it stopped at); None before that.
     """
@@ -205,7 +205,7 @@ def in_eight_bits(networks: Networks, params: Params, kind: str) -> tuple[Networ
 
 def for_rollout(networks: Networks, settings: Settings, params: Params) -> tuple[Networks, Params]:
     """The networks and the transformer's parameters as rollouts use them: cast, in 8 bits if that is asked for
-    (``rollout.dtype``), and gathered (``rollout.gather``)."""
+    (``rollout.dtype``), gathered (``rollout.gather``), and each block's apart (``rollout.unroll``)."""
     weights, eight_bits = in_compute_dtype(networks, params), settings.rollout_dtype != "model"
     if eight_bits:
         networks, weights = in_eight_bits(networks, weights, settings.rollout_dtype)
@@ -214,7 +214,14 @@ def for_rollout(networks: Networks, settings: Settings, params: Params) -> tuple
         placed = eight_bits and path[-1].key in ("codes", "scales")
         return leaf if placed else networks.gather(path_name(path), leaf)
 
-    return networks, jax.tree_util.tree_map_with_path(gather, weights)
+    weights = jax.tree_util.tree_map_with_path(gather, weights)
+    if not settings.rollout_unroll:
+        return networks, weights
+    transformer = bind(networks.transformer, weights)
+    for name in lora.STACKS:
+        setattr(transformer, name, unstack(getattr(transformer, name)))
+    graphdef, state = nnx.split(transformer)
+    return dataclasses.replace(networks, transformer=graphdef), nnx.to_pure_dict(state)
 
 
 def rollout(

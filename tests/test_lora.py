@@ -30,7 +30,7 @@ from srpo_jax import (
 from srpo_jax import config as config_lib
 from srpo_jax.errors import UserError
 from srpo_jax.models import compute, lora
-from srpo_jax.models.compute import Compute
+from srpo_jax.models.compute import Compute, join
 from srpo_jax.models.flux import FluxConfig
 from srpo_jax.step import TrainState
 from srpo_jax.weights import engine, folder
@@ -197,6 +197,15 @@ def test_gradients_of_every_method_are_those_of_merged_weights(adapted, batch, m
             to_a, to_b = np.einsum("lio,lro->lir", kernel, b), np.einsum("lio,lir->lro", kernel, a)
         for kind, wanted in (("a", to_a), ("b", to_b)):
             assert relative_error(found[f"{stem}.lora_{kind}"], SETTINGS.scale * wanted) < 1e-3, stem
+
+
+def test_blocks_apart_make_the_same_rollout(adapted, batch):
+    networks, factors, frozen = adapted
+    noise, made = step.draw(test_step.settings(), jax.random.key(0), test_step.BATCH).noise, []
+    for unroll in (False, True):
+        roll = functools.partial(step.rollout, networks, test_step.settings(rollout_unroll=unroll))
+        made.append(jax.jit(roll)(join(factors, frozen.base), batch, noise))
+    np.testing.assert_allclose(*made, atol=1e-5)
 
 
 def test_how_a_batch_passes_changes_nothing(adapted, batch):

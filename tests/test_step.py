@@ -12,7 +12,7 @@ import pytest
 from srpo_jax import direct_align, flow, rewards, step
 from srpo_jax.config import default
 from srpo_jax.models import autoencoder, clip, flux
-from srpo_jax.models.compute import Compute, bind, build
+from srpo_jax.models.compute import Compute, bind, build, path_name
 from srpo_jax.optim import Optimizer
 from srpo_jax.settings import Settings
 
@@ -233,15 +233,16 @@ def test_latents_of_the_batch_replace_the_rollout(tiny, batch):
 def test_pictures_that_a_rollout_would_have_made_give_its_gradient(tiny, batch, method):
     """Offline and online are one formula: they differ in where the clean latents come from and in nothing else."""
     recipe = settings(method=method)
-    networks, params, _ = tiny
+    networks, params, frozen = tiny
+    state, measured = run_update(tiny, recipe, batch, key=0)
+    online = jax.tree.map(lambda old, new: old - new, params, state.params)
     draws = step.draw(recipe, jax.random.key(0), BATCH)
     made = jax.jit(functools.partial(step.rollout, networks, recipe))(params, batch, draws.noise)
-    online, measured = gradient(tiny, recipe, batch, draws)
-    offline, found = gradient(tiny, recipe, batch._replace(latents=made), draws)
-    assert distance(offline, online) < 1e-4
-    for name in measured:
-        np.testing.assert_allclose(found[name], measured[name], rtol=1e-4, atol=1e-5)
-    other, _ = gradient(tiny, recipe, batch._replace(latents=made[::-1]), draws)
+    offline = jax.jit(functools.partial(step.gradient, networks, recipe))
+    grads, found = offline(params, frozen, batch._replace(latents=made), draws)
+    assert distance(grads, online) < 1e-3
+    np.testing.assert_allclose(found["loss"].sum(), measured["loss"], rtol=1e-4, atol=1e-5)
+    other, _ = offline(params, frozen, batch._replace(latents=made[::-1]), draws)
     assert distance(other, online) > 1e-2
 
 
@@ -296,6 +297,34 @@ def test_a_cache_of_no_blocks_changes_nothing(tiny, batch, changes):
         for recipe in (plain, everything)
     ]
     np.testing.assert_allclose(*made, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "changes", [{}, {"rollout_dtype": "int8"}, {"cache": 2, "cache_ends": (0, 1)}, {"accumulation": 2}], ids=str
+)
+def test_blocks_apart_make_the_same_rollout(tiny, batch, changes):
+    """The parameters that the steps read have no layer axis, so that no step takes a layer out of a stack."""
+    stacked = settings(rollout_steps=3, **changes)
+    apart = dataclasses.replace(stacked, rollout_unroll=True)
+    networks, params, _ = tiny
+    noise, stop = step.draw(stacked, jax.random.key(0), BATCH).noise, jnp.array([1, 2, 3, 3])
+    made = [
+        jax.jit(functools.partial(step.rollout, networks, recipe))(params, batch, noise, stop)
+        for recipe in (stacked, apart)
+    ]
+    np.testing.assert_allclose(*made, atol=1e-5)
+
+    def shapes(recipe):
+        weights = jax.eval_shape(lambda params: step.for_rollout(networks, recipe, params)[1], params)
+        return {path_name(path): leaf.shape for path, leaf in jax.tree_util.tree_leaves_with_path(weights)}
+
+    before, after = shapes(stacked), shapes(apart)
+    expected = {}
+    for path, shape in before.items():
+        stack, _, rest = path.partition(".")
+        layers = shape[0] if stack in ("double_blocks", "single_blocks") else None
+        expected |= {path: shape} if layers is None else {f"{stack}.{i}.{rest}": shape[1:] for i in range(layers)}
+    assert after == expected and len(after) > len(before)
 
 
 def test_parts_of_a_batch_join_again():

@@ -170,7 +170,7 @@ class Downsample(nnx.Module):
 
 # Rows of a doubled picture repeat in pairs, so that a kernel's three taps read two rows of the picture before: an even
 # row of the output reads the row above with the first tap and its own with the sum of the others, an odd one its own
-# with the sum of the first two and the row below with the last. [row of a pair, tap on the coarse picture, kernel's tap]
+# with the sum of the first two and the row below with the last. [row of a pair, tap of the coarse picture, kernel tap]
 _TAPS = (((1, 0, 0), (0, 1, 1)), ((1, 1, 0), (0, 0, 1)))
 
 

@@ -1,6 +1,7 @@
 """Repeated blocks as one stacked module: parameters carry a leading layer axis, and a scan runs them.
 
-A stack of 38 blocks then compiles as one; see also ``Compute.remat`` and ``Compute.scan_unroll``.
+A stack of 38 blocks then compiles as one; see also ``Compute.remat`` and ``Compute.scan_unroll``. Every turn of the
+scan copies a layer's parameters out of the stack; ``unstack`` makes these copies beforehand.
 """
 
 from collections.abc import Callable
@@ -24,6 +25,13 @@ def stack(constructor: Callable[[nnx.Rngs], nnx.Module], layers: int, rngs: nnx.
     return construct(rngs)
 
 
+def unstack(blocks: nnx.Module) -> nnx.List:
+    """The blocks of a stack one by one, each with parameters of its own, as ``scan_blocks`` takes them too."""
+    graphdef, state = nnx.split(blocks)
+    layers = len(jax.tree.leaves(state)[0])
+    return nnx.List([nnx.merge(graphdef, jax.tree.map(lambda leaf: leaf[i], state)) for i in range(layers)])  # noqa: B023
+
+
 def scan_blocks(
     blocks: nnx.Module,
     carry: Any,
@@ -34,8 +42,12 @@ def scan_blocks(
     """Runs stacked blocks one after another: ``carry = call(block, carry)``, by default ``block(carry)``.
 
     The carry is a tree of arrays whose shapes and dtypes every block keeps. ``some`` are the numbers of the blocks that
-    run, None for all; a pass through some takes no gradient.
+    run, None for all. A pass through some, or through unstacked blocks, rematerialises nothing: it takes no gradient.
     """
+    if isinstance(blocks, nnx.List):
+        for block in blocks if some is None else (blocks[number] for number in some):
+            carry = block(carry) if call is None else call(block, carry)
+        return carry
     graphdef, state = nnx.split(blocks)
 
     def body(carry: Any, layer: nnx.State) -> tuple[Any, None]:
