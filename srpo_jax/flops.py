@@ -101,21 +101,24 @@ def transformer(config: FluxConfig, image_tokens: int, text_tokens: int) -> Forw
     width, tokens = config.width, image_tokens + text_tokens
     blocks = config.num_layers + config.num_single_layers
     products = _block_products(config, tokens)
-    # Shift, scale and gate of one vector, for each of two streams' two halves, or once.
-    modulations = (config.num_layers * 12 + config.num_single_layers * 3) * 2 * width**2
     attention = blocks * 2 * 2 * tokens**2 * width
     vectors = 2 + config.guidance_embeds  # time, pooled text, perhaps guidance
     inputs = TIME_CHANNELS * (vectors - 1) + config.pooled_projection_dim
     ends = vectors * 2 * width**2 + 2 * 2 * width**2 + 2 * width * config.out_channels * image_tokens
     first = 2 * width * (config.in_channels * image_tokens + config.joint_attention_dim * text_tokens + inputs)
     return Forward(
-        products=products + modulations + ends,
+        products=products + _modulations(config) + ends,
         first=first,
         attention=attention,
         # The gates' gradients read each block's last products, so none is spared.
-        again={"none": 0, "dots": 0, "full": products + modulations},
+        again={"none": 0, "dots": 0, "full": products},
         again_attention={"none": 0, "dots": attention, "full": attention},
     )
+
+
+def _modulations(config: FluxConfig) -> float:
+    """Shift, scale and gate of one vector, for each of two streams' two halves, or once."""
+    return (config.num_layers * 12 + config.num_single_layers * 3) * 2.0 * config.width**2
 
 
 class Factors(NamedTuple):
@@ -324,7 +327,8 @@ def tokens(config: ConfigDict) -> tuple[int, int]:
 def rollout(config: ConfigDict, sizes: FluxConfig) -> Work:
     """One sample's rollout, or its share of one that serves several updates; none where real pictures take its place.
 
-    A step is a whole forward pass, or one with few blocks where the others' change is kept.
+    A step is a whole forward pass, or one with few blocks where the others' change is kept. Modulations are made of all
+    steps and blocks at once.
     """
     if config.data.rollout == "offline":
         return Work(0.0, 0.0)
@@ -333,6 +337,7 @@ def rollout(config: ConfigDict, sizes: FluxConfig) -> Work:
 
     def step(blocks: FluxConfig, share: float) -> Work:
         low = 0.0 if lora is None else share * factors(sizes, lora, *tokens(config)).products
+        low += _modulations(sizes) - _modulations(blocks)
         return transformer(blocks, *tokens(config)).inference() + Work(low, low)
 
     renewals = -(-config.rollout.steps // config.rollout.cache)

@@ -51,7 +51,7 @@ from srpo_jax import (
 from srpo_jax import config as config_lib
 from srpo_jax.architectures import TextArchitecture
 from srpo_jax.errors import UserError
-from srpo_jax.models.compute import join
+from srpo_jax.models.compute import join, path_name
 from srpo_jax.program import Architecture, Program
 from srpo_jax.topologies import Target
 from srpo_jax.weights import folder
@@ -223,10 +223,11 @@ def _traffic(found: tuple[hlo.Collective, ...]) -> dict[str, dict[str, float]]:
 
 
 def rollout_bytes(built: Program) -> int:
-    """Bytes of the transformer as rollouts use it, all of it in one place."""
+    """Bytes of the transformer as the steps of a rollout read it, all of it in one place: without the modulations."""
     params = join(built.state.params, built.frozen.base)
     weights = jax.eval_shape(lambda params: step.for_rollout(built.networks, built.settings, params)[1], params)
-    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(weights))
+    leaves = jax.tree_util.tree_leaves_with_path(weights)
+    return sum(leaf.size * leaf.dtype.itemsize for path, leaf in leaves if "mod." not in path_name(path))
 
 
 def advise(case: Case, report: dict[str, Any]) -> list[str]:

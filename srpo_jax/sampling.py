@@ -80,10 +80,12 @@ def make_sampler(
         scale = None if guidance is None else jnp.full((count,), guidance, jnp.float32)
         image_ids, text_ids = jnp.asarray(flow.image_ids(rows, columns)), jnp.asarray(flow.text_ids(text.shape[1]))
 
-        def velocity(x: jax.Array, sigma: jax.Array) -> jax.Array:
-            return network(x, text, pooled, jnp.broadcast_to(sigma, (count,)), scale, image_ids, text_ids)
+        steps = network.modulations_of_steps(pooled, jnp.asarray(sigmas[:-1]), scale)
 
-        latents = flow.unpack(flow.sample(velocity, noise, sigmas), rows, columns)
+        def velocity(x: jax.Array, sigma: jax.Array, index: jax.Array, memory: tuple) -> tuple[jax.Array, tuple]:
+            return network.modulated(x, text, steps.of_step(index), image_ids, text_ids), memory
+
+        latents = flow.unpack(flow.sample(velocity, noise, sigmas, memory=()), rows, columns)
         decoder = bind(autoencoder, autoencoder_params)
         images = jnp.clip(decoder.decode(decoder.unscale_latents(latents)) / 2 + 0.5, 0, 1)
         return jnp.round(images * 255).astype(jnp.uint8)

@@ -201,12 +201,17 @@ def batch_parts(mesh: Mesh) -> int:
 def constraint(mesh: Mesh) -> Callable[[jax.Array, str], jax.Array]:
     """The ``constrain`` of ``models.compute.Compute``: samples stay on their devices, heads on their part of "tensor".
 
+    But for "features": vectors whose features are split over "fsdp" like the inputs of a kernel, for all samples of the
+    devices along it.
+
     Raises UserError while tracing for a batch or a number of heads that the mesh does not divide.
     """
     activations = {
         "tokens": P(BATCH, None, None),
         "heads": P(BATCH, None, "tensor", None),
         "image": P(BATCH, None, None, None),
+        "vectors": P(BATCH, None),
+        "features": P("data", "fsdp"),
     }
     parts, tensor = batch_parts(mesh), mesh.shape["tensor"]
 

@@ -153,31 +153,30 @@ def velocity(
     guidance: float,
 ) -> jax.Array:
     """The transformer's velocity, float32, at latents ``x`` [B, N, 64] and noise level ``sigma`` (scalar or [B])."""
-    inputs = transformer_inputs(networks, settings, batch, x, sigma, guidance)
-    return bind(networks.transformer, params)(*inputs).astype(jnp.float32)
+    time, scale = conditioning(networks, settings, jnp.broadcast_to(jnp.asarray(sigma), (len(x),)), guidance)
+    scale = None if scale is None else jnp.full((len(x),), scale)
+    ids = position_ids(settings, batch)
+    return bind(networks.transformer, params)(x, batch.text, batch.pooled, time, scale, *ids).astype(jnp.float32)
 
 
-def transformer_inputs(
-    networks: Networks, settings: Settings, batch: Batch, x: jax.Array, sigma: jax.Array, guidance: float
-) -> tuple[jax.Array | None, ...]:
-    """What the transformer is called with; the arguments are those of ``velocity``."""
-    count = x.shape[0]
-    time = jnp.broadcast_to(flow.truncate_time(jnp.asarray(sigma)), (count,))
-    scale = jnp.full((count,), guidance, jnp.float32)
+def conditioning(
+    networks: Networks, settings: Settings, sigma: jax.Array, guidance: float
+) -> tuple[jax.Array, jax.Array | None]:
+    """The times that the transformer is given at noise levels ``sigma``, of their shape, and its guidance, a scalar or
+    None."""
+    time, scale = flow.truncate_time(sigma), jnp.float32(guidance)
     if settings.round_time:
         # The released script's autocast rounds what enters the sinusoids: 822 becomes 820, 3500 becomes 3504.
         time, scale = (
             (value.astype(jnp.bfloat16) * jnp.bfloat16(1000)).astype(jnp.float32) / 1000 for value in (time, scale)
         )
-    return (
-        x,
-        batch.text,
-        batch.pooled,
-        time,
-        scale if networks.guidance else None,
-        jnp.asarray(flow.image_ids(settings.latent_height, settings.latent_width)),
-        jnp.asarray(flow.text_ids(batch.text.shape[1])),
-    )
+    return time, scale if networks.guidance else None
+
+
+def position_ids(settings: Settings, batch: Batch) -> tuple[jax.Array, jax.Array]:
+    """Of the image tokens, and of the text tokens."""
+    image = flow.image_ids(settings.latent_height, settings.latent_width)
+    return jnp.asarray(image), jnp.asarray(flow.text_ids(batch.text.shape[1]))
 
 
 def in_compute_dtype(networks: Networks, params: Params, base: Params | None = None) -> Params:
@@ -205,14 +204,17 @@ def in_eight_bits(networks: Networks, params: Params, kind: str) -> tuple[Networ
 
 def for_rollout(networks: Networks, settings: Settings, params: Params) -> tuple[Networks, Params]:
     """The networks and the transformer's parameters as rollouts use them: cast, in 8 bits if that is asked for
-    (``rollout.dtype``), gathered (``rollout.gather``), and each block's apart (``rollout.unroll``)."""
+    (``rollout.dtype``), gathered but for those of modulations (``rollout.gather``), and each block's apart
+    (``rollout.unroll``)."""
     weights, eight_bits = in_compute_dtype(networks, params), settings.rollout_dtype != "model"
     if eight_bits:
         networks, weights = in_eight_bits(networks, weights, settings.rollout_dtype)
 
     def gather(path: tuple, leaf: jax.Array) -> jax.Array:
-        placed = eight_bits and path[-1].key in ("codes", "scales")
-        return leaf if placed else networks.gather(path_name(path), leaf)
+        name = path_name(path)
+        placed = eight_bits and name.endswith((".codes", ".scales"))
+        # A rollout reads the kernels of modulations once, and not at every step.
+        return leaf if placed or "mod." in name else networks.gather(name, leaf)
 
     weights = jax.tree_util.tree_map_with_path(gather, weights)
     if not settings.rollout_unroll:
@@ -240,22 +242,23 @@ def rollout(
 
     def roll(part: tuple[Batch, jax.Array, jax.Array | None]) -> jax.Array:
         batch, noise, stop = part
+        times, guidance = conditioning(networks, settings, jnp.asarray(sigmas[:-1]), settings.rollout_guidance)
+        scale = None if guidance is None else jnp.full((len(noise),), guidance)
+        steps = transformer.modulations_of_steps(batch.pooled, times, scale)
+        ids = position_ids(settings, batch)
 
-        def inputs(x: jax.Array, sigma: jax.Array) -> tuple[jax.Array | None, ...]:
-            return transformer_inputs(networks, settings, batch, x, sigma, settings.rollout_guidance)
-
-        def field(x: jax.Array, sigma: jax.Array) -> jax.Array:
-            return transformer(*inputs(x, sigma)).astype(jnp.float32)
-
-        def cached(x: jax.Array, sigma: jax.Array, index: jax.Array, change: jax.Array) -> tuple[jax.Array, jax.Array]:
+        def field(x: jax.Array, sigma: jax.Array, index: jax.Array, change: Any) -> tuple[jax.Array, Any]:
+            inputs = x, batch.text, steps.of_step(index), *ids
+            if settings.cache == 1:
+                return transformer.modulated(*inputs).astype(jnp.float32), change
             renew = index % settings.cache == 0
-            v, change = transformer.through_cache(inputs(x, sigma), change, renew, settings.cache_ends)
+            v, change = transformer.through_cache(inputs, change, renew, settings.cache_ends)
             return v.astype(jnp.float32), change
 
-        if settings.cache == 1:
-            return flow.sample(field, noise, sigmas, stop, settings.solver)
-        change = transformer.no_change(len(noise), batch.text.shape[1] + settings.tokens)
-        return flow.sample(cached, noise, sigmas, stop, settings.solver, change)
+        change = ()
+        if settings.cache > 1:
+            change = transformer.no_change(len(noise), batch.text.shape[1] + settings.tokens)
+        return flow.sample(field, noise, sigmas, stop, settings.solver, change)
 
     whole = batch, noise, stop
     if settings.accumulation == 1:

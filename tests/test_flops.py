@@ -70,7 +70,9 @@ def test_rollout_with_kept_blocks(monkeypatch):
     ids = np.zeros((IMAGE, 3), np.float32), np.zeros((TEXT, 3), np.float32)
 
     def run(params, change, *inputs):
-        return bind(graphdef, params).through_cache((*inputs, *map(jnp.asarray, ids)), change, False, (0, 1))[0]
+        network, (latents, text, *vectors) = bind(graphdef, params), inputs
+        values = latents, text, network.modulations(*vectors), *map(jnp.asarray, ids)
+        return network.through_cache(values, change, False, (0, 1))[0]
 
     kept = counted(run, params, array(1, IMAGE + TEXT, FLUX.width), *inputs)
     assert flops.rollout(config, FLUX).model == pytest.approx(3 * whole + 4 * kept, rel=0.01)

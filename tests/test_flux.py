@@ -133,7 +133,13 @@ def positional(arrays: dict) -> tuple:
 
 
 def through_cache(graphdef, ends):
-    return jax.jit(lambda params, *rest: bind(graphdef, params).through_cache(*rest, ends))
+    @jax.jit
+    def run(params, inputs, change, renew):
+        network, (latents, text, *vectors, image_ids, text_ids) = bind(graphdef, params), inputs
+        modulations = network.modulations(*vectors)
+        return network.through_cache((latents, text, modulations, image_ids, text_ids), change, renew, ends)
+
+    return run
 
 
 def test_cached_blocks_are_diffusers_first_block_cache():
@@ -189,7 +195,7 @@ def test_constrain_sees_all_activations():
     compute = Compute(constrain=lambda x, name: seen.append((name, x.ndim)) or x)
     graphdef, params = ours(True, compute)
     jax.eval_shape(functools.partial(call, graphdef), params, make_inputs(True))
-    assert set(seen) == {("tokens", 3), ("heads", 4)}
+    assert set(seen) == {("tokens", 3), ("heads", 4), ("features", 2), ("vectors", 2)}
 
 
 def test_random_parameters_are_finite_and_differ_by_layer():

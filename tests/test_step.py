@@ -276,8 +276,10 @@ def test_a_rollout_keeps_the_change_of_the_middle_blocks(tiny, batch):
     cached = jax.jit(lambda *values: transformer.through_cache(*values, (1, 0)))
     sigmas = flow.shifted_schedule(4, recipe.shift)
     x, change = noise, transformer.no_change(BATCH, TEXT + recipe.tokens)
+    ids, scale = step.position_ids(recipe, batch), jnp.full((BATCH,), recipe.rollout_guidance)
     for index in range(4):
-        inputs = step.transformer_inputs(networks, recipe, batch, x, sigmas[index], recipe.rollout_guidance)
+        time = jnp.full((BATCH,), flow.truncate_time(sigmas[index]))
+        inputs = x, batch.text, transformer.modulations(batch.pooled, time, scale), *ids
         v, change = cached(inputs, change, index in (0, 2))
         x = flow.euler_step(x, v, sigmas[index], sigmas[index + 1])
     roll = jax.jit(functools.partial(step.rollout, networks, recipe))

@@ -38,7 +38,8 @@ class Compute:
       scan_unroll: how many repeated blocks one iteration of the scan holds.
       mesh: the devices that activations are split over, for what XLA cannot split by itself; None for one device.
       constrain: called as ``constrain(x, name)`` on activations at block borders, with the names "tokens" [B, T, D],
-        "heads" [B, T, H, Dh] and "image" [B, H, W, C]; returns x, perhaps with a sharding constraint.
+        "heads" [B, T, H, Dh] and "image" [B, H, W, C], and on "vectors" [B, D] and "features" [B, D], which are to be
+        split by D; returns x, perhaps with a sharding constraint.
     """
 
     dtype: Any = jnp.float32

@@ -7,7 +7,7 @@ Widths in comments: B batch, N image tokens, T text tokens, D model width, H hea
 
 import dataclasses
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +17,7 @@ from flax import nnx
 from srpo_jax.models.attention import attention
 from srpo_jax.models.compute import Compute
 from srpo_jax.models.eight_bit import EightBitKernel
-from srpo_jax.models.stack import scan_blocks, stack
+from srpo_jax.models.stack import map_part, scan_blocks, stack, without
 
 TIME_CHANNELS = 256  # of the sinusoids of time and guidance
 TIME_FACTOR = 1000.0  # the network was trained with times and guidances in thousandths
@@ -186,11 +186,33 @@ def modulate(x: jax.Array, shift: jax.Array, scale: jax.Array) -> jax.Array:
     return (x * (1 + scale.astype(jnp.float32)) + shift.astype(jnp.float32)).astype(dtype)
 
 
-def modulation(layer: Linear, condition: jax.Array, parts: int, compute: Compute) -> list[jax.Array]:
-    """The shifts, scales and gates [B, 1, D] that a block draws from the conditioning vector [B, D]."""
+class Modulations(NamedTuple):
+    """The shifts, scales and gates that every block applies to its tokens, for one conditioning vector a sample.
+
+    A quarter of FLUX.1-dev's parameters make them, and read nothing else: they are computed before the blocks run, and
+    for a rollout before its first step.
+
+    Attributes:
+      img, txt: of the two streams of double blocks, [layers, B, 6 D].
+      single: of single blocks, [layers, B, 3 D].
+      last: of the norm before the output, [B, 2 D].
+    """
+
+    img: jax.Array
+    txt: jax.Array
+    single: jax.Array
+    last: jax.Array
+
+    def of_step(self, index: jax.Array) -> "Modulations":
+        """Those of one step of ``Flux.modulations_of_steps``."""
+        return Modulations(*(jax.lax.dynamic_index_in_dim(leaf, index, keepdims=False) for leaf in self))
+
+
+def split_modulation(x: jax.Array, parts: int, compute: Compute) -> list[jax.Array]:
+    """The ``parts`` shifts, scales and gates [B, 1, D] of one block's [B, parts * D]."""
     # Constrained, so that no device holds a slice of a gate: XLA's partitioner then wants the product that the gate
     # scales in slices too, and on a mesh of three split axes gives it the samples of other devices.
-    return jnp.split(compute.constrain(layer(jax.nn.silu(condition))[:, None, :], "tokens"), parts, axis=-1)
+    return jnp.split(compute.constrain(x[:, None, :], "tokens"), parts, axis=-1)
 
 
 # --- blocks ---
@@ -232,8 +254,11 @@ class DoubleBlock(nnx.Module):
         self.txt_mlp = Mlp(config.width, compute, rngs=rngs)
         self.compute = compute
 
-    def __call__(self, img: jax.Array, txt: jax.Array, condition: jax.Array, table) -> tuple[jax.Array, jax.Array]:
-        img_mod, txt_mod = (modulation(layer, condition, 6, self.compute) for layer in (self.img_mod, self.txt_mod))
+    def __call__(
+        self, img: jax.Array, txt: jax.Array, img_mod: jax.Array, txt_mod: jax.Array, table
+    ) -> tuple[jax.Array, jax.Array]:
+        """Both streams [B, .., D] under modulations [B, 6 D], which ``img_mod`` and ``txt_mod`` made before."""
+        img_mod, txt_mod = (split_modulation(mod, 6, self.compute) for mod in (img_mod, txt_mod))
         img_shift1, img_scale1, img_gate1, img_shift2, img_scale2, img_gate2 = img_mod
         txt_shift1, txt_scale1, txt_gate1, txt_shift2, txt_scale2, txt_gate2 = txt_mod
 
@@ -264,8 +289,9 @@ class SingleBlock(nnx.Module):
         self.out = Linear((1 + MLP_RATIO) * width, width, compute, rngs=rngs)
         self.compute = compute
 
-    def __call__(self, x: jax.Array, condition: jax.Array, table) -> jax.Array:
-        shift, scale, gate = modulation(self.mod, condition, 3, self.compute)
+    def __call__(self, x: jax.Array, mod: jax.Array, table) -> jax.Array:
+        """The sequence [B, T + N, D] under a modulation [B, 3 D], which ``mod`` made before."""
+        shift, scale, gate = split_modulation(mod, 3, self.compute)
         normed = modulate(x, shift, scale)
         query, key, value = parts_of(self.qkv(normed))
         attended = joint_attention(self.query_norm(query), self.key_norm(key), value, table, self.compute)
@@ -321,13 +347,58 @@ class Flux(nnx.Module):
         Raises:
           ValueError: guidance is given and not expected, or the reverse.
         """
-        condition, streams, table = self._enter(latents, text, pooled, timestep, guidance, image_ids, text_ids)
-        streams = self._double(streams, condition, table)
-        x = self._single(self._join(streams), condition, table)
-        return self._leave(x[:, text.shape[1] :], condition)
+        return self.modulated(latents, text, self.modulations(pooled, timestep, guidance), image_ids, text_ids)
+
+    def modulations(self, pooled: jax.Array, timestep: jax.Array, guidance: jax.Array | None) -> Modulations:
+        """All that the network draws from the pooled text, the time and the guidance; arguments as of a call."""
+        if (guidance is not None) != self.config.guidance_embeds:
+            raise ValueError(f"guidance must {'' if self.config.guidance_embeds else 'not '}be given to this network")
+        condition = self.time_in(sinusoid(timestep)) + self.vector_in(pooled)
+        if guidance is not None:
+            condition = condition + self.guidance_in(sinusoid(guidance))
+        # Split by features, as the kernels are: their devices then exchange vectors, which are small, not kernels.
+        condition = self.compute.constrain(jax.nn.silu(condition), "features")
+
+        def of(blocks: nnx.Module, name: str) -> jax.Array:
+            return map_part(
+                blocks, name, lambda layer: self.compute.constrain(layer(condition), "vectors"), self.compute
+            )
+
+        return Modulations(
+            of(self.double_blocks, "img_mod"),
+            of(self.double_blocks, "txt_mod"),
+            of(self.single_blocks, "mod"),
+            self.compute.constrain(self.final_mod(condition), "vectors"),
+        )
+
+    def modulations_of_steps(self, pooled: jax.Array, timesteps: jax.Array, guidance: jax.Array | None) -> Modulations:
+        """``modulations`` at every step [S] of a sampler, [S, ...], from the kernels read once; ``guidance`` [B]."""
+        batch, steps = len(pooled), len(timesteps)
+        # The samples' axis first, along which a mesh splits.
+        spread = [None if x is None else jnp.repeat(x, steps, axis=0) for x in (pooled, guidance)]
+        made = self.modulations(spread[0], jnp.tile(timesteps, batch), spread[1])
+
+        def by_step(x: jax.Array) -> jax.Array:
+            return jnp.moveaxis(x.reshape(*x.shape[:-2], batch, steps, x.shape[-1]), -2, 0)
+
+        return Modulations(*map(by_step, made))
+
+    def modulated(
+        self,
+        latents: jax.Array,
+        text: jax.Array,
+        modulations: Modulations,
+        image_ids: jax.Array,
+        text_ids: jax.Array,
+    ) -> jax.Array:
+        """A call whose modulations were made before."""
+        streams, table = self._enter(latents, text, image_ids, text_ids)
+        streams = self._double(streams, modulations, table)
+        x = self._single(self._join(streams), modulations, table)
+        return self._leave(x[:, text.shape[1] :], modulations)
 
     def through_cache(
-        self, inputs: tuple[jax.Array | None, ...], change: jax.Array, renew: jax.Array, ends: tuple[int, int]
+        self, inputs: tuple[Any, ...], change: jax.Array, renew: jax.Array, ends: tuple[int, int]
     ) -> tuple[jax.Array, jax.Array]:
         """The velocity with the blocks in the middle replaced, where ``renew`` is false, by what they changed before.
 
@@ -335,7 +406,7 @@ class Flux(nnx.Module):
         block cache of ParaAttention keep this change for as long as an estimate says; here the caller says when.
 
         Args:
-          inputs: what the network is called with.
+          inputs: what ``modulated`` is called with.
           change: [B, T + N, D] in the compute dtype, of the joint sequence from before the middle to behind it.
           renew: a boolean scalar: whether the middle runs.
           ends: how many double blocks at the start and single blocks at the end always run.
@@ -345,55 +416,51 @@ class Flux(nnx.Module):
         """
         first, last = ends
         behind = self.config.num_single_layers - last
-        condition, streams, table = self._enter(*inputs)
-        streams = self._double(streams, condition, table, range(first))
+        latents, text, modulations, *ids = inputs
+        streams, table = self._enter(latents, text, *ids)
+        streams = self._double(streams, modulations, table, range(first))
         before = self._join(streams)
 
         def run(change: jax.Array) -> tuple[jax.Array, jax.Array]:
-            after = self._join(self._double(streams, condition, table, range(first, self.config.num_layers)))
-            after = self._single(after, condition, table, range(behind))
+            after = self._join(self._double(streams, modulations, table, range(first, self.config.num_layers)))
+            after = self._single(after, modulations, table, range(behind))
             return after, after - before
 
         def keep(change: jax.Array) -> tuple[jax.Array, jax.Array]:
             return before + change, change
 
         x, change = jax.lax.cond(renew, run, keep, change)
-        x = self._single(x, condition, table, range(behind, self.config.num_single_layers))
-        return self._leave(x[:, streams[1].shape[1] :], condition), change
+        x = self._single(x, modulations, table, range(behind, self.config.num_single_layers))
+        return self._leave(x[:, streams[1].shape[1] :], modulations), change
 
     def no_change(self, batch: int, tokens: int) -> jax.Array:
         """What ``through_cache`` is given first, for so many text and image tokens together."""
         zeros = jnp.zeros((batch, tokens, self.config.width), self.compute.dtype)
         return self.compute.constrain(zeros, "tokens")
 
-    def _enter(self, latents, text, pooled, timestep, guidance, image_ids, text_ids) -> tuple:
-        """The conditioning vector [B, D], the streams of image and text tokens, and the rotary table."""
-        if (guidance is not None) != self.config.guidance_embeds:
-            raise ValueError(f"guidance must {'' if self.config.guidance_embeds else 'not '}be given to this network")
-        condition = self.time_in(sinusoid(timestep)) + self.vector_in(pooled)
-        if guidance is not None:
-            condition = condition + self.guidance_in(sinusoid(guidance))
+    def _enter(self, latents, text, image_ids, text_ids) -> tuple:
+        """The streams of image and text tokens, and the rotary table."""
         img = self.compute.constrain(self.img_in(latents), "tokens")
         txt = self.compute.constrain(self.txt_in(text), "tokens")
-        table = rotary_table(jnp.concatenate([text_ids, image_ids]), self.config.axes_dims_rope)
-        return condition, (img, txt), table
+        return (img, txt), rotary_table(jnp.concatenate([text_ids, image_ids]), self.config.axes_dims_rope)
 
-    def _double(self, streams, condition, table, some: range | None = None) -> tuple[jax.Array, jax.Array]:
-        def step(block: DoubleBlock, streams):
-            return tuple(self.compute.constrain(x, "tokens") for x in block(*streams, condition, table))
+    def _double(self, streams, modulations: Modulations, table, some: range | None = None) -> tuple:
+        def step(block: DoubleBlock, streams, given):
+            return tuple(self.compute.constrain(x, "tokens") for x in block(*streams, *given, table))
 
-        return scan_blocks(self.double_blocks, streams, self.compute, step, some)
+        blocks = without(self.double_blocks, "img_mod", "txt_mod")
+        return scan_blocks(blocks, streams, self.compute, step, (modulations.img, modulations.txt), some)
 
     def _join(self, streams) -> jax.Array:
         img, txt = streams
         return self.compute.constrain(jnp.concatenate([txt, img], axis=1), "tokens")
 
-    def _single(self, x, condition, table, some: range | None = None) -> jax.Array:
-        def step(block: SingleBlock, x):
-            return self.compute.constrain(block(x, condition, table), "tokens")
+    def _single(self, x, modulations: Modulations, table, some: range | None = None) -> jax.Array:
+        def step(block: SingleBlock, x, given):
+            return self.compute.constrain(block(x, given, table), "tokens")
 
-        return scan_blocks(self.single_blocks, x, self.compute, step, some)
+        return scan_blocks(without(self.single_blocks, "mod"), x, self.compute, step, modulations.single, some)
 
-    def _leave(self, img, condition) -> jax.Array:
-        shift, scale = modulation(self.final_mod, condition, 2, self.compute)
+    def _leave(self, img, modulations: Modulations) -> jax.Array:
+        shift, scale = split_modulation(modulations.last, 2, self.compute)
         return self.final_out(modulate(img, shift, scale))

@@ -32,32 +32,58 @@ def unstack(blocks: nnx.Module) -> nnx.List:
     return nnx.List([nnx.merge(graphdef, jax.tree.map(lambda leaf: leaf[i], state)) for i in range(layers)])  # noqa: B023
 
 
+def without(blocks: nnx.Module, *names: str) -> nnx.Module:
+    """The blocks without some of their parts: those that do not run where the blocks do."""
+    if isinstance(blocks, nnx.List):
+        return nnx.List([without(block, *names) for block in blocks])
+    rest = nnx.merge(*nnx.split(blocks))
+    for name in names:
+        delattr(rest, name)
+    return rest
+
+
+def map_part(blocks: nnx.Module, name: str, call: Callable[[nnx.Module], jax.Array], compute: Compute) -> jax.Array:
+    """``call(part)`` of the part ``name`` of every block: [layers, ...]."""
+    if isinstance(blocks, nnx.List):
+        return jnp.stack([call(getattr(block, name)) for block in blocks])
+    graphdef, state = nnx.split(getattr(blocks, name))
+
+    def body(_: None, layer: nnx.State) -> tuple[None, jax.Array]:
+        return None, call(nnx.merge(graphdef, layer))
+
+    return jax.lax.scan(body, None, state, unroll=compute.scan_unroll)[1]
+
+
 def scan_blocks(
     blocks: nnx.Module,
     carry: Any,
     compute: Compute,
-    call: Callable[[nnx.Module, Any], Any] | None = None,
+    call: Callable[[nnx.Module, Any, Any], Any] = lambda block, carry, _: block(carry),
+    given: Any = None,
     some: range | None = None,
 ) -> Any:
-    """Runs stacked blocks one after another: ``carry = call(block, carry)``, by default ``block(carry)``.
+    """Runs stacked blocks one after another: ``carry = call(block, carry, given)``.
 
-    The carry is a tree of arrays whose shapes and dtypes every block keeps. ``some`` are the numbers of the blocks that
-    run, None for all. A pass through some, or through unstacked blocks, rematerialises nothing: it takes no gradient.
+    The carry is a tree of arrays whose shapes and dtypes every block keeps; of ``given``, a tree of arrays [layers,
+    ...], each block gets its own. ``some`` are the numbers of the blocks that run, None for all. A pass through some,
+    or through unstacked blocks, rematerialises nothing: it takes no gradient.
     """
     if isinstance(blocks, nnx.List):
-        for block in blocks if some is None else (blocks[number] for number in some):
-            carry = block(carry) if call is None else call(block, carry)
+        for number in range(len(blocks)) if some is None else some:
+            carry = call(blocks[number], carry, jax.tree.map(lambda leaf: leaf[number], given))  # noqa: B023
         return carry
     graphdef, state = nnx.split(blocks)
 
-    def body(carry: Any, layer: nnx.State) -> tuple[Any, None]:
-        block = nnx.merge(graphdef, layer)
-        return (block(carry) if call is None else call(block, carry)), None
+    def body(carry: Any, layer: tuple[nnx.State, Any]) -> tuple[Any, None]:
+        return call(nnx.merge(graphdef, layer[0]), carry, layer[1]), None
 
     def numbered(carry: Any, number: jax.Array) -> tuple[Any, None]:
         # Picked one by one: a slice of the stack would be a second copy of its weights.
-        return body(carry, jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, number, keepdims=False), state))
+        def pick(leaf: jax.Array) -> jax.Array:
+            return jax.lax.dynamic_index_in_dim(leaf, number, keepdims=False)
+
+        return body(carry, jax.tree.map(pick, (state, given)))
 
     if some is not None:
         return jax.lax.scan(numbered, carry, jnp.asarray(some, jnp.int32), unroll=compute.scan_unroll)[0]
-    return jax.lax.scan(compute.checkpoint(body), carry, state, unroll=compute.scan_unroll)[0]
+    return jax.lax.scan(compute.checkpoint(body), carry, (state, given), unroll=compute.scan_unroll)[0]

@@ -162,5 +162,5 @@ class T5Encoder(nnx.Module):
         )
         bias = self.relative_bias["embedding"][...].astype(jnp.float32)[buckets].transpose(2, 0, 1)[None]
         x = self.token_embedding[...][ids].astype(dtype)
-        x = scan_blocks(self.blocks, x, self.compute, lambda block, x: block(x, bias))
+        x = scan_blocks(self.blocks, x, self.compute, lambda block, x, _: block(x, bias))
         return self.norm_out(x).astype(dtype)
