@@ -57,7 +57,8 @@ class Case(NamedTuple):
 
 
 def _small() -> Case:
-    """The recipe and the sizes of the embedded world (configs/emoji.py, srpo_jax/emoji)."""
+    """The recipe and the sizes of the embedded world (configs/emoji.py, srpo_jax/emoji), without loops over blocks,
+    which take a small model longer and compile faster."""
     c = config_lib.default()
     c.model.dtype = "float32"
     c.remat.transformer = c.remat.autoencoder = c.remat.reward = "none"
@@ -65,6 +66,7 @@ def _small() -> Case:
     c.rollout.steps, c.rollout.guidance, c.rollout.noise = 10, 2.5, "per_sample"
     c.reward.weights.hps, c.reward.weights.clip = 0.0, 1.0
     c.optim.merge_terms = True
+    c.model.scan_unroll, c.rollout.unroll = 4, True
     return Case(
         c,
         Architecture(

@@ -26,8 +26,8 @@ def quick_gelu(x: jax.Array) -> jax.Array:
 
 
 def exact_gelu(x: jax.Array) -> jax.Array:
-    """GELU by the error function, as open_clip and HF's "gelu" have it."""
-    return jax.nn.gelu(x, approximate=False)
+    """GELU by the error function, as open_clip and HF's "gelu" have it: in float32, rounded once."""
+    return jax.nn.gelu(x.astype(jnp.float32), approximate=False).astype(x.dtype)
 
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {"quick_gelu": quick_gelu, "gelu": exact_gelu}

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from srpo_jax.models.activation import gelu
 from srpo_jax.models.attention import attention
 from srpo_jax.models.compute import Compute
 from srpo_jax.models.eight_bit import EightBitKernel
@@ -123,7 +124,7 @@ class Mlp(nnx.Module):
         self.out_layer = Linear(MLP_RATIO * width, width, compute, rngs=rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        return self.out_layer(jax.nn.gelu(self.in_layer(x), approximate=True))
+        return self.out_layer(gelu(self.in_layer(x)))
 
 
 class HeadNorm(nnx.Module):
@@ -295,7 +296,7 @@ class SingleBlock(nnx.Module):
         normed = modulate(x, shift, scale)
         query, key, value = parts_of(self.qkv(normed))
         attended = joint_attention(self.query_norm(query), self.key_norm(key), value, table, self.compute)
-        hidden = jax.nn.gelu(self.mlp_in(normed), approximate=True)
+        hidden = gelu(self.mlp_in(normed))
         return x + gate * self.out(jnp.concatenate([attended, hidden], axis=-1))
 
 

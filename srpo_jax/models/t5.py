@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from srpo_jax.models.activation import gelu
 from srpo_jax.models.attention import attention
 from srpo_jax.models.compute import Compute
 from srpo_jax.models.stack import scan_blocks, stack
@@ -119,7 +120,7 @@ class T5Mlp(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """[B, T, D] -> [B, T, D]."""
-        return self.down(jax.nn.gelu(self.gate(x), approximate=True) * self.up(x))
+        return self.down(gelu(self.gate(x)) * self.up(x))
 
 
 class T5Block(nnx.Module):
