@@ -101,8 +101,8 @@ def default() -> ConfigDict:
     c.rollout.solver = "euler"
     # Of its blocks' matrix products: model (as model.dtype) | int8 | float8 (H100 and later), see docs/rollouts.md
     c.rollout.dtype = "model"
-    # Every device holds the whole transformer (in model.dtype, or as rollout.dtype says) for the rollouts of an update,
-    # and does not gather each block's weights over mesh.fsdp at each of their steps.
+    # Every device holds the transformer's blocks (in model.dtype, or as rollout.dtype says) for the rollouts of an
+    # update, and does not gather each block's weights over mesh.fsdp at each of their steps.
     c.rollout.gather = False
     # Each block's weights in arrays of their own, made once an update, and no loop over blocks, which takes a copy of
     # them at every step. Compiles longer; where weights are stored in model.dtype, their copy takes memory.

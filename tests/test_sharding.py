@@ -5,6 +5,7 @@ import functools
 import json
 import os
 import pathlib
+import re
 import subprocess
 import sys
 import threading
@@ -324,12 +325,21 @@ def gather_for_rollouts(models):
         moved = sum(one.traffic * one.runs for one in found if one.kind == "all-gather")
         report.append({"gathered": moved, "latents": np.asarray(compiled(params, batch, noise)).ravel().tolist()})
         report[-1]["bytes"] = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
+        gathered = re.findall(r"= \w+\[([\d,]+)\]\S* all-gather(?:-start)?\(", compiled.as_text())
+        report[-1]["shapes"] = sorted(
+            {tuple(int(size) for size in sizes.split(",") if size != "1") for sizes in gathered}
+        )
     print(json.dumps(report))
 
 
 def test_weights_gathered_once_for_a_rollout(models):
     found = run("gather_for_rollouts", models)
     each_step, once, eight_bits, eight_bits_once, base, base_once = found
+    # Kernels of the blocks travel, those of modulations do not.
+    width = tiny.FLUX.width
+    assert [width, 4 * width] in each_step["shapes"]
+    for report in found:
+        assert not any(size in (3 * width, 6 * width) for shape in report["shapes"] for size in shape[1:]), report
     np.testing.assert_allclose(once["latents"], each_step["latents"], rtol=1e-3, atol=1e-4)
     # Three quarters of the weights come from the three other devices along "fsdp".
     assert once["gathered"] < 0.8 * once["bytes"] and each_step["gathered"] > 4 * once["gathered"]
