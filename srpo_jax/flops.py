@@ -24,7 +24,8 @@ from srpo_jax import flow
 from srpo_jax.architectures import TextArchitecture
 from srpo_jax.models.autoencoder import AutoencoderConfig
 from srpo_jax.models.clip import ClipConfig, ClipTextConfig
-from srpo_jax.models.flux import MLP_RATIO, TIME_CHANNELS, FluxConfig
+from srpo_jax.models.flux import FluxConfig
+from srpo_jax.models.flux_layers import MLP_RATIO, TIME_CHANNELS
 from srpo_jax.models.lora import STACKS, Lora, chosen, factor_shapes
 from srpo_jax.models.t5 import T5Config
 from srpo_jax.program import CAPTIONS, Architecture, used_rewards

@@ -15,7 +15,8 @@ from diffusers.models.embeddings import get_timestep_embedding
 
 from srpo_jax import flow
 from srpo_jax.models.compute import Compute, abstract, bind, build
-from srpo_jax.models.flux import Flux, FluxConfig, sinusoid
+from srpo_jax.models.flux import Flux, FluxConfig
+from srpo_jax.models.flux_layers import sinusoid
 from srpo_jax.weights import engine
 from srpo_jax.weights.flux import bfl_rules, diffusers_rules
 

@@ -22,7 +22,8 @@ from flax import nnx
 from srpo_jax.models import compute as models_compute
 from srpo_jax.models import quantize
 from srpo_jax.models.compute import LORA_FACTORS, Compute, Params, path_name
-from srpo_jax.models.flux import Flux, FluxConfig, Linear
+from srpo_jax.models.flux import Flux, FluxConfig
+from srpo_jax.models.flux_layers import Linear
 
 STACKS = ("double_blocks", "single_blocks")  # of whose layers any can be adapted
 

@@ -1,0 +1,122 @@
+"""What FLUX's blocks are made of: linear layers, embedders, norms, sinusoidal and rotary embeddings.
+
+Widths in comments as in ``flux``: B batch, T tokens, D model width, H heads of width Dh.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from srpo_jax.models.activation import gelu
+from srpo_jax.models.compute import Compute
+from srpo_jax.models.eight_bit import EightBitKernel
+
+TIME_CHANNELS = 256  # of the sinusoids of time and guidance
+TIME_FACTOR = 1000.0  # the network was trained with times and guidances in thousandths
+THETA = 10_000  # base of the frequencies, rotary and sinusoidal
+EPSILON = 1e-6  # of every norm
+MLP_RATIO = 4
+
+
+class Linear(nnx.Module):
+    """y = x W + b, where the output may have several axes: [..., features_in] -> [..., *features_out]."""
+
+    def __init__(self, features_in: int, features_out: int | tuple[int, ...], compute: Compute, *, rngs: nnx.Rngs):
+        shape = features_out if isinstance(features_out, tuple) else (features_out,)
+        limit = features_in**-0.5
+        kernel = jax.random.uniform(rngs.params(), (features_in, *shape), compute.param_dtype, -limit, limit)
+        self.kernel = nnx.Param(kernel)
+        self.bias = nnx.Param(jnp.zeros(shape, compute.param_dtype))
+        self.dtype = compute.dtype
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        if isinstance(self.kernel, EightBitKernel):
+            y = self.kernel.product(x, self.dtype)
+        else:
+            y = jnp.tensordot(x.astype(self.dtype), self.kernel[...].astype(self.dtype), axes=1)
+        return y + self.bias[...].astype(self.dtype)
+
+
+class Embedder(nnx.Module):
+    """Two layers with SiLU between them, from a conditioning vector to the model's width."""
+
+    def __init__(self, features_in: int, width: int, compute: Compute, *, rngs: nnx.Rngs):
+        self.in_layer = Linear(features_in, width, compute, rngs=rngs)
+        self.out_layer = Linear(width, width, compute, rngs=rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.out_layer(jax.nn.silu(self.in_layer(x)))
+
+
+class Mlp(nnx.Module):
+    """Two layers with tanh-approximated GELU between them."""
+
+    def __init__(self, width: int, compute: Compute, *, rngs: nnx.Rngs):
+        self.in_layer = Linear(width, MLP_RATIO * width, compute, rngs=rngs)
+        self.out_layer = Linear(MLP_RATIO * width, width, compute, rngs=rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.out_layer(gelu(self.in_layer(x)))
+
+
+class HeadNorm(nnx.Module):
+    """RMSNorm of queries or keys over the channels of each head, computed in float32: [B, T, H, Dh] -> the same in
+    ``compute.dtype``, to which the reference rounds them too before it rotates."""
+
+    def __init__(self, head_dim: int, compute: Compute):
+        self.scale = nnx.Param(jnp.ones((head_dim,), compute.param_dtype))
+        self.dtype = compute.dtype
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        x = x.astype(jnp.float32)
+        x = x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + EPSILON)
+        return (x * self.scale[...].astype(jnp.float32)).astype(self.dtype)
+
+
+def sinusoid(values: jax.Array) -> jax.Array:
+    """[B] -> [B, 256] float32: cosines, then sines, of 1000 * value at geometric frequencies from 1 down to 1/10000."""
+    half = TIME_CHANNELS // 2
+    # Angles reach 3,500, so that a last bit of a frequency shows: round as the reference does, the exponent to float32.
+    exponents = np.float32(-math.log(THETA)) * np.arange(half, dtype=np.float32) / half
+    frequencies = np.exp(exponents.astype(np.float64)).astype(np.float32)
+    angles = TIME_FACTOR * values.astype(jnp.float32)[:, None] * frequencies
+    return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
+
+
+def rotary_table(ids: jax.Array, axes_dims: tuple[int, ...]) -> tuple[jax.Array, jax.Array]:
+    """Cosines and sines [T, Dh / 2] float32 of positions ``ids`` [T, axes] (Su et al., arXiv 2104.09864, per axis)."""
+    angles = []
+    for axis, dim in enumerate(axes_dims):
+        frequencies = (1.0 / THETA ** (np.arange(0, dim, 2) / dim)).astype(np.float32)
+        angles.append(ids[:, axis, None].astype(jnp.float32) * frequencies)
+    angles = jnp.concatenate(angles, axis=-1)
+    return jnp.cos(angles), jnp.sin(angles)
+
+
+def rotate(x: jax.Array, table: tuple[jax.Array, jax.Array]) -> jax.Array:
+    """Rotates neighbouring channel pairs of [B, T, H, Dh] by their token's angles; the result is float32."""
+    x = x.astype(jnp.float32)
+    cos, sin = (part[None, :, None, :] for part in table)
+    even, odd = x[..., 0::2], x[..., 1::2]
+    return jnp.stack([even * cos - odd * sin, even * sin + odd * cos], axis=-1).reshape(x.shape)
+
+
+def parts_of(qkv: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """[B, T, 3, H, Dh] -> three times [B, T, H, Dh].
+
+    Slices, whose gradients are written side by side, as the weights' gradient reads them. Those of a moved axis lie
+    apart, and are transposed first.
+    """
+    return qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]
+
+
+def modulate(x: jax.Array, shift: jax.Array, scale: jax.Array) -> jax.Array:
+    """Adaptive layer norm: normalises each token [B, T, D] in float32, then scales and shifts by [B, 1, D]."""
+    dtype = x.dtype
+    x = x.astype(jnp.float32)
+    x = x - x.mean(axis=-1, keepdims=True)
+    x = x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + EPSILON)
+    return (x * (1 + scale.astype(jnp.float32)) + shift.astype(jnp.float32)).astype(dtype)
