@@ -114,7 +114,7 @@ TRIALS = (
     Trial("flags", "no-command-buffer", "within 1 %: launches are hidden behind milliseconds of work",
           xla="--xla_gpu_enable_command_buffer="),
     Trial("flags", "autotune-4", "1 to 3 % faster, compiles longer", xla="--xla_gpu_autotune_level=4"),
-    Trial("full", "full-few-bits", "116 GiB of an H200's 131; 2.4 s a sample, and 0.1 s of optimiser (it moves 200 GB)",
+    Trial("full", "full-few-bits", "114 GiB of an H200's 131; 2.4 s a sample, and 0.1 s of optimiser (it moves 200 GB)",
           (*FULL, *FEW_BITS, "--device-batch=2"), parts="update,optimizer", against="full-few-bits"),
     Trial("full", "full-offload", "93 GiB; 1 s an update longer: moments of 23 GiB come and go over PCIe",
           (*FULL, *FEW_BITS, "--device-batch=2", "--config.optim.offload=true"), parts="update",
