@@ -45,6 +45,11 @@ from srpo_jax.program import Architecture
 
 UPDATE = "update"
 GIB = 2.0**30
+# The next call's arguments from (arguments, result), of programs that take the memory of what they are given.
+AGAIN: dict[str, Callable[[tuple, tuple], tuple]] = {
+    "optimizer": lambda values, result: (*result, values[2]),
+    UPDATE: lambda values, result: (result[0], *values[1:]),
+}
 
 # --- what is measured -------------------------------------------------------------------------------------------------
 
@@ -259,16 +264,13 @@ def benchmark(
 
     for part in parts.take_apart(config, built):
         if part.name in wanted:
-            repeat = (lambda values, result: (*result, values[2])) if part.name == "optimizer" else None
-            timing = measure(part.function, part.arguments, runs, repeat, profile(part.name))
+            timing = measure(part.function, part.arguments, runs, AGAIN.get(part.name), profile(part.name))
             note(part.name, timing, part.calls, work[part.name])
     if UPDATE in wanted:
         # Updates between two rollouts are cheaper: time whole rounds of them.
         reuse = config.rollout.reuse
         arguments = built.state, built.frozen, built.batch
-        timing = measure(
-            built.update, arguments, runs * reuse, lambda values, result: (result[0], *values[1:]), profile(UPDATE)
-        )
+        timing = measure(built.update, arguments, runs * reuse, AGAIN[UPDATE], profile(UPDATE))
         rounds = [sum(timing.runs[start : start + reuse]) / reuse for start in range(0, runs * reuse, reuse)]
         note(UPDATE, timing._replace(runs=rounds), 1, sum(work.values(), flops.Work(0.0, 0.0)))
     stats = device.memory_stats() or {}

@@ -24,7 +24,7 @@ from srpo_jax import flow
 from srpo_jax.architectures import TextArchitecture
 from srpo_jax.models.autoencoder import AutoencoderConfig
 from srpo_jax.models.clip import ClipConfig, ClipTextConfig
-from srpo_jax.models.flux import FluxConfig
+from srpo_jax.models.flux import FluxConfig, is_modulation
 from srpo_jax.models.flux_layers import MLP_RATIO, TIME_CHANNELS
 from srpo_jax.models.lora import STACKS, Lora, chosen, factor_shapes
 from srpo_jax.models.t5 import T5Config
@@ -136,7 +136,7 @@ def factors(config: FluxConfig, lora: Lora, image_tokens: int, text_tokens: int)
         size = sum(math.prod(shape) for shape in factor_shapes(kernel, lora.rank))
         stream = image_tokens if ".img_" in name else text_tokens if ".txt_" in name else image_tokens + text_tokens
         count += size
-        products += 2 * size * (1 if name.endswith("mod") else stream)
+        products += 2 * size * (1 if is_modulation(name) else stream)
     return Factors(count, products)
 
 

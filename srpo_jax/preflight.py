@@ -52,6 +52,7 @@ from srpo_jax import config as config_lib
 from srpo_jax.architectures import TextArchitecture
 from srpo_jax.errors import UserError
 from srpo_jax.models.compute import join, path_name
+from srpo_jax.models.flux import is_modulation
 from srpo_jax.program import Architecture, Program
 from srpo_jax.topologies import Target
 from srpo_jax.weights import folder
@@ -227,7 +228,7 @@ def rollout_bytes(built: Program) -> int:
     params = join(built.state.params, built.frozen.base)
     weights = jax.eval_shape(lambda params: step.for_rollout(built.networks, built.settings, params)[1], params)
     leaves = jax.tree_util.tree_leaves_with_path(weights)
-    return sum(leaf.size * leaf.dtype.itemsize for path, leaf in leaves if "mod." not in path_name(path))
+    return sum(leaf.size * leaf.dtype.itemsize for path, leaf in leaves if not is_modulation(path_name(path)))
 
 
 def advise(case: Case, report: dict[str, Any]) -> list[str]:

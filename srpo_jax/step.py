@@ -25,6 +25,7 @@ from srpo_jax.methods import Term
 from srpo_jax.models import lora
 from srpo_jax.models.compute import Params, bind, cast_weights, join, path_name
 from srpo_jax.models.eight_bit import EightBitKernel
+from srpo_jax.models.flux import Flux, is_modulation
 from srpo_jax.models.stack import unstack
 from srpo_jax.optim import Optimizer
 from srpo_jax.rewards import Reward
@@ -153,18 +154,18 @@ def velocity(
     guidance: float,
 ) -> jax.Array:
     """The transformer's velocity, float32, at latents ``x`` [B, N, 64] and noise level ``sigma`` (scalar or [B])."""
-    time, scale = conditioning(networks, settings, jnp.broadcast_to(jnp.asarray(sigma), (len(x),)), guidance)
-    scale = None if scale is None else jnp.full((len(x),), scale)
+    levels = jnp.broadcast_to(jnp.asarray(sigma), (len(x),))
+    time, scale = conditioning(networks, settings, levels, guidance, len(x))
     ids = position_ids(settings, batch)
     return bind(networks.transformer, params)(x, batch.text, batch.pooled, time, scale, *ids).astype(jnp.float32)
 
 
 def conditioning(
-    networks: Networks, settings: Settings, sigma: jax.Array, guidance: float
+    networks: Networks, settings: Settings, sigma: jax.Array, guidance: float, count: int
 ) -> tuple[jax.Array, jax.Array | None]:
-    """The times that the transformer is given at noise levels ``sigma``, of their shape, and its guidance, a scalar or
+    """The times that the transformer is given at noise levels ``sigma``, of their shape, and its guidance [count] or
     None."""
-    time, scale = flow.truncate_time(sigma), jnp.float32(guidance)
+    time, scale = flow.truncate_time(sigma), jnp.full((count,), guidance, jnp.float32)
     if settings.round_time:
         # The released script's autocast rounds what enters the sinusoids: 822 becomes 820, 3500 becomes 3504.
         time, scale = (
@@ -187,6 +188,12 @@ def in_compute_dtype(networks: Networks, params: Params, base: Params | None = N
     return cast_weights(params, bind(networks.transformer, join(params, base)).compute.dtype)
 
 
+def with_transformer(networks: Networks, transformer: Flux) -> tuple[Networks, Params]:
+    """The networks with another transformer, and its parameters."""
+    graphdef, state = nnx.split(transformer)
+    return dataclasses.replace(networks, transformer=graphdef), nnx.to_pure_dict(state)
+
+
 def in_eight_bits(networks: Networks, params: Params, kind: str) -> tuple[Networks, Params]:
     """The networks with a transformer whose blocks multiply 8-bit numbers, and its parameters.
 
@@ -195,11 +202,10 @@ def in_eight_bits(networks: Networks, params: Params, kind: str) -> tuple[Networ
     """
     transformer = bind(networks.transformer, params)
     for path, (module, name) in lora.layers(transformer).items():
-        if not path.endswith("mod"):
+        if not is_modulation(path):
             layer = getattr(module, name)
             layer.kernel = EightBitKernel(layer.kernel[...], kind, functools.partial(networks.gather, f"{path}.kernel"))
-    graphdef, state = nnx.split(transformer)
-    return dataclasses.replace(networks, transformer=graphdef), nnx.to_pure_dict(state)
+    return with_transformer(networks, transformer)
 
 
 def for_rollout(networks: Networks, settings: Settings, params: Params) -> tuple[Networks, Params]:
@@ -214,7 +220,7 @@ def for_rollout(networks: Networks, settings: Settings, params: Params) -> tuple
         name = path_name(path)
         placed = eight_bits and name.endswith((".codes", ".scales"))
         # A rollout reads the kernels of modulations once, and not at every step.
-        return leaf if placed or "mod." in name else networks.gather(name, leaf)
+        return leaf if placed or is_modulation(name) else networks.gather(name, leaf)
 
     weights = jax.tree_util.tree_map_with_path(gather, weights)
     if not settings.rollout_unroll:
@@ -222,8 +228,7 @@ def for_rollout(networks: Networks, settings: Settings, params: Params) -> tuple
     transformer = bind(networks.transformer, weights)
     for name in lora.STACKS:
         setattr(transformer, name, unstack(getattr(transformer, name)))
-    graphdef, state = nnx.split(transformer)
-    return dataclasses.replace(networks, transformer=graphdef), nnx.to_pure_dict(state)
+    return with_transformer(networks, transformer)
 
 
 def rollout(
@@ -242,8 +247,8 @@ def rollout(
 
     def roll(part: tuple[Batch, jax.Array, jax.Array | None]) -> jax.Array:
         batch, noise, stop = part
-        times, guidance = conditioning(networks, settings, jnp.asarray(sigmas[:-1]), settings.rollout_guidance)
-        scale = None if guidance is None else jnp.full((len(noise),), guidance)
+        levels = jnp.asarray(sigmas[:-1])
+        times, scale = conditioning(networks, settings, levels, settings.rollout_guidance, len(noise))
         steps = transformer.modulations_of_steps(batch.pooled, times, scale)
         ids = position_ids(settings, batch)
 

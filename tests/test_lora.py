@@ -201,11 +201,8 @@ def test_gradients_of_every_method_are_those_of_merged_weights(adapted, batch, m
 
 def test_blocks_apart_make_the_same_rollout(adapted, batch):
     networks, factors, frozen = adapted
-    noise, made = step.draw(test_step.settings(), jax.random.key(0), test_step.BATCH).noise, []
-    for unroll in (False, True):
-        roll = functools.partial(step.rollout, networks, test_step.settings(rollout_unroll=unroll))
-        made.append(jax.jit(roll)(join(factors, frozen.base), batch, noise))
-    np.testing.assert_allclose(*made, atol=1e-5)
+    recipes = [test_step.settings(rollout_unroll=unroll) for unroll in (False, True)]
+    test_step.assert_same_rollouts(networks, join(factors, frozen.base), batch, recipes)
 
 
 def test_how_a_batch_passes_changes_nothing(adapted, batch):

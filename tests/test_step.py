@@ -240,8 +240,12 @@ def test_pictures_that_a_rollout_would_have_made_give_its_gradient(tiny, batch, 
     made = jax.jit(functools.partial(step.rollout, networks, recipe))(params, batch, draws.noise)
     offline = jax.jit(functools.partial(step.gradient, networks, recipe))
     grads, found = offline(params, frozen, batch._replace(latents=made), draws)
-    assert distance(grads, online) < 1e-3
-    np.testing.assert_allclose(found["loss"].sum(), measured["loss"], rtol=1e-4, atol=1e-5)
+    assert distance(grads, online) < 1e-4
+    for name, values in found.items():
+        # Several re-noisings share one name and its mean.
+        wanted = np.array([measured[f"{term}/{name}"] for term in recipe.term_names])
+        values = values if len(values) == len(wanted) else values.mean(keepdims=True)
+        np.testing.assert_allclose(values, wanted, rtol=1e-4, atol=1e-5)
     other, _ = offline(params, frozen, batch._replace(latents=made[::-1]), draws)
     assert distance(other, online) > 1e-2
 
@@ -288,17 +292,19 @@ def test_a_rollout_keeps_the_change_of_the_middle_blocks(tiny, batch):
     assert np.abs(plain(params, batch, noise) - x).max() > 1e-3
 
 
+def assert_same_rollouts(networks, params, batch, recipes, stop=None):
+    noise = step.draw(recipes[0], jax.random.key(0), BATCH).noise
+    made = [
+        jax.jit(functools.partial(step.rollout, networks, recipe))(params, batch, noise, stop) for recipe in recipes
+    ]
+    np.testing.assert_allclose(*made, atol=1e-5)
+
+
 @pytest.mark.parametrize("changes", [{}, {"solver": "ab2"}, {"rollout_dtype": "int8"}], ids=str)
 def test_a_cache_of_no_blocks_changes_nothing(tiny, batch, changes):
     plain = settings(rollout_steps=4, **changes)
     everything = dataclasses.replace(plain, cache=2, cache_ends=(FLUX.num_layers, FLUX.num_single_layers))
-    networks, params, _ = tiny
-    noise, stop = step.draw(plain, jax.random.key(0), BATCH).noise, jnp.array([1, 2, 3, 4])
-    made = [
-        jax.jit(functools.partial(step.rollout, networks, recipe))(params, batch, noise, stop)
-        for recipe in (plain, everything)
-    ]
-    np.testing.assert_allclose(*made, atol=1e-5)
+    assert_same_rollouts(tiny[0], tiny[1], batch, (plain, everything), jnp.array([1, 2, 3, 4]))
 
 
 @pytest.mark.parametrize(
@@ -309,12 +315,7 @@ def test_blocks_apart_make_the_same_rollout(tiny, batch, changes):
     stacked = settings(rollout_steps=3, **changes)
     apart = dataclasses.replace(stacked, rollout_unroll=True)
     networks, params, _ = tiny
-    noise, stop = step.draw(stacked, jax.random.key(0), BATCH).noise, jnp.array([1, 2, 3, 3])
-    made = [
-        jax.jit(functools.partial(step.rollout, networks, recipe))(params, batch, noise, stop)
-        for recipe in (stacked, apart)
-    ]
-    np.testing.assert_allclose(*made, atol=1e-5)
+    assert_same_rollouts(networks, params, batch, (stacked, apart), jnp.array([1, 2, 3, 3]))
 
     def shapes(recipe):
         weights = jax.eval_shape(lambda params: step.for_rollout(networks, recipe, params)[1], params)

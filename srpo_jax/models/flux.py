@@ -87,6 +87,11 @@ class FluxConfig:
         return cls(**{**values, "axes_dims_rope": tuple(values["axes_dims_rope"])})
 
 
+def is_modulation(path: str) -> bool:
+    """Whether a layer or a parameter, by its dotted path, makes modulations: it reads one vector a sample."""
+    return any(part.endswith("mod") for part in path.split("."))
+
+
 class Modulations(NamedTuple):
     """The shifts, scales and gates that every block applies to its tokens, for one conditioning vector a sample.
 
