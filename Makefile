@@ -19,7 +19,7 @@ test: $(VENV)/.installed-test
 
 # An update beside PyTorch's.
 compare: $(VENV)/.installed-test
-	$(MALLOC) $(VENV)/bin/python tests/side_by_side.py
+	$(MALLOC) $(VENV)/bin/python tests/compare/side_by_side.py
 
 lint: $(VENV)/.installed-lint
 	$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check .

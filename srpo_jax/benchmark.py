@@ -18,8 +18,9 @@ r"""Times an update and each of its parts, with random weights, and says how far
   --json           file for everything measured
   --trace          folder for profiles of one more call of each part, for TensorBoard's profiler or Perfetto
 
-Utilisation (MFU) is of the model's FLOPs (srpo_jax/flops.py): recomputation does not count as work. The peak is the
-maker's figure for bfloat16; for a CPU it is the best float32 matrix product measured here, for another device unknown.
+Utilisation (MFU) is of the model's FLOPs (srpo_jax/costs/flops.py): recomputation does not count as work. The peak is
+the maker's figure for bfloat16; for a CPU it is the best float32 matrix product measured here, for another device
+unknown.
 """
 
 import dataclasses
@@ -35,8 +36,9 @@ import jax
 from absl import flags
 from ml_collections import ConfigDict
 
-from srpo_jax import architectures, command, errors, flops, hardware, parts, program, sharding
+from srpo_jax import architectures, command, errors, program, sharding
 from srpo_jax import config as config_lib
+from srpo_jax.costs import flops, hardware, parts
 from srpo_jax.errors import UserError
 from srpo_jax.models.autoencoder import AutoencoderConfig
 from srpo_jax.models.clip import ClipConfig, ClipTextConfig, ClipVisionConfig

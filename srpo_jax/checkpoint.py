@@ -22,10 +22,10 @@ from ml_collections import ConfigDict
 
 from srpo_jax import config as config_lib
 from srpo_jax import storage
+from srpo_jax.algorithm.step import TrainState
 from srpo_jax.errors import UserError
 from srpo_jax.models.compute import Params
 from srpo_jax.models.lora import Lora
-from srpo_jax.step import TrainState
 
 CONFIG, CHECKPOINTS = "config.json", "checkpoints"
 COMMITTED = "_CHECKPOINT_METADATA"  # the file that Orbax puts into a checkpoint

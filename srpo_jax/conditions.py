@@ -10,14 +10,15 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from srpo_jax import flow, program, rewards, sharding, text
+from srpo_jax import program, sharding, text
+from srpo_jax.algorithm import flow, rewards
+from srpo_jax.algorithm.step import Batch
 from srpo_jax.data import stored
 from srpo_jax.data.loading import Examples
 from srpo_jax.errors import UserError
 from srpo_jax.models.compute import Compute
 from srpo_jax.models.flux import FluxConfig
 from srpo_jax.program import Program
-from srpo_jax.step import Batch
 
 
 class TextEncoders:

@@ -35,13 +35,13 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from srpo_jax import conditions, distributed, errors, latents, program, sharding
+from srpo_jax.algorithm.settings import LATENT_CHANNELS, LATENT_FACTOR
 from srpo_jax.config import DTYPES
 from srpo_jax.data import filters, images, sources, stored
 from srpo_jax.data.images import Images
 from srpo_jax.errors import UserError
 from srpo_jax.generate import MAX_TEXT
 from srpo_jax.models.compute import Compute
-from srpo_jax.settings import LATENT_CHANNELS, LATENT_FACTOR
 from srpo_jax.weights import fingerprint
 from srpo_jax.weights.files import Spec
 

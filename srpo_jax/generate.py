@@ -20,7 +20,8 @@ from absl import logging
 from jax.sharding import Mesh
 from PIL import Image
 
-from srpo_jax import checkpoint, conditions, errors, flow, program, sampling, sharding, storage, text
+from srpo_jax import checkpoint, conditions, errors, program, sampling, sharding, storage, text
+from srpo_jax.algorithm import flow
 from srpo_jax.config import ATTENTION, DTYPES, QUANTIZE
 from srpo_jax.data import sources
 from srpo_jax.errors import UserError

@@ -13,11 +13,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from srpo_jax import program, sharding, step
+from srpo_jax import program, sharding
+from srpo_jax.algorithm import step
+from srpo_jax.algorithm.settings import LATENT_CHANNELS, LATENT_FACTOR
 from srpo_jax.errors import UserError
 from srpo_jax.models.autoencoder import Autoencoder, AutoencoderConfig
 from srpo_jax.models.compute import Compute, Params, bind
-from srpo_jax.settings import LATENT_CHANNELS, LATENT_FACTOR
 from srpo_jax.weights import folder
 
 

@@ -18,8 +18,8 @@ pip install -e '.[preflight-cuda]' (jax's CUDA plugin, cuDNN), in the versions t
   --json           file for everything found, a list
 
 Memory is what the compiler plans for each device, and the text encoders, where they stay beside the update. The time is
-a roofline (srpo_jax/roofline.py): "at best" with every published peak reached, "expected" with matrix products at 60 %
-of theirs. Exit codes: 0 all fit, 2 something does not, 1 a mistake.
+a roofline (srpo_jax/costs/roofline.py): "at best" with every published peak reached, "expected" with matrix products
+at 60 % of theirs. Exit codes: 0 all fit, 2 something does not, 1 a mistake.
 """
 
 import dataclasses
@@ -35,26 +35,16 @@ import jax
 from absl import flags
 from ml_collections import ConfigDict
 
-from srpo_jax import (
-    architectures,
-    benchmark,
-    command,
-    errors,
-    flops,
-    hlo,
-    program,
-    roofline,
-    sharding,
-    step,
-    topologies,
-)
+from srpo_jax import architectures, benchmark, command, errors, program, sharding
 from srpo_jax import config as config_lib
+from srpo_jax.algorithm import step
 from srpo_jax.architectures import TextArchitecture
+from srpo_jax.costs import flops, hlo, roofline, topologies
+from srpo_jax.costs.topologies import Target
 from srpo_jax.errors import UserError
 from srpo_jax.models.compute import join, path_name
 from srpo_jax.models.flux import is_modulation
 from srpo_jax.program import Architecture, Program
-from srpo_jax.topologies import Target
 from srpo_jax.weights import folder
 
 GIB = 2.0**30

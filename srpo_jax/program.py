@@ -19,7 +19,11 @@ from absl import logging
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from srpo_jax import optim, sharding, step
+from srpo_jax import optim, sharding
+from srpo_jax.algorithm import step
+from srpo_jax.algorithm.rewards import Reward
+from srpo_jax.algorithm.settings import Settings
+from srpo_jax.algorithm.step import Batch, Frozen, Networks, Rollout, TrainState
 from srpo_jax.errors import UserError
 from srpo_jax.models import lora
 from srpo_jax.models.autoencoder import AutoencoderConfig
@@ -28,9 +32,6 @@ from srpo_jax.models.compute import Compute, Params
 from srpo_jax.models.flux import FluxConfig
 from srpo_jax.models.lora import Lora
 from srpo_jax.optim import Optimizer
-from srpo_jax.rewards import Reward
-from srpo_jax.settings import Settings
-from srpo_jax.step import Batch, Frozen, Networks, Rollout, TrainState
 from srpo_jax.weights import engine, folder, quantized
 from srpo_jax.weights import lora as weights_lora
 from srpo_jax.weights.files import SafetensorsFile

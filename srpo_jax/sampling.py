@@ -14,7 +14,8 @@ from flax import nnx
 from jax.sharding import Mesh
 from PIL import Image
 
-from srpo_jax import flow, sharding, storage
+from srpo_jax import sharding, storage
+from srpo_jax.algorithm import flow
 from srpo_jax.errors import UserError
 from srpo_jax.models.compute import Params, bind
 from srpo_jax.weights.files import read_json

@@ -17,12 +17,13 @@ import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
 
-from srpo_jax import checkpoint, conditions, distributed, flow, metrics, program, sampling, sharding, storage
+from srpo_jax import checkpoint, conditions, distributed, metrics, program, sampling, sharding, storage
 from srpo_jax import config as config_lib
+from srpo_jax.algorithm import flow
+from srpo_jax.algorithm.step import Frozen, TrainState
 from srpo_jax.data import loading, sources
 from srpo_jax.errors import UserError
 from srpo_jax.models.compute import join
-from srpo_jax.step import Frozen, TrainState
 
 
 def train(config: ConfigDict, workdir: str | os.PathLike) -> int | None:

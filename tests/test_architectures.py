@@ -3,7 +3,7 @@
 import math
 
 import pytest
-import tiny
+from helpers import tiny
 
 from srpo_jax import architectures, program
 from srpo_jax import config as config_lib

@@ -8,9 +8,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import tiny
+from helpers import tiny
 
-from srpo_jax import architectures, benchmark, errors, flops, hardware, parts, program, sharding
+from srpo_jax import architectures, benchmark, errors, program, sharding
+from srpo_jax.costs import flops, hardware, parts
 from srpo_jax.errors import UserError
 from srpo_jax.models import clip
 

@@ -9,9 +9,9 @@ import optax
 import pytest
 
 from srpo_jax import checkpoint
+from srpo_jax.algorithm.step import TrainState
 from srpo_jax.config import default
 from srpo_jax.errors import UserError
-from srpo_jax.step import TrainState
 
 
 def make_state(step, ema=True, dtype=jnp.float32):

@@ -16,16 +16,16 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
-import references
 import safetensors.numpy
 import safetensors.torch
 import torch
 import transformers
 from diffusers.loaders import single_file_utils
+from helpers import references
 
 from srpo_jax import checkpoint, convert
+from srpo_jax.algorithm.step import TrainState
 from srpo_jax.errors import UserError
-from srpo_jax.step import TrainState
 from srpo_jax.weights import engine, files, folder, formats
 from srpo_jax.weights.files import SafetensorsFile
 

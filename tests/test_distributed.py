@@ -12,7 +12,7 @@ import sys
 import jax
 import numpy as np
 import pytest
-import tiny
+from helpers import tiny
 from PIL import Image
 from test_train import numbers
 
@@ -23,7 +23,7 @@ from srpo_jax.errors import UserError
 CHILD = """
 import json, os, pathlib, sys
 import orbax.checkpoint as ocp
-import tiny
+from helpers import tiny
 from srpo_jax import conditions, errors, main, metrics
 
 path, workdir, changes, event, coordinator, process = sys.argv[1:]

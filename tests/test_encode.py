@@ -12,7 +12,7 @@ import types
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import tiny
+from helpers import tiny
 from test_distributed import free_port
 
 from srpo_jax import encode, sharding, text

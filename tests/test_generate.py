@@ -7,13 +7,12 @@ import jax
 import numpy as np
 import optax
 import pytest
-import references
-import tiny
+from helpers import references, tiny
 from PIL import Image
 
 from srpo_jax import checkpoint, convert, generate, sampling
+from srpo_jax.algorithm.step import TrainState
 from srpo_jax.errors import UserError
-from srpo_jax.step import TrainState
 from srpo_jax.weights import folder
 
 PROMPTS = ["a red bird", "the big house, not drawn"]

@@ -4,7 +4,7 @@ import re
 import types
 
 import pytest
-import tiny
+from helpers import tiny
 
 from srpo_jax import encode, inspect_data, sharding
 from srpo_jax.data import stored

@@ -7,9 +7,10 @@ import re
 
 import jax
 import pytest
-import tiny
+from helpers import tiny
 
-from srpo_jax import architectures, errors, flops, preflight, program, roofline, sharding, topologies
+from srpo_jax import architectures, errors, preflight, program, sharding
+from srpo_jax.costs import flops, roofline, topologies
 from srpo_jax.models import clip
 from srpo_jax.models.t5 import T5Config
 

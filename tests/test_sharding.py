@@ -14,12 +14,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import tiny
+from helpers import tiny
 from jax.sharding import AbstractMesh
 from jax.sharding import PartitionSpec as P
 
-from srpo_jax import checkpoint, conditions, hlo, optim, program, sharding, step
+from srpo_jax import checkpoint, conditions, optim, program, sharding
+from srpo_jax.algorithm import step
 from srpo_jax.config import default
+from srpo_jax.costs import hlo
 from srpo_jax.data.loading import Examples
 from srpo_jax.errors import UserError
 from srpo_jax.models import lora

@@ -2,11 +2,10 @@
 
 import io
 
-import bucket
 import jax
 import numpy as np
 import pytest
-import tiny
+from helpers import bucket, tiny
 from PIL import Image
 from test_checkpoint import abstract, make_state
 from test_metrics import scalars

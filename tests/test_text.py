@@ -17,7 +17,7 @@ from srpo_jax.models.compute import Compute, build
 from srpo_jax.models.t5 import T5Config, T5Encoder
 from srpo_jax.weights import clip, engine, folder, t5
 
-GOLDEN = pathlib.Path(__file__).parent / "data" / "golden"
+GOLDEN = pathlib.Path(__file__).parent / "golden"
 PROMPTS = ["a red fox", "the old house on a hill by the sea", "fox"]
 
 

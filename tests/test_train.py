@@ -12,7 +12,7 @@ import sys
 import jax
 import numpy as np
 import pytest
-import tiny
+from helpers import tiny
 from ml_collections import ConfigDict
 from PIL import Image
 
@@ -185,7 +185,7 @@ def test_another_config_is_refused_by_its_keys(whole, recipe):
 
 CHILD = """
 import json, os, pathlib, signal, sys
-import tiny
+from helpers import tiny
 from srpo_jax import errors, main, metrics
 
 path, workdir, changes = sys.argv[1:]

@@ -7,11 +7,12 @@ import weakref
 
 import numpy as np
 import pytest
-import tiny
+from helpers import tiny
 from test_images import write_folder
 from test_train import arrays, numbers, same
 
-from srpo_jax import conditions, encode, program, sharding, step, train
+from srpo_jax import conditions, encode, program, sharding, train
+from srpo_jax.algorithm import step
 from srpo_jax.data import loading, stored
 from srpo_jax.errors import UserError
 from srpo_jax.weights import folder

@@ -9,10 +9,10 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from srpo_jax import program
+from srpo_jax.algorithm.settings import LATENT_FACTOR
 from srpo_jax.data import filters, sources, stored
 from srpo_jax.errors import UserError
 from srpo_jax.models.flux import FluxConfig
-from srpo_jax.settings import LATENT_FACTOR
 from srpo_jax.weights import fingerprint
 
 

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from srpo_jax import rewards
+from srpo_jax.algorithm import rewards
 from srpo_jax.emoji import pictures, world
 from srpo_jax.emoji.degrade import degrade
 from srpo_jax.models.compute import Params, bind

@@ -14,9 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from srpo_jax import text
+from srpo_jax.algorithm.rewards import Reward
 from srpo_jax.emoji import world
 from srpo_jax.models.compute import Params
-from srpo_jax.rewards import Reward
 from srpo_jax.weights import folder
 
 

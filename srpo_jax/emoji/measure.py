@@ -8,7 +8,8 @@ from collections.abc import Sequence
 import numpy as np
 from ml_collections import ConfigDict
 
-from srpo_jax import conditions, flow, program, sampling, sharding
+from srpo_jax import conditions, program, sampling, sharding
+from srpo_jax.algorithm import flow
 from srpo_jax.emoji import judge, pictures, world
 from srpo_jax.models.compute import Compute, Params
 from srpo_jax.weights import folder

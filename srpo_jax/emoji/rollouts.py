@@ -29,7 +29,8 @@ from absl import logging
 from ml_collections import ConfigDict
 from PIL import Image
 
-from srpo_jax import checkpoint, encode, errors, flops, metrics, program, train
+from srpo_jax import checkpoint, encode, errors, metrics, program, train
+from srpo_jax.costs import flops
 from srpo_jax.data import images
 from srpo_jax.emoji import demo, judge, measure, pictures, results, world
 from srpo_jax.errors import UserError

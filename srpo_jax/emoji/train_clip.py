@@ -30,7 +30,8 @@ import optax
 import orbax.checkpoint as ocp
 from flax import nnx
 
-from srpo_jax import errors, rewards, text
+from srpo_jax import errors, text
+from srpo_jax.algorithm import rewards
 from srpo_jax.emoji import pictures, tokenizers, world
 from srpo_jax.emoji.clip_quality import Evaluation
 from srpo_jax.emoji.degrade import degrade

@@ -35,7 +35,8 @@ import numpy as np
 import optax
 import orbax.checkpoint as ocp
 
-from srpo_jax import convert, errors, flow, text
+from srpo_jax import convert, errors, text
+from srpo_jax.algorithm import flow
 from srpo_jax.emoji import pictures, tokenizers, world
 from srpo_jax.models.clip import ClipText, ClipTextConfig
 from srpo_jax.models.compute import Compute, Params, bind, build

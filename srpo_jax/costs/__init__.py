@@ -1,0 +1,1 @@
+"""What an update takes: counted from sizes, read from compiled programs, or timed."""

@@ -1,0 +1,148 @@
+"""How long an update takes at best on a chip: arithmetic, memory and interconnect at their published peaks.
+
+    compute        hardware FLOPs of every part (costs/flops.py: with what rematerialisation computes again) at the
+                   peak of bfloat16 matrix products, those of 8-bit rollouts (rollout.dtype) too, shared by all devices
+    memory         what no matrix product hides: the optimiser, which reads the gradients twice (for their norm, and to
+                   use them) and reads and writes weights and state; and, where attention is not fused, its matrix,
+                   which passes through memory between the products on both sides of it; and moments that stay in the
+                   hosts' memory (optim.offload), which come and go through the device's link to its host
+    interconnect   the collectives of the compiled program, each on the links between the devices of its groups
+
+Compute and memory follow each other, the interconnect may work beside both. Elementwise work, the reading of weights
+and the activations of convolutions count as hidden behind products: FLUX's, of 2,537 tokens and more, are bound by
+arithmetic. So ``best`` is what no run beats. No product reaches a data sheet's peak either: ``expected`` takes a
+share of it.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+from ml_collections import ConfigDict
+
+from srpo_jax.costs import flops, topologies
+from srpo_jax.costs.flops import Work
+from srpo_jax.costs.hlo import Collective
+from srpo_jax.costs.topologies import Target
+from srpo_jax.models.flux import FluxConfig
+
+# The share of the peak that large products, with all that comes between them, are taken to reach: an assumption.
+UTILISATION = 0.6
+
+# Bytes/s each way between a device and its host: PCIe 4 x16; H100 and H200 have twice that, of TPUs none is published.
+HOST_LINK = 32e9
+HOST_MEMORY = "pinned_host"  # the kind of memory that such arrays lie in
+
+# Bytes for each entry of an attention matrix that is not fused: forward, logits are written and read in float32,
+# probabilities in bfloat16; backward, the gradients of both likewise and the probabilities once more.
+MATRIX_FORWARD, MATRIX_BACKWARD = 2 * 4 + 2 * 2, 2 * 4 + 3 * 2
+
+
+class Estimate(NamedTuple):
+    """Seconds of one update on every device at the published peaks: ``compute`` by part, ``memory`` by what for,
+    ``interconnect`` by kind of collective."""
+
+    compute: dict[str, float]
+    memory: dict[str, float]
+    interconnect: dict[str, float]
+
+    @property
+    def best(self) -> float:
+        """Everything at its peak, and all that can overlap does."""
+        return self.seconds(1.0)
+
+    @property
+    def expected(self) -> float:
+        """As ``best`` at ``UTILISATION`` of the peak of matrix products."""
+        return self.seconds(UTILISATION)
+
+    def seconds(self, utilisation: float) -> float:
+        """Matrix products at this share of their peak."""
+        busy = sum(self.compute.values()) / utilisation + sum(self.memory.values())
+        return max(busy, sum(self.interconnect.values()))
+
+    @property
+    def bound(self) -> str:
+        """What takes longest at the peaks: "compute", "memory" or "interconnect"."""
+        totals = {name: sum(values.values()) for name, values in self._asdict().items()}
+        return max(totals, key=totals.get)
+
+
+def estimate(
+    config: ConfigDict,
+    transformer: FluxConfig,
+    work: dict[str, Work],
+    optimizer_bytes: float,
+    host_bytes: float,
+    collectives: Sequence[Collective],
+    target: Target,
+    devices: Sequence[Any],
+) -> Estimate:
+    """Estimates an update.
+
+    Args:
+      config: its configuration.
+      transformer: sizes.
+      work: of the whole batch, by part (``flops.update``).
+      optimizer_bytes: that the optimiser moves on a device (``optimizer_traffic``).
+      host_bytes: of its state that lie in the host's memory, for a device.
+      collectives: of the compiled update.
+      target: what it was compiled for.
+      devices: those, in the program's order.
+    """
+    chip, count = target.chip, len(devices)
+    # The optimiser's few FLOPs are not of matrix products.
+    compute = {name: part.hardware / count / chip.flops for name, part in work.items() if name != "optimizer"}
+    memory = {"optimizer": optimizer_bytes / chip.bandwidth}
+    if host_bytes:
+        memory["host"] = host_bytes / HOST_LINK  # in and out at once
+    if config.model.attention not in flops.FUSED_ATTENTION:
+        memory["attention"] = attention_traffic(config, transformer) / count / chip.bandwidth
+    interconnect: dict[str, float] = {}
+    places = [topologies.place(target, device) for device in devices] if collectives else []
+    for item in collectives:
+        seconds = item.runs * duration(item, target, places)
+        interconnect[item.kind] = interconnect.get(item.kind, 0.0) + seconds
+    return Estimate(compute, memory, interconnect)
+
+
+def duration(item: Collective, target: Target, places: Sequence[tuple[int, ...]]) -> float:
+    """Seconds of one run of a collective at the peak of the links between its devices.
+
+    A permutation goes around a ring: on one link each way, and XLA sends halves of the data both ways.
+    """
+    if not item.traffic:
+        return 0.0
+    if item.kind == "collective-permute":
+        members = sorted({place for pair in item.groups for place in pair})
+        rate = topologies.bandwidth(target, [places[member] for member in members])
+        if target.platform == "tpu":
+            rate = min(rate, 2 * target.chip.link)
+    else:
+        rate = min(topologies.bandwidth(target, [places[member] for member in group]) for group in item.groups)
+    return item.traffic / rate
+
+
+def attention_traffic(config: ConfigDict, transformer: FluxConfig) -> float:
+    """Bytes of attention matrices that an update writes and reads where attention is not fused."""
+    blocks = transformer.num_layers + transformer.num_single_layers
+    entries = blocks * transformer.num_attention_heads * sum(flops.tokens(config)) ** 2
+    again = config.remat.transformer != "none"
+    gradient = MATRIX_FORWARD * (1 + again) + MATRIX_BACKWARD
+    rollouts = config.rollout.steps / config.rollout.reuse
+    return config.data.batch_size * entries * (rollouts * MATRIX_FORWARD + flops.terms(config) * gradient)
+
+
+def optimizer_traffic(params: Any, opt_state: Any) -> float:
+    """Bytes that AdamW moves on a device: trees of ``ShapeDtypeStruct`` with shardings."""
+    return 2 * shard_bytes(params) + 2 * (shard_bytes(params) + shard_bytes(opt_state))
+
+
+def shard_bytes(tree: Any, host: bool = False) -> int:
+    """Bytes of a tree's arrays (``ShapeDtypeStruct`` with shardings) in each device's memory, or in its host's."""
+    total = 0
+    for leaf in jax.tree.leaves(tree):
+        if (leaf.sharding.memory_kind == HOST_MEMORY) == host:
+            total += math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+    return total

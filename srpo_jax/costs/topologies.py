@@ -1,0 +1,287 @@
+"""Accelerators that are not there: their devices by name, for compiling ahead of time.
+
+    v5p:2x2x2, v5e:8x8    a TPU slice, by type and shape in chips
+    h100:8, h200:1        GPUs of one host
+    h100:4x8              hosts x GPUs
+
+The compilers are libtpu (for TPU) and jax's CUDA plugin; neither asks for a device.
+"""
+
+import importlib.util
+import math
+import os
+import re
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+
+from srpo_jax.costs import hardware
+from srpo_jax.errors import UserError
+
+GPUS_PER_HOST = 8
+# Bytes/s of one GPU to other hosts: a 400 Gbit/s adapter for each GPU, as in a DGX H100. No data sheet of a GPU says.
+GPU_NETWORK = 50e9
+
+MIB, KIB, GIB = 2**20, 2**10, 2**30
+
+
+class Tpu(NamedTuple):
+    """A type of TPU slice.
+
+    Attributes:
+      kind: ``device_kind``.
+      axes: of the torus.
+      ring: length by which an axis is closed: of v4 and v5p, if all of the slice's are multiples of it; of v5e and v6e,
+        an axis as long as this.
+      memory: bytes of a chip that libtpu gives to programs; it keeps the rest. From its messages (libtpu 0.0.42).
+    """
+
+    kind: str
+    axes: int
+    ring: int
+    memory: float
+
+
+TPUS = {
+    "v4": Tpu("TPU v4", 3, 4, 30.75 * GIB),
+    "v5e": Tpu("TPU v5e", 2, 16, 15.75 * GIB),
+    "v5p": Tpu("TPU v5p", 3, 4, 95.74 * GIB),
+    "v6e": Tpu("TPU v6e", 2, 16, 31.25 * GIB),
+}
+
+# Packages of the compilers, by platform: setup.py's extras.
+INSTALL = {"tpu": "pip install -e '.[preflight-tpu]'", "gpu": "pip install -e '.[preflight-cuda]'"}
+
+
+class Gpu(NamedTuple):
+    """What XLA wants to know of a GPU: NVIDIA's data sheets, and its CUDA programming guide by compute capability.
+
+    Attributes:
+      kind: ``device_kind``.
+      capability: compute capability.
+      cores: streaming multiprocessors.
+      lanes: float32 units in each.
+      clock: GHz, boost.
+      cache: bytes of L2.
+      shared: bytes of shared memory in each multiprocessor.
+      shared_block: bytes of it that a block can ask for.
+      threads: that each multiprocessor holds.
+    """
+
+    kind: str
+    capability: tuple[int, int]
+    cores: int
+    lanes: int
+    clock: float
+    cache: int
+    shared: int
+    shared_block: int
+    threads: int = 2048
+
+
+GPUS = {
+    "a100-40gb": Gpu("NVIDIA A100-SXM4-40GB", (8, 0), 108, 64, 1.41, 40 * MIB, 164 * KIB, 163 * KIB),
+    "a100": Gpu("NVIDIA A100-SXM4-80GB", (8, 0), 108, 64, 1.41, 40 * MIB, 164 * KIB, 163 * KIB),
+    "h100-pcie": Gpu("NVIDIA H100 PCIe", (9, 0), 114, 128, 1.755, 50 * MIB, 228 * KIB, 227 * KIB),
+    "h100": Gpu("NVIDIA H100 80GB HBM3", (9, 0), 132, 128, 1.98, 50 * MIB, 228 * KIB, 227 * KIB),
+    "h200": Gpu("NVIDIA H200", (9, 0), 132, 128, 1.98, 50 * MIB, 228 * KIB, 227 * KIB),
+    "rtx4090": Gpu("NVIDIA GeForce RTX 4090", (8, 9), 128, 128, 2.52, 72 * MIB, 100 * KIB, 99 * KIB, 1536),
+}  # fmt: skip
+
+
+class Target(NamedTuple):
+    """Devices to compile for.
+
+    Attributes:
+      name: as given.
+      platform: "tpu" or "gpu".
+      chip: its figures.
+      shape: chips along each axis of a TPU's torus, or (hosts, GPUs of each).
+      generation: key of ``TPUS`` or ``GPUS``.
+    """
+
+    name: str
+    platform: str
+    chip: hardware.Chip
+    shape: tuple[int, ...]
+    generation: str
+
+    @property
+    def count(self) -> int:
+        """Devices."""
+        return math.prod(self.shape)
+
+    @property
+    def memory(self) -> float:
+        """Bytes of a device that a program may take.
+
+        Of a GPU, what its data sheet says: drivers show 6 % more, which goes to CUDA's context and to NCCL.
+        """
+        return TPUS[self.generation].memory if self.platform == "tpu" else self.chip.memory
+
+
+def parse(name: str) -> Target:
+    """Reads a target's name. Raises UserError for one that is not understood."""
+    match = re.fullmatch(r"([a-z0-9-]+):(\d+(?:x\d+)*)", name.lower())
+    generation, shape = (match[1], tuple(map(int, match[2].split("x")))) if match else (name, ())
+    if generation in TPUS:
+        kind, axes = TPUS[generation][:2]
+        if len(shape) != axes or not all(shape):
+            raise UserError(f"--topology={name}: a {generation} slice has {axes} axes, as "
+                            f"{generation}:{'x'.join(['2'] * axes)}")  # fmt: skip
+        return Target(name, "tpu", hardware.find(kind), shape, generation)
+    if generation in GPUS:
+        if len(shape) == 1 and shape[0] > GPUS_PER_HOST and not shape[0] % GPUS_PER_HOST:
+            shape = (shape[0] // GPUS_PER_HOST, GPUS_PER_HOST)
+        elif len(shape) == 1 and shape[0] <= GPUS_PER_HOST:
+            shape = (1, *shape)
+        if len(shape) != 2 or not all(shape):
+            raise UserError(f"--topology={name}: give a number of GPUs up to {GPUS_PER_HOST}, or hosts x GPUs, as "
+                            f"{generation}:4x8")  # fmt: skip
+        return Target(name, "gpu", hardware.find(GPUS[generation].kind), shape, generation)
+    raise UserError(
+        f"--topology={name}: known are TPU slices ({', '.join(TPUS)}, as v5p:2x2x2) and GPUs ({', '.join(GPUS)}, "
+        "as h100:8)"
+    )
+
+
+# --- devices ----------------------------------------------------------------------------------------------------------
+
+
+def prepare() -> None:
+    """Sets up the process, before JAX starts: the host's CPU is the only device, and the compilers ask nobody.
+
+    libtpu would otherwise look for the machine's metadata server and for other processes that hold the chips.
+    """
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+    os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-1")  # any: what is compiled for is named later
+    for name in ("TF_CPP_MIN_LOG_LEVEL", "TPU_MIN_LOG_LEVEL", "TPU_STDERR_LOG_LEVEL"):
+        os.environ[name] = "3"  # whatever the import of JAX set it to; what matters comes as an exception
+    jax.config.update("jax_platforms", "cpu")
+    # The default takes four times as long, and half a GiB of temporaries more or less.
+    jax.config.update("jax_optimization_level", "O0")
+
+
+def installed(platform: str) -> bool:
+    """Whether the compiler for "tpu" or "gpu" can be imported."""
+    names = ("libtpu",) if platform == "tpu" else ("jax_plugins.xla_cuda12", "jax_plugins.xla_cuda13")
+
+    def there(name: str) -> bool:
+        try:
+            return importlib.util.find_spec(name) is not None
+        except ModuleNotFoundError:  # of the package around it
+            return False
+
+    return any(map(there, names))
+
+
+def devices(target: Target) -> Sequence[Any]:
+    """Devices that programs can be compiled for, and not run on.
+
+    Raises UserError where the compiler is missing or does not know the topology.
+    """
+    if not installed(target.platform):
+        what = "libtpu" if target.platform == "tpu" else "jax's CUDA plugin"
+        raise UserError(f"--topology={target.name} needs {what}: {INSTALL[target.platform]}")
+    # The import is slow.
+    from jax.experimental import topologies
+
+    try:
+        if target.platform == "tpu":
+            found = topologies.get_topology_desc(f"{target.generation}:{_joined(target.shape)}", "tpu",
+                                                 **_tpu_options(target))  # fmt: skip
+        else:
+            found = topologies.get_topology_desc(
+                target.generation, "cuda", target_config=target_config(GPUS[target.generation]),
+                topology=_joined((1, *target.shape)),
+            )  # fmt: skip
+    except Exception as error:  # whatever a plugin raises: it is C++ behind an interface
+        raise UserError(f"--topology={target.name}: {' '.join(f'{error}'.split())}") from error
+    return found.devices
+
+
+def _joined(shape: Sequence[int]) -> str:
+    return "x".join(map(str, shape))
+
+
+def _tpu_options(target: Target) -> dict[str, Any]:
+    options = {}
+    if target.generation == "v4":
+        options["chip_config_name"] = "megacore"  # both cores of a chip are one device, as on Cloud TPU
+    if target.count == 1:
+        options["chips_per_host_bounds"] = (1, 1, 1)
+    return options
+
+
+def target_config(gpu: Gpu) -> str:
+    """A GPU as the text of XLA's ``GpuTargetConfigProto`` (xla/stream_executor/device_description.proto)."""
+    chip = hardware.find(gpu.kind)
+    major, minor = gpu.capability
+    accelerated = "ACCELERATED_FEATURES" if major >= 9 else "NONE"
+    return f"""
+gpu_device_info {{
+  name: "{gpu.kind}"
+  cuda_compute_capability {{ major: {major} minor: {minor} feature_extension: {accelerated} }}
+  core_count: {gpu.cores}
+  fpus_per_core: {gpu.lanes}
+  clock_rate_ghz: {gpu.clock}
+  l2_cache_size: {gpu.cache}
+  memory_bandwidth: {chip.bandwidth:.0f}
+  device_memory_size: {chip.memory:.0f}
+  shared_memory_per_core: {gpu.shared}
+  shared_memory_per_block_optin: {gpu.shared_block}
+  shared_memory_per_block: {48 * KIB}
+  registers_per_core_limit: {64 * KIB}
+  registers_per_block_limit: {64 * KIB}
+  threads_per_warp: 32
+  threads_per_block_limit: 1024
+  threads_per_core_limit: {gpu.threads}
+  thread_dim_limit_x: 1024
+  thread_dim_limit_y: 1024
+  thread_dim_limit_z: 64
+  block_dim_limit_x: {2**31 - 1}
+  block_dim_limit_y: {2**16 - 1}
+  block_dim_limit_z: {2**16 - 1}
+  runtime_version: "12.8.0"
+  driver_version: "12.8.0"
+  dnn_version: "9.10.0"
+}}
+platform_name: "CUDA"
+dnn_version_info {{ major: 9 minor: 10 patch: 0 }}
+device_description_str: "{gpu.kind}"
+"""
+
+
+# --- between devices --------------------------------------------------------------------------------------------------
+
+
+def bandwidth(target: Target, places: Sequence[tuple[int, ...]]) -> float:
+    """Bytes/s that a device can get from others of its group, which lie at ``places``, if all links work.
+
+    Args:
+      target: of which the devices are.
+      places: in a TPU's torus, or (host, GPU).
+
+    Of a TPU, one link for each axis along which the group extends; two if it goes all around a closed one. Of a GPU,
+    its link; between hosts, no more than their adapters together, through which every byte passes once.
+    """
+    spans = [{place[axis] for place in places} for axis in range(len(target.shape))]
+    if target.platform == "gpu":
+        hosts, width = map(len, spans)
+        return target.chip.link if hosts == 1 else min(target.chip.link, width * GPU_NETWORK)
+    tpu, links = TPUS[target.generation], 0
+    cubes = tpu.axes == 2 or not any(size % tpu.ring for size in target.shape)
+    for span, size in zip(spans, target.shape, strict=True):
+        around = len(span) == size and cubes and size % tpu.ring == 0
+        links += 0 if len(span) == 1 else 2 if around else 1
+    return links * target.chip.link
+
+
+def place(target: Target, device: Any) -> tuple[int, ...]:
+    """Where a device of ``devices`` lies, as ``bandwidth`` takes it."""
+    if target.platform == "tpu":
+        return tuple(device.coords[: len(target.shape)])
+    return divmod(device.id, target.shape[1])

@@ -1,0 +1,256 @@
+r"""Times an update beside the same update in PyTorch eager, on the CPU, in float32, with the same weights and threads.
+
+    python tests/compare/side_by_side.py [--compile] [--device-batch=8] [--runs=5] [--json=FILE] [--config.KEY=VALUE]
+
+The sizes are those of `python -m srpo_jax.benchmark --preset=small`. PyTorch runs diffusers' transformer and
+autoencoder and transformers' CLIP (tests/compare/torch_baseline.py). First both compute the same losses and gradients; then
+each part is timed, a call of ours and one of theirs in turn, and the ratio is the median of the pairs'. --compile adds
+torch.compile, which needs a C++ compiler. Threads are the cores that the process may use.
+"""
+
+import json
+import os
+import pathlib
+import statistics
+import sys
+import time
+
+os.environ.setdefault("XLA_FLAGS", "")  # the tests' own flags, which importing conftest would set, make slow programs
+import conftest  # noqa: F401  (makes torchvision importable, which diffusers wants)
+import jax
+import jax.numpy as jnp
+import numpy as np
+import test_step
+import torch
+import torch_baseline
+from absl import flags
+
+from srpo_jax import benchmark, command, errors, program, sharding
+from srpo_jax import config as config_lib
+from srpo_jax.algorithm import step
+from srpo_jax.algorithm.settings import Settings
+from srpo_jax.costs import flops, parts
+from srpo_jax.models import compute
+from srpo_jax.models.compute import Compute
+from srpo_jax.weights import engine, flux, folder
+
+PARTS = ("rollout", "transformer", "autoencoder", "reward", "optimizer", "update")
+
+
+def random_params(network: str, config, seed: int):
+    """A network's parameters as their modules make them, every norm and bias moved off its start."""
+    _, constructor = folder.classes(network)
+    _, params = compute.build(lambda rngs: constructor(config, Compute(), rngs=rngs), seed)
+    leaves, structure = jax.tree.flatten(params)
+    generator = np.random.default_rng(seed)
+    return jax.tree.unflatten(
+        structure, [np.asarray(x) + 0.02 * generator.standard_normal(x.shape, np.float32) for x in leaves]
+    )
+
+
+def same_inputs(architecture: program.Architecture, settings: Settings, count: int, length: int):
+    """A random batch of ours and its draws."""
+    generator = np.random.default_rng(0)
+    ids = {}
+    for name, sizes in architecture.rewards.items():
+        text = sizes.text_config
+        shape = (count, text.max_position_embeddings)
+        ids[name] = {key: generator.integers(1, text.eos_token_id, shape, np.int32) for key in program.CAPTIONS}
+        for row in ids[name].values():
+            row[:, -1] = text.eos_token_id
+    transformer = architecture.transformer
+    text = generator.standard_normal((count, length, transformer.joint_attention_dim), np.float32)
+    pooled = generator.standard_normal((count, transformer.pooled_projection_dim), np.float32)
+    return step.Batch(text, pooled, ids), step.draw(settings, jax.random.key(1), count)
+
+
+# Pixels are clipped to 0 .. 1, and the gradient of one that is clipped is 0. Rounding, up to 4e-6 in a pixel here,
+# takes one at the border to either side: one of 37,000 changes the whole gradient by half a percent.
+BORDER = 2e-5
+
+
+def clear_of_the_border(built, params, frozen, batch, draws) -> step.Draws:
+    """The draws with other noise for the samples of which a pixel lies within ``BORDER`` of being clipped."""
+    networks, settings = built.networks, built.settings
+
+    @jax.jit
+    def touches(draws):
+        made = step.with_latents(networks, settings, params, frozen, batch, draws)
+        terms = step.make_terms(settings, made, draws, step.embed_captions(networks, frozen, batch))
+        decoded = jax.lax.map(
+            lambda term: step.run_term(networks, settings, params, frozen, batch, term).decoded, terms
+        )
+        pixels = decoded / 2 + 0.5
+        return (jnp.minimum(jnp.abs(pixels), jnp.abs(pixels - 1)) < BORDER).any((0, 2, 3, 4))
+
+    for attempt in range(50):
+        touching = touches(draws)
+        if not touching.any():
+            return draws
+        other = jax.random.normal(jax.random.key(attempt), draws.noise.shape)
+        draws = draws._replace(noise=jnp.where(touching[:, None, None], other, draws.noise))
+    raise AssertionError("pixels lie at the border of clipping whatever the noise")
+
+
+def compare(built, architecture, params, frozen, batch, draws, theirs) -> dict[str, float]:
+    """The relative differences of the losses and of the whole gradient. Fails if they are not those of rounding."""
+    draws = clear_of_the_border(built, params, frozen, batch, draws)
+    gradient = test_step.rolled_out_gradient(built.networks, built.settings)
+    ours, metrics = gradient(params, frozen, batch, draws)
+    losses = theirs.gradient(torch_baseline.inputs_of(batch, draws))
+    table = flux.diffusers_rules(architecture.transformer)
+    ours = engine.from_params(table, jax.tree.map(np.asarray, ours))
+    found = {name: p.grad.numpy() for name, p in theirs.transformer.named_parameters()}
+    theirs.optimizer.zero_grad()
+    distance = np.sqrt(sum(np.square(ours[name] - found[name]).sum() for name in found))
+    difference = {
+        "losses": float(np.max(np.abs(np.asarray(metrics["loss"]) - losses) / np.abs(losses))),
+        "gradient": float(distance / np.sqrt(sum(np.square(g).sum() for g in found.values()))),
+    }
+    assert difference["losses"] < 1e-4 and difference["gradient"] < 1e-4, difference
+    return difference
+
+
+def torch_parts(update: torch_baseline.Update, inputs: torch_baseline.Inputs, count: int):
+    """What is timed in PyTorch, by part: a call each."""
+    settings = update.settings
+    level, x = torch.full((count,), 0.8), inputs.noise.clone()
+    cotangent = torch.ones_like(x)
+    picture = torch.rand(count, 3, settings.height, settings.width) * 2 - 1
+    target = update.captions(inputs)[0]
+
+    def transformer():
+        update.velocity(x, inputs, level, settings.guidance).backward(cotangent)
+
+    def autoencoder():
+        latents = x.requires_grad_(True)
+        torch.autograd.grad(update.decode(latents), latents, picture)
+
+    def reward():
+        image = picture.requires_grad_(True)
+        torch.autograd.grad(update.score(image, target).sum(), image)
+
+    return {
+        "rollout": lambda: update.rollout(inputs),
+        "transformer": transformer,
+        "autoencoder": autoencoder,
+        "reward": reward,
+        "optimizer": update.optimize,
+        "update": lambda: update(inputs),
+    }
+
+
+def ours_prepared(part: parts.Part):
+    """(seconds to compile a part of ours, a call that runs it once on numbers of its own)."""
+    started = time.perf_counter()
+    compiled = part.function.lower(*part.arguments).compile()
+    seconds = time.perf_counter() - started
+    values = parts.fill(part.arguments)
+
+    def call() -> None:
+        nonlocal values
+        result = jax.block_until_ready(compiled(*values))
+        if part.name in benchmark.AGAIN:
+            values = benchmark.AGAIN[part.name](values, result)
+
+    return seconds, call
+
+
+def timed_in_turn(calls: dict, runs: int) -> dict[str, list[float]]:
+    """Seconds of each call, ``runs`` times in turn, so that a machine that slows down slows all of them.
+
+    Before each timed call the same runs once untimed: caches and sleeping threads are then its own.
+    """
+    taken = {name: [] for name in calls}
+    for _ in range(runs):
+        for name, call in calls.items():
+            call()
+            started = time.perf_counter()
+            call()
+            taken[name].append(time.perf_counter() - started)
+    return taken
+
+
+def main() -> None:
+    """Runs the command line."""
+    if {"--help", "-h"} & set(sys.argv[1:]):
+        print(__doc__)
+        return
+
+    def define(values: flags.FlagValues) -> None:
+        flags.DEFINE_boolean("compile", False, "", flag_values=values)
+        flags.DEFINE_integer("device-batch", 8, "", lower_bound=1, flag_values=values)
+        flags.DEFINE_integer("runs", 5, "", lower_bound=1, flag_values=values)
+        flags.DEFINE_string("json", None, "", flag_values=values)
+
+    case = benchmark.PRESETS["small"]()
+    config, values = command.parse(sys.argv, "python tests/compare/side_by_side.py", define, lambda _: case.config)
+    config.data.batch_size = values["device-batch"]
+    config_lib.validate(config, paths=False)
+    run(config, case.architecture, values)
+
+
+def run(config, architecture, values) -> dict:
+    """Compares, times and prints; writes the file that ``--json`` names; returns its content."""
+    count, runs = config.data.batch_size, values["runs"]
+    threads = len(os.sched_getaffinity(0))
+    torch.set_num_threads(threads)
+    built = program.build(config, sharding.make_mesh(config.mesh), architecture)
+    params = random_params("flux", architecture.transformer, 1)
+    ((name, towers),) = architecture.rewards.items()
+    frozen = step.Frozen(
+        random_params("autoencoder", architecture.autoencoder, 2), {name: random_params("clip", towers, 3)}
+    )
+    batch, draws = same_inputs(architecture, built.settings, count, config.data.text_length)
+    inputs = torch_baseline.inputs_of(batch, draws)
+
+    def baseline():
+        models = torch_baseline.build(architecture, params, frozen)
+        return torch_baseline.Update(built.settings, *models, name, config.optim)
+
+    difference = compare(built, architecture, params, frozen, batch, draws, baseline())
+    print(f"same losses within {difference['losses']:.1g}, same gradient within {difference['gradient']:.1g}")
+
+    theirs = {"eager": torch_parts(baseline(), inputs, count)}
+    if values["compile"]:
+        compiled = baseline()
+        compiled.transformer.forward = torch.compile(compiled.transformer.forward)
+        compiled.vae.decode = torch.compile(compiled.vae.decode)
+        compiled.reward.get_image_features = torch.compile(compiled.reward.get_image_features)
+        theirs["compile"] = torch_parts(compiled, inputs, count)
+    report = {"threads": threads, "torch": torch.__version__, "jax": jax.__version__, "difference": difference}
+    report["config"], report["parts"] = config_lib.flatten(config), {}
+    # Parts are timed on the same samples, whatever passes at once in our update.
+    in_turn = config.copy_and_resolve_references()
+    in_turn.optim.merge_terms = False
+    apart = program.build(in_turn, built.mesh, architecture)
+    ours = {part.name: part for part in parts.take_apart(in_turn, apart)}
+    ours["update"] = parts.Part("update", built.update, (built.state, built.frozen, built.batch), 1)
+    work = flops.update(in_turn, architecture)
+    print(f"{threads} threads; batch {count}; seconds a call, and how many times faster ours is")
+    print(f"{'part':<12} {'GFLOP':>8} {'ours':>8} {'compile':>8}" + "".join(f" {kind:>9} {'':>6}" for kind in theirs))
+    for part in PARTS:
+        compile_seconds, call = ours_prepared(ours[part])
+        first = {}
+        for kind, calls in theirs.items():
+            started = time.perf_counter()
+            calls[part]()
+            first[f"{kind}_first"] = time.perf_counter() - started
+        taken = timed_in_turn({"ours": call, **{kind: calls[part] for kind, calls in theirs.items()}}, runs)
+        total = sum(w.model for w in work.values()) if part == "update" else work[part].model / ours[part].calls
+        row = {name: statistics.median(seconds) for name, seconds in taken.items()}
+        row |= {"compile_seconds": compile_seconds, "model_flops": total, **first}
+        line = f"{part:<12} {total / 1e9:8.4g} {row['ours']:8.4f} {compile_seconds:8.2f}"
+        for kind in theirs:
+            ratios = [slow / fast for slow, fast in zip(taken[kind], taken["ours"], strict=True)]
+            row[f"{kind}_ratio"] = statistics.median(ratios)
+            line += f" {row[kind]:9.4f} {row[f'{kind}_ratio']:5.2f}x"
+        print(line, flush=True)
+        report["parts"][part] = row
+    if values["json"]:
+        pathlib.Path(values["json"]).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    return report
+
+
+if __name__ == "__main__":
+    sys.exit(errors.run(main))

@@ -1,0 +1,83 @@
+"""The judge: its probabilities are CLIP's, and it knows the pictures that it judges by."""
+
+import pathlib
+
+import numpy as np
+import pytest
+
+from srpo_jax import convert, text
+from srpo_jax.algorithm import rewards
+from srpo_jax.emoji import pictures, tokenizers, world
+from srpo_jax.emoji.judge import Judge, Judgement
+from srpo_jax.models import clip
+from srpo_jax.models.compute import Compute, bind, build
+from srpo_jax.weights import folder
+
+LENGTH = 12
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    """A folder with a small random CLIP and a tokenizer of the world's words."""
+    path = tmp_path_factory.mktemp("judge")
+    prompts = [world.prompt(concept, style) for concept in world.world() for style in world.STYLES]
+    vocabulary = tokenizers.train_clip_tokenizer(prompts, path / "tokenizer", LENGTH)
+    config = clip.ClipConfig(
+        clip.ClipTextConfig(vocabulary, 16, 32, 1, 2, LENGTH, "gelu", eos_token_id=vocabulary - 1),
+        clip.ClipVisionConfig(16, 32, 1, 2, 32, 16, "gelu"),
+        8,
+    )
+    graphdef, params = build(lambda rngs: clip.Clip(config, Compute(), rngs=rngs))
+    folder.save(path, "clip", config, params)
+    return path, bind(graphdef, params)
+
+
+def draw(style: str, count: int) -> np.ndarray:
+    return pictures.load(world.world()[:count], [style])[0]
+
+
+def test_probabilities_are_the_softmax_over_all_prompts(tiny):
+    path, model = tiny
+    images = draw("3D", 5)
+    judgement = Judge(path)(images, batch=3)
+
+    ids = text.tokenize(
+        text.load_tokenizer(path / "tokenizer"),
+        [f"{style}. {concept.caption}" for style in world.STYLES for concept in world.world()],
+        LENGTH,
+    )
+    image = np.asarray(rewards.unit(model.encode_image(rewards.preprocess(images.astype(np.float32) / 255, 32))))
+    logits = np.exp(float(model.logit_scale[...])) * image @ np.asarray(rewards.unit(model.encode_text(ids))).T
+    joint = np.exp(logits - logits.max(-1, keepdims=True))
+    joint = (joint / joint.sum(-1, keepdims=True)).reshape(5, 3, -1)
+    np.testing.assert_allclose(judgement.styles, joint.sum(2), rtol=1e-3, atol=1e-6)
+    np.testing.assert_allclose(judgement.concepts, joint.sum(1), rtol=1e-3, atol=1e-6)
+
+
+def test_numbers_and_bytes_are_the_same_draw(tiny):
+    images = draw("Flat", 2)
+    judge = Judge(tiny[0])
+    np.testing.assert_allclose(judge(images).styles, judge(images / np.float32(255)).styles, rtol=1e-6)
+
+
+def test_shares_accuracy_and_notes():
+    concepts = np.zeros((4, len(world.world())))
+    concepts[[0, 1, 2, 3], [0, 1, 2, 0]] = 0.9
+    judgement = Judgement(np.array([[0.8, 0.1, 0.1], [0.2, 0.5, 0.3], [0.6, 0.4, 0.0], [0.4, 0.0, 0.6]]), concepts)
+    captions = [concept.caption for concept in world.world()[:4]]
+    assert judgement.style_shares() == {"3D": 0.5, "Flat": 0.25, "Mono": 0.25}
+    assert judgement.accuracy(captions) == 0.75
+    assert judgement.note(1) == f"judged Flat 50%, {captions[1]} 90%"
+    with pytest.raises(ValueError, match="3 captions for 4 pictures"):
+        judgement.accuracy(captions[:3])
+
+
+def test_shipped_judge_knows_every_picture_of_the_world(tmp_path):
+    shipped = pathlib.Path(world.__file__).parent / "judge"
+    convert.import_folder(shipped, tmp_path / "judge")
+    judge = Judge(tmp_path / "judge")
+    captions = [concept.caption for concept in world.world()]
+    for style in world.STYLES:
+        judgement = judge(draw(style, len(captions)))
+        assert judgement.style_shares()[style] >= 0.97
+        assert judgement.accuracy(captions) >= 0.97

@@ -1,0 +1,136 @@
+"""Training of the small world's CLIPs: its parts, and that breaking off and going on changes nothing."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+import transformers
+from helpers import parity
+
+from srpo_jax.algorithm import rewards
+from srpo_jax.emoji import degrade, train_clip
+from srpo_jax.emoji.pictures import SIZE
+from srpo_jax.models.clip import Clip
+from srpo_jax.models.compute import Compute, bind, build
+from srpo_jax.weights import engine
+
+STYLES = train_clip.STYLES
+RECIPE = train_clip.Recipe(
+    "train", 3, 16, 1, 2, 16, steps=4, concepts=3, world_share=0.4, rate=1e-2, blend=0.5,
+    text_width=32, text_layers=1, embedding=8,
+)  # fmt: skip
+CONFIG = train_clip.make_config(RECIPE, 30)
+
+
+@pytest.fixture(scope="module")
+def clip():
+    """(graph definition, parameters) of an untrained network."""
+    return build(lambda rngs: Clip(CONFIG, Compute(), rngs=rngs), 1)
+
+
+def pictures(*shape):
+    """Random uint8 pictures."""
+    return np.random.default_rng(0).integers(0, 256, (*shape, SIZE, SIZE, 3), np.uint8)
+
+
+def test_degrade():
+    """Pictures stay in [0, 1], change differently from each other, and equally under the same key."""
+    images, worse = jnp.asarray(pictures(32)) / 255, jax.jit(degrade.degrade)
+    once, again, other = (worse(images, jax.random.key(i)) for i in (0, 0, 1))
+    assert once.shape == images.shape and 0 <= float(once.min()) and float(once.max()) <= 1
+    np.testing.assert_array_equal(once, again)
+    assert np.all(np.abs(once - other).mean((1, 2, 3)) > 0)
+    assert float(worse(jnp.ones_like(images), jax.random.key(2)).mean()) > 0.97  # paper stays white
+
+
+def test_choose():
+    """Concepts of a batch differ, the share of favoured ones is kept, and a step's batch is always the same."""
+    known, favoured = np.arange(10, 30), np.array([12, 15, 18])
+    recipe = dataclasses.replace(RECIPE, concepts=6, world_share=0.5)
+    batches = [train_clip.choose(recipe, step, known, favoured) for step in range(20)]
+    for step, batch in enumerate(batches):
+        assert len(set(batch)) == 6 and set(favoured) <= set(batch) <= set(known)
+        np.testing.assert_array_equal(batch, train_clip.choose(recipe, step, known, favoured))
+    assert len({tuple(batch) for batch in batches}) > 15
+
+
+def test_contrastive_loss():
+    """Without knowledge the loss is the logarithms of counts; with perfect knowledge nearly nothing is left."""
+    concepts, count = 4, 4 * STYLES
+    shares = jnp.broadcast_to(jnp.eye(STYLES), (concepts, STYLES, STYLES))
+    none = train_clip.contrastive_loss(jnp.zeros((count, count + concepts + STYLES)), shares)
+    expected = 2 * np.log(count) + 0.5 * (np.log(concepts) + np.log(count) + np.log(STYLES))
+    np.testing.assert_allclose(none, expected, rtol=1e-3)
+    perfect = np.concatenate(
+        [np.eye(count), np.repeat(np.eye(concepts), STYLES, 0), np.tile(np.eye(STYLES), (concepts, 1))], axis=1
+    )
+    # A bare caption has a picture in every style, between which nothing can decide.
+    np.testing.assert_allclose(train_clip.contrastive_loss(50 * perfect, shares), 0.5 * np.log(STYLES), rtol=1e-2)
+
+
+def test_cross_entropy_of_blends():
+    """A blend's best answer are its shares, whatever the targets' sum; the loss is then their entropy."""
+    targets = np.array([[1.0, 3.0, 0.0]])
+    shares = np.array([0.25, 0.75])
+    best = np.array([[*np.log(shares), -100.0]])
+    entropy = -np.sum(shares * np.log(shares))
+    np.testing.assert_allclose(train_clip.cross_entropy(best, targets), entropy, rtol=1e-5)
+    for other in (best + np.array([0.5, 0, 0]), best - np.array([0.5, 0, 0])):
+        assert train_clip.cross_entropy(other, targets) > entropy + 0.01
+
+
+def test_see_places(clip):
+    """Places differ from the start, and a white patch weighs little beside a drawn one."""
+    _, params = clip
+    vision = train_clip.see_places(params)["vision"]
+    places = np.asarray(vision["position_embedding"][1:])
+    distances = np.linalg.norm(places[:, None] - places[None], axis=-1)
+    assert distances[~np.eye(len(places), dtype=bool)].min() > 0.1
+    patches = rewards.preprocess(jnp.asarray(pictures(1)) / 255, SIZE)[0, :16, :16], jnp.ones((16, 16, 3))
+    drawn, white = (np.linalg.norm(jnp.einsum("abc,abcd", x, vision["patch_embedding"]["kernel"])) for x in patches)
+    assert white < 1e-3 * drawn
+
+
+def test_resuming_changes_nothing(tmp_path, monkeypatch):
+    """A run that is broken off goes on from its checkpoint to the same parameters, bit for bit."""
+    images, rng = pictures(5, STYLES), np.random.default_rng(1)
+    ids = rng.integers(0, 28, (6, STYLES + 1, train_clip.LENGTH)).astype(np.int32)
+    ids[..., -1] = 29
+
+    def fit(workdir):
+        return train_clip.fit(RECIPE, CONFIG, images, ids, np.arange(5), np.arange(3), workdir, save_every=2)[1]
+
+    whole = fit(tmp_path / "whole")
+    choose = train_clip.choose
+
+    def broken(recipe, step, *args):
+        if step == 3:
+            raise KeyboardInterrupt
+        return choose(recipe, step, *args)
+
+    monkeypatch.setattr(train_clip, "choose", broken)
+    with pytest.raises(KeyboardInterrupt):
+        fit(tmp_path / "broken")
+    monkeypatch.setattr(train_clip, "choose", choose)
+    resumed = fit(tmp_path / "broken")
+    for name, leaf in engine.flatten(whole).items():
+        np.testing.assert_array_equal(engine.flatten(resumed)[name], leaf, err_msg=name)
+
+
+def test_export_loads_in_transformers(clip, tmp_path):
+    """The exported folder is a CLIPModel with our features."""
+    graphdef, params = clip
+    train_clip.export(CONFIG, params, tmp_path)
+    theirs = transformers.CLIPModel.from_pretrained(tmp_path, dtype=torch.float32).eval()
+    rounded = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16).astype(jnp.float32), params)
+    model = bind(graphdef, rounded)
+    pixels = rewards.preprocess(jnp.asarray(pictures(2)) / 255, SIZE)
+    ids = np.array([[28, 3, 4, *[29] * 13], [28, 5, *[29] * 14]])
+    with torch.no_grad():
+        image = theirs.get_image_features(pixel_values=torch.tensor(np.moveaxis(np.asarray(pixels), -1, 1).copy()))
+        texts = theirs.get_text_features(input_ids=torch.tensor(ids))
+    assert parity.relative_error(jax.jit(model.encode_image)(pixels), image.pooler_output) < 1e-5
+    assert parity.relative_error(jax.jit(model.encode_text)(ids), texts.pooler_output) < 1e-5
