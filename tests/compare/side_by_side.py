@@ -3,8 +3,8 @@ r"""Times an update beside the same update in PyTorch eager, on the CPU, in floa
     python tests/compare/side_by_side.py [--compile] [--device-batch=8] [--runs=5] [--json=FILE] [--config.KEY=VALUE]
 
 The sizes are those of `python -m srpo_jax.benchmark --preset=small`. PyTorch runs diffusers' transformer and
-autoencoder and transformers' CLIP (tests/compare/torch_baseline.py). First both compute the same losses and gradients; then
-each part is timed, a call of ours and one of theirs in turn, and the ratio is the median of the pairs'. --compile adds
+autoencoder and transformers' CLIP (torch_baseline.py). First both compute the same losses and gradients; then each part
+is timed, a call of ours and one of theirs in turn, and the ratio is the median of the pairs'. --compile adds
 torch.compile, which needs a C++ compiler. Threads are the cores that the process may use.
 """
 
