@@ -34,13 +34,12 @@ from absl import logging
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from srpo_jax import conditions, distributed, errors, latents, program, sharding
-from srpo_jax.algorithm.settings import LATENT_CHANNELS, LATENT_FACTOR
+from srpo_jax import architectures, conditions, distributed, errors, latents, sharding
 from srpo_jax.config import DTYPES
 from srpo_jax.data import filters, images, sources, stored
 from srpo_jax.data.images import Images
 from srpo_jax.errors import UserError
-from srpo_jax.generate import MAX_TEXT
+from srpo_jax.families.base import AUTOENCODER
 from srpo_jax.models.compute import Compute
 from srpo_jax.weights import fingerprint
 from srpo_jax.weights.files import Spec
@@ -58,7 +57,7 @@ def encode_prompts(
     texts: Sequence[str],
     out: str | os.PathLike,
     *,
-    text_length: int = MAX_TEXT,
+    text_length: int | None = None,
     dtype: str = "bfloat16",
     mesh: Mesh,
     batch_size: int | None = None,
@@ -72,7 +71,7 @@ def encode_prompts(
       model: pipeline folder in our format.
       texts: at least one; the captions, if there are ``pictures``.
       out: folder of the data set.
-      text_length: T5 tokens of a prompt, padding included.
+      text_length: tokens of a prompt, padding included; default is the family's.
       dtype: of the encoders and the features.
       mesh: of all processes' devices.
       batch_size: prompts at once on all devices, rounded up; default is ``BATCH`` for each part of the mesh.
@@ -87,17 +86,16 @@ def encode_prompts(
     since it was examined.
     """
     model, kind = pathlib.Path(model), jnp.dtype(dtype)
-    transformer = program.read_config(model / program.TRANSFORMER, "flux")
-    arrays = {
-        "text": Spec((text_length, transformer.joint_attention_dim), kind),
-        "pooled": Spec((transformer.pooled_projection_dim,), kind),
-    }
-    encoders, digest = fingerprint.of_text_encoders(model), stored.digest(texts)
+    family, sizes = architectures.read_pipeline(model)
+    length = text_length or family.text_length
+    arrays = {name: Spec(shape, kind) for name, shape in family.condition(sizes.transformer, length).items()}
+    encoders = fingerprint.of_parts(model, family.text_folders, family.tokenizers)
+    digest = stored.digest(texts)
     if pictures:
-        latents.read_config(model)
-        sides = pictures.height // LATENT_FACTOR, pictures.width // LATENT_FACTOR
-        arrays[stored.LATENTS] = Spec((*sides, LATENT_CHANNELS), np.dtype(np.float32))
-        encoders[program.AUTOENCODER] = fingerprint.of_network(model / program.AUTOENCODER)
+        family.check_size(pictures.height, pictures.width, ("--height", "--width"))
+        shape = family.latent_shape(pictures.height, pictures.width)
+        arrays[stored.LATENTS] = Spec(shape, np.dtype(np.float32))
+        encoders[AUTOENCODER] = fingerprint.of_network(model / AUTOENCODER)
         digest = stored.digest([digest, pictures.digest])
     manifest = stored.Manifest(
         count=len(texts),
@@ -111,16 +109,15 @@ def encode_prompts(
     manifest = stored.plan(out, manifest)
     parts = sharding.batch_parts(mesh)
     batch_size = -(-(batch_size or BATCH * parts) // parts) * parts
-    work = Work(out, manifest, mesh, batch_size)
+    work = MissingShards(out, manifest, mesh, batch_size)
     if work.shards:
         compute = Compute(dtype=kind, param_dtype=kind, constrain=sharding.constraint(mesh))
-        encode_texts = conditions.TextEncoders(model, compute, mesh, transformer, text_length)
+        encode_texts = conditions.PromptEncoder(model, family, sizes.transformer, compute, mesh, length)
         if pictures:
-            encode_pictures, load = latents.Encoder(model, mesh), images.Loader(pictures)
+            encode_pictures, load = latents.LatentEncoder(model, family, mesh), images.Loader(pictures)
 
         def encode(places: Sequence[int]) -> dict[str, jax.Array]:
-            text, pooled = encode_texts([texts[place] for place in places], batch_size)
-            features = {"text": text, "pooled": pooled}
+            features = encode_texts([texts[place] for place in places], batch_size)
             return features | {stored.LATENTS: encode_pictures(load(places), batch_size)} if pictures else features
 
         work.begin(texts)
@@ -129,7 +126,7 @@ def encode_prompts(
     return manifest
 
 
-class Work:
+class MissingShards:
     """The shards of a data set that are missing, divided among the processes of a job, which compute in step.
 
     Args:
@@ -238,7 +235,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--column", help="of the prompts or captions (default: prompt, caption or text)")
     parser.add_argument("--out", required=True, help="folder of the data set")
     parser.add_argument(
-        "--text-length", type=int, default=MAX_TEXT, help=f"config.data.text_length (default: {MAX_TEXT})"
+        "--text-length", type=int, help="config.data.text_length (default: the family's: 512 of FLUX.1)"
     )
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="config.model.dtype (default: bfloat16)")
     parser.add_argument("--batch", type=int, help=f"prompts at once (default: {BATCH} a device)")
@@ -265,9 +262,6 @@ def main(arguments: list[str] | None = None) -> None:
     for flag, least in (("text_length", 2), ("batch", 1), ("shard_size", 1), ("min_length", 0), ("sample", 0)):
         if (value := getattr(args, flag)) is not None and value < least:
             raise UserError(f"--{flag.replace('_', '-')}={value}: must be at least {least}")
-    for flag in ("height", "width"):
-        if (value := getattr(args, flag)) is not None and (value <= 0 or value % 16):
-            raise UserError(f"--{flag}={value}: must be a positive multiple of 16")
     chosen = filters.Filter(
         args.min_length, args.max_length, args.include, args.exclude, args.unique, args.sample, args.seed
     )

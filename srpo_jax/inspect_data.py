@@ -20,9 +20,10 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from srpo_jax import errors, latents, program, sampling, text
+from srpo_jax import errors, families, latents, sampling, text
 from srpo_jax.data import stored
 from srpo_jax.errors import UserError
+from srpo_jax.families.base import AUTOENCODER
 from srpo_jax.weights import fingerprint
 
 THUMBNAIL, MARGIN, GAP = 256, 72, 8  # pixels: a picture's longer side at most, room for its caption, between pictures
@@ -56,9 +57,11 @@ def describe(path: str | os.PathLike, model: str | None = None, show: int = 8, s
         yield f"  {name:<16} {spec.dtype} {list(spec.shape)}, {_bytes(spec.nbytes)}"
 
     where = pathlib.Path(model or manifest.model)
-    here = fingerprint.of_text_encoders(where) if model or where.is_dir() else {}
-    if here and program.AUTOENCODER in manifest.encoders:
-        here[program.AUTOENCODER] = fingerprint.of_network(where / program.AUTOENCODER)
+    family, here = families.of_pipeline(where) if model or where.is_dir() else None, {}
+    if family is not None:
+        here = fingerprint.of_parts(where, family.text_folders, family.tokenizers)
+        if AUTOENCODER in manifest.encoders:
+            here[AUTOENCODER] = fingerprint.of_network(where / AUTOENCODER)
     yield f"encoded by {manifest.model}" + (f", compared with {where}" if here else "")
     for part, found in manifest.encoders.items():
         same = "" if part not in here else "  the same" if here[part] == found else f"  OTHER: {here[part]}"
@@ -66,15 +69,15 @@ def describe(path: str | os.PathLike, model: str | None = None, show: int = 8, s
 
     yield f"{'lengths':<18} {'least':>6} {'median':>6} {'95 %':>6} {'most':>6}"
     yield _row("characters", [len(prompt) for prompt in texts])
-    if here:
-        for part, name, limit in (
-            ("tokenizer_2", "T5 tokens", manifest.arrays["text"].shape[0]),
-            ("tokenizer", "CLIP tokens", None),
-        ):
+    if family is not None:
+        for part, (label, array) in family.tokenizers.items():
             tokenizer = text.load_tokenizer(where / part)
             counts = [len(ids) for ids in tokenizer(texts)["input_ids"]]
-            limit = limit or tokenizer.model_max_length
-            yield _row(name, counts) + f"   {sum(count > limit for count in counts)} are longer than {limit}: cut"
+            limit = tokenizer.model_max_length if array is None else manifest.arrays[array].shape[0]
+            yield (
+                _row(f"{label} tokens", counts)
+                + f"   {sum(count > limit for count in counts)} are longer than {limit}: cut"
+            )
     else:
         yield f"  tokens: {where} is not there; name the pipeline's folder with --model"
     yield f"{len(texts) - len(set(texts))} prompts are repeated"
@@ -102,7 +105,7 @@ def contact_sheet(path: str | os.PathLike, model: str | None, show: int, seed: i
     """Pictures of a data set, decoded from their latents, with their captions below; and their latents' spread.
 
     Takes the arguments of ``describe`` and shows the same examples. The mean and the deviation are of all numbers of
-    these latents; FLUX.1's are made to be near 0 and 1.
+    these latents, which are scaled to be near 0 and 1.
 
     Raises UserError if the folder is not a complete data set of pictures, or the pipeline that decodes is not there.
     """

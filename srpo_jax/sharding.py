@@ -1,4 +1,8 @@
-"""Where arrays live: the mesh, one table of rules for the parameters of every network, and constraints on activations.
+"""Where arrays live: the mesh, the parameters of every network by its own rules, and constraints on activations.
+
+Every network's class has a table ``RULES``: (pattern, axes) on the dotted path of a parameter. Repeated blocks have a
+leading layer axis, which stays whole: the scan over layers reads one slice at a time. Within a pair of layers the first
+is split by columns and the second by rows, so that only the second one's result crosses "tensor".
 
 Axes of the mesh:
   data    splits the batch.
@@ -21,52 +25,10 @@ from jax.sharding import PartitionSpec as P
 from srpo_jax.errors import UserError
 from srpo_jax.models.compute import path_name
 from srpo_jax.optim import Optimizer
+from srpo_jax.weights import folder
 
 AXES = ("data", "fsdp", "tensor")
 BATCH = ("data", "fsdp")
-
-# (pattern, axes) on "<network>.<path>"; the first that matches the whole name decides. Networks are named as in
-# weights/folder. Repeated blocks have a leading layer axis, which stays whole: the scan over layers reads one slice at
-# a time. Within a pair of layers the first is split by columns and the second by rows, so that only the second one's
-# result crosses "tensor".
-RULES: tuple[tuple[str, P], ...] = (
-    # The transformer that is trained.
-    (r"flux\.(img_in|txt_in)\.kernel", P(None, "fsdp")),
-    (r"flux\.(time|guidance|vector)_in\.in_layer\.kernel", P(None, "fsdp")),
-    (r"flux\.(time|guidance|vector)_in\.out_layer\.kernel", P("fsdp", None)),
-    (r"flux\.\w+_blocks\.(img_|txt_|)mod\.kernel(\.codes|)", P(None, "fsdp", "tensor")),
-    (r"flux\.\w+_blocks\.(\w+_attn\.|)qkv\.kernel(\.codes|)", P(None, "fsdp", None, "tensor", None)),
-    (r"flux\.\w+_blocks\.(\w+_attn\.|)qkv\.bias", P(None, None, "tensor", None)),
-    (r"flux\.\w+_blocks\.(\w+_mlp\.in_layer|mlp_in)\.kernel(\.codes|)", P(None, "fsdp", "tensor")),
-    (r"flux\.\w+_blocks\.(\w+_mlp\.in_layer|mlp_in)\.bias", P(None, "tensor")),
-    (r"flux\.\w+_blocks\.(\w+_attn\.proj|\w+_mlp\.out_layer|out)\.kernel(\.codes|)", P(None, "tensor", "fsdp")),
-    # Scales of quantised kernels: blocks lie along the inputs, and are fewer.
-    (r"flux\.\w+_blocks\.(\w+_attn\.|)qkv\.kernel\.scales", P(None, None, None, "tensor", None)),
-    (r"flux\.\w+_blocks\.(\w+_attn\.proj|\w+_mlp\.out_layer|out)\.kernel\.scales", P(None, None, "fsdp")),
-    (r"flux\.\w+_blocks\..*kernel\.scales", P(None, None, "tensor")),
-    # Factors of LoRA: A's inputs lie as the kernel's, B's outputs as the kernel's; the rank is too small to be split.
-    (r"flux\.\w+_blocks\.(.*_attn\.proj|.*_mlp\.out_layer|out)\.lora_a", P(None, "tensor")),
-    (r"flux\.\w+_blocks\..*lora_a", P(None, "fsdp")),
-    (r"flux\.\w+_blocks\.(\w+_attn\.|)qkv\.lora_b", P(None, None, None, "tensor", None)),
-    (r"flux\.\w+_blocks\.(.*_attn\.proj|.*_mlp\.out_layer|out)\.lora_b", P(None, None, "fsdp")),
-    (r"flux\.\w+_blocks\..*lora_b", P(None, None, "tensor")),
-    (r"flux\.final_mod\.kernel", P("fsdp", "tensor")),
-    (r"flux\.final_out\.kernel", P("fsdp", None)),
-    (r"flux\..*(bias|scale)", P()),
-    # The autoencoder is small (84 million parameters in FLUX.1).
-    (r"autoencoder\..*", P()),
-    # Rewards (ViT-H-14: a billion parameters) and the text encoders.
-    (r"(clip|clip_text|t5)\..*blocks\.attn\.[qkv]\.kernel", P(None, "fsdp", "tensor")),
-    (r"(clip|clip_text|t5)\..*blocks\.attn\.[qkv]\.bias", P(None, "tensor")),
-    (r"(clip|clip_text|t5)\..*blocks\.mlp\.(in_layer|gate|up)\.kernel", P(None, "fsdp", "tensor")),
-    (r"(clip|clip_text|t5)\..*blocks\.mlp\.(in_layer|gate|up)\.bias", P(None, "tensor")),
-    (r"(clip|clip_text|t5)\..*blocks\.(attn\.proj|mlp\.out_layer|mlp\.down)\.kernel", P(None, "tensor", "fsdp")),
-    (r"(clip|clip_text|t5)\..*token_embedding", P(None, "fsdp")),
-    (r"clip\..*projection\.kernel", P("fsdp", None)),
-    (r"clip\.vision\.patch_embedding\.kernel|t5\.relative_bias\.embedding", P()),
-    (r"(clip|clip_text|t5)\..*(bias|scale|class_embedding|position_embedding)", P()),
-)
-
 
 # --- the mesh ---------------------------------------------------------------------------------------------------------
 
@@ -98,17 +60,13 @@ def make_mesh(sizes: Any, devices: Sequence[jax.Device] | None = None) -> Mesh:
 # --- parameters -------------------------------------------------------------------------------------------------------
 
 
-def matches(pattern: str, name: str) -> bool:
-    """Whether a rule's pattern is for the parameter of this full name."""
-    return re.fullmatch(pattern, name) is not None
-
-
-def spec(name: str) -> P:
-    """The rule for a parameter by its full name, as ``flux.img_in.kernel``. Raises ValueError if there is none."""
-    for pattern, axes in RULES:
-        if matches(pattern, name):
+def spec(network: str, path: str) -> P:
+    """The rule for a parameter of a network by its dotted path, as ``img_in.kernel``: the first of the network's
+    ``RULES`` whose pattern matches the whole path. Raises ValueError if there is none."""
+    for pattern, axes in folder.classes(network)[1].RULES:
+        if re.fullmatch(pattern, path):
             return axes
-    raise ValueError(f"no rule of sharding.RULES matches the parameter {name}")
+    raise ValueError(f"no rule of the {network} network (RULES) matches its parameter {path}")
 
 
 def of(mesh: Mesh, network: str) -> Callable[[str, tuple[int, ...]], NamedSharding]:
@@ -119,7 +77,7 @@ def of(mesh: Mesh, network: str) -> Callable[[str, tuple[int, ...]], NamedShardi
 
     def sharding(path: str, shape: tuple[int, ...]) -> NamedSharding:
         name = f"{network}.{path}"
-        axes = spec(name)
+        axes = spec(network, path)
         if len(axes) > len(shape):
             raise ValueError(f"the rule {axes} for {name} has more axes than its shape {shape}")
         for size, axis in zip(shape, axes, strict=False):

@@ -11,6 +11,7 @@ import dataclasses
 import functools
 import importlib
 import json
+import math
 import os
 import pathlib
 import types
@@ -50,10 +51,15 @@ def classes(network: str) -> tuple[Any, Any]:
     return getattr(module, config), getattr(module, constructor)
 
 
+def constructor(network: str, config: Any, compute: Compute = DEFAULT) -> Callable[[nnx.Rngs], nnx.Module]:
+    """Makes the network, with random parameters, from their generator."""
+    make = classes(network)[1]
+    return lambda rngs: make(config, compute, rngs=rngs)
+
+
 def abstract(network: str, config: Any, compute: Compute = DEFAULT) -> tuple[nnx.GraphDef, Params]:
     """Graph definition and ``ShapeDtypeStruct`` parameters of a network. Uses no memory."""
-    _, constructor = classes(network)
-    return models_compute.abstract(lambda rngs: constructor(config, compute, rngs=rngs))
+    return models_compute.abstract(constructor(network, config, compute))
 
 
 @functools.cache
@@ -61,6 +67,11 @@ def shapes(network: str, config: Any) -> Mapping[str, tuple[int, ...]]:
     """The shape of every parameter of a network, by dotted path."""
     leaves = engine.flatten(abstract(network, config)[1])
     return types.MappingProxyType({name: tuple(leaf.shape) for name, leaf in leaves.items()})
+
+
+def parameters(network: str, config: Any) -> int:
+    """How many numbers a network's parameters are."""
+    return sum(math.prod(shape) for shape in shapes(network, config).values())
 
 
 def is_ours(path: str | os.PathLike) -> bool:
@@ -80,8 +91,11 @@ def make_config(network: str, values: dict[str, Any], where: Any) -> Any:
         raise UserError(f"{where}: {error}") from error
 
 
-def read_config(path: str | os.PathLike) -> tuple[str, Any]:
-    """(network, its config) of a folder in our format. Raises UserError if the folder is not one."""
+def read_config(path: str | os.PathLike, network: str | None = None) -> tuple[str, Any]:
+    """(network, its config) of a folder in our format.
+
+    Raises UserError if the folder is not one, or holds another network than ``network``, if that is given.
+    """
     path = pathlib.Path(path)
     if not path.is_dir():
         raise UserError(f"{path} is not a folder; expected one made by `python -m srpo_jax.convert import`")
@@ -95,7 +109,10 @@ def read_config(path: str | os.PathLike) -> tuple[str, Any]:
         )
     if content.get("network") not in NETWORKS:
         raise UserError(f"{path / CONFIG}: network {content.get('network')!r} is unknown")
-    return content["network"], make_config(content["network"], content.get("config", {}), path / CONFIG)
+    found = content["network"]
+    if network is not None and found != network:
+        raise UserError(f"{path} holds a {found} network; expected {network}")
+    return found, make_config(found, content.get("config", {}), path / CONFIG)
 
 
 def write_config(path: pathlib.Path, network: str, config: Any) -> None:
@@ -144,9 +161,7 @@ def open_weights(path: str | os.PathLike, network: str | None = None) -> tuple[s
     Raises UserError if the folder is not in our format, is not the ``network`` asked for, or its weights do not fit it.
     """
     path = pathlib.Path(path)
-    found, config = read_config(path)
-    if network is not None and found != network:
-        raise UserError(f"{path} holds a {found} network; expected {network}")
+    found, config = read_config(path, network)
     if not (path / WEIGHTS).exists():
         raise UserError(f"{path / WEIGHTS} does not exist; convert the weights again")
     source = SafetensorsFile(path / WEIGHTS)
@@ -169,7 +184,7 @@ def load(
     Args:
       path: the folder.
       network: the expected one; None takes any.
-      compute: execution options; parameters are cast to ``compute.param_dtype``.
+      compute: execution options; parameters are cast to the dtypes that the network gives them under these.
       sharding: called with (dotted path, shape) for where each parameter goes, each device reading its slice only; None
         puts whole arrays on the default device.
 
@@ -180,14 +195,13 @@ def load(
     """
     network, config, source = open_weights(path, network)
     graphdef, like = abstract(network, config, compute)
-    dtype = np.dtype(compute.param_dtype)
 
     def read(key_path: tuple, leaf: jax.ShapeDtypeStruct) -> jax.Array:
         name = models_compute.path_name(key_path)
         if sharding is None:
-            return jnp.array(source.read(name), dtype)
+            return jnp.array(source.read(name), leaf.dtype)
         return jax.make_array_from_callback(
-            leaf.shape, sharding(name, leaf.shape), lambda index: np.asarray(source.read(name)[index], dtype)
+            leaf.shape, sharding(name, leaf.shape), lambda index: np.asarray(source.read(name)[index], leaf.dtype)
         )
 
     return config, graphdef, jax.tree_util.tree_map_with_path(read, like)

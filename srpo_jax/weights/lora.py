@@ -18,8 +18,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from srpo_jax.errors import UserError
-from srpo_jax.models.flux import FluxConfig
-from srpo_jax.models.lora import STACKS, Lora, chosen, factor_shapes, product
+from srpo_jax.models.flux import Flux, FluxConfig
+from srpo_jax.models.lora import Lora, chosen, factor_shapes, product
 from srpo_jax.weights import engine, flux, folder
 from srpo_jax.weights.engine import ParameterSource, Source
 from srpo_jax.weights.files import Spec
@@ -110,7 +110,9 @@ def imported(config: FluxConfig, source: Source, lora: Lora, metadata: Mapping[s
     if any(".lora_down." in name for name in source.specs):
         raise UserError(f"{source.path} has kohya's names; load it with diffusers and save it in its own")
     shapes = folder.shapes("flux", config)
-    stems = set(chosen(lora, [n.removesuffix(KERNEL) for n in shapes if n.startswith(STACKS) and n.endswith(KERNEL)]))
+    stems = set(
+        chosen(lora, [n.removesuffix(KERNEL) for n in shapes if n.startswith(Flux.STACKS) and n.endswith(KERNEL)])
+    )
     noted = _noted_alpha(source, metadata)
     factors: dict[str, np.ndarray] = {}
     used: set[str] = set()
