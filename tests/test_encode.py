@@ -1,8 +1,6 @@
 """Encoding: the text encoders' numbers, going on after a kill, several devices and processes, and the command."""
 
 import json
-import os
-import pathlib
 import shutil
 import signal
 import subprocess
@@ -12,8 +10,7 @@ import types
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import tiny
-from test_distributed import free_port
+from helpers import children, tiny
 
 from srpo_jax import encode, sharding, text
 from srpo_jax.data import stored
@@ -23,7 +20,6 @@ from srpo_jax.weights import fingerprint, folder
 from srpo_jax.weights.files import SafetensorsFile
 
 TEXTS = [*tiny.PROMPTS, *tiny.HELD_OUT]  # ten
-TESTS = pathlib.Path(__file__).parent
 
 
 @pytest.fixture(scope="module")
@@ -91,9 +87,8 @@ test_encode.run(*sys.argv[1:])
 
 
 def test_a_killed_run_goes_on_where_it_stopped(model, whole, tmp_path, monkeypatch):
-    environment = os.environ | {"PYTHONPATH": f"{TESTS}:{TESTS.parent}"}
     words = [sys.executable, "-c", KILLED, model, tmp_path / "data"]
-    child = subprocess.run([*map(str, words)], env=environment, capture_output=True, text=True)
+    child = subprocess.run([*map(str, words)], env=children.environment(), capture_output=True, text=True)
     assert child.returncode == -signal.SIGKILL, child.stderr
     left = sorted(file.name for file in (tmp_path / "data").iterdir())
     assert left == [
@@ -150,22 +145,7 @@ def on_devices(model, out):
 
 
 def test_eight_devices_give_the_numbers_of_one_and_share_t5(model, tmp_path):
-    flags = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
-    words = [
-        sys.executable,
-        "-c",
-        "import sys, test_encode; test_encode.on_devices(*sys.argv[1:])",
-        model,
-        tmp_path / "8",
-    ]
-    child = subprocess.run(
-        [*map(str, words)],
-        env=os.environ | {"PYTHONPATH": f"{TESTS}:{TESTS.parent}", "XLA_FLAGS": flags},
-        capture_output=True,
-        text=True,
-    )
-    assert child.returncode == 0, child.stderr
-    assert json.loads(child.stdout.splitlines()[-1]) == [1 / 4]
+    assert children.call(on_devices, model, tmp_path / "8") == [1 / 4]
     run(model, tmp_path / "1", dtype="float32")
     (prompts, found), (_, expected) = read(tmp_path / "8"), read(tmp_path / "1")
     assert prompts == TEXTS
@@ -185,15 +165,12 @@ def test_two_processes_write_what_is_missing(model, whole, tmp_path):
         (out / file).unlink()
     prompts.write_text(json.dumps(TEXTS))
     words = ["--model", model, "--prompts", prompts, "--out", out, "--text-length", tiny.LENGTH, "--batch", 4]
-    words += ["--coordinator", f"127.0.0.1:{free_port()}", "--process_count", 2, "--process_id"]
+    words += ["--coordinator", f"127.0.0.1:{children.free_port()}", "--process_count", 2, "--process_id"]
     command = [sys.executable, "-m", "srpo_jax.encode", *map(str, words)]
-    environment = os.environ | {"PYTHONPATH": f"{TESTS}:{TESTS.parent}"}
-    children = [
-        subprocess.Popen([*command, str(i)], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        for i in (0, 1)
-    ]
-    output = [child.communicate() for child in children]
-    assert [child.returncode for child in children] == [0, 0], output
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    pair = [subprocess.Popen([*command, str(i)], env=children.environment(), **pipes) for i in (0, 1)]
+    output = [child.communicate() for child in pair]
+    assert [child.returncode for child in pair] == [0, 0], output
     assert f"10 prompts in {out}" in output[0][0] and "10 prompts" not in output[1][0]
     assert "10/10" in output[0][1] and "/10" not in output[1][1]  # one progress bar
     (found, arrays), (_, expected) = read(out), read(whole)

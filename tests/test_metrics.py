@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from tensorboardX.proto import event_pb2
+from helpers.runs import scalars
 
 from srpo_jax import metrics
 
@@ -30,19 +30,6 @@ def test_a_resumed_run_drops_what_came_after_its_checkpoint(tmp_path):
     report.write(3, {"loss": 2.0})
     report.close()
     assert [(r["step"], r["loss"]) for r in metrics.read(tmp_path)] == [(1, 1.0), (2, 1.0), (3, 2.0)]
-
-
-def scalars(folder):
-    """{(tag, step): value} of the event files of a folder: records of length (8 bytes), crc (4), data, crc (4)."""
-    found = {}
-    for file in sorted(folder.iterdir()):
-        data = file.read_bytes()
-        while data:
-            size = int.from_bytes(data[:8], "little")
-            event = event_pb2.Event.FromString(data[12 : 12 + size])
-            found |= {(value.tag, event.step): value.simple_value for value in event.summary.value}
-            data = data[16 + size :]
-    return found
 
 
 def test_tensorboard(tmp_path):

@@ -6,15 +6,13 @@ import json
 import os
 import pathlib
 import re
-import subprocess
-import sys
 import threading
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import tiny
+from helpers import children, tiny
 from jax.sharding import AbstractMesh
 from jax.sharding import PartitionSpec as P
 
@@ -156,20 +154,6 @@ def test_the_optimizer_of_full_size(weights, moments, each):
 MESHES = {"one": (1, 1, 1), "fsdp": (1, 8, 1), "all": (2, 2, 2)}
 
 
-def run(command, *words):
-    """A function of this file in a process with eight virtual devices."""
-    tests = pathlib.Path(__file__).parent
-    flags = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
-    child = subprocess.run(
-        [sys.executable, "-c", f"import sys, test_sharding; test_sharding.{command}(*sys.argv[1:])", *map(str, words)],
-        env=os.environ | {"PYTHONPATH": f"{tests}:{tests.parent}", "XLA_FLAGS": flags},
-        capture_output=True,
-        text=True,
-    )
-    assert child.returncode == 0, child.stderr
-    return json.loads(child.stdout.splitlines()[-1])
-
-
 def update_on_every_mesh(models, out):
     """Child: one update on every mesh from the same weights and prompts; the states are saved."""
     report = {}
@@ -266,7 +250,7 @@ def models(tmp_path_factory):
 def updated(models, tmp_path_factory):
     """(metrics by mesh, folder with a workdir by mesh) after one update."""
     out = tmp_path_factory.mktemp("meshes")
-    return run("update_on_every_mesh", models, out), out
+    return children.call(update_on_every_mesh, models, out), out
 
 
 @pytest.mark.parametrize("name", list(MESHES)[1:])
@@ -294,7 +278,7 @@ def moment(workdir):
 
 def test_factors_beside_quantised_weights_on_eight_devices(models):
     """Both start bit for bit the same, and move alike."""
-    report = run("lora_on_every_mesh", models)
+    report = children.call(lora_on_every_mesh, models)
     assert report["same"]
     assert report["losses"][:2] == pytest.approx(report["losses"][2:], rel=1e-5)
     assert len(report["distances"]) == 22
@@ -335,7 +319,7 @@ def gather_for_rollouts(models):
 
 
 def test_weights_gathered_once_for_a_rollout(models):
-    found = run("gather_for_rollouts", models)
+    found = children.call(gather_for_rollouts, models)
     each_step, once, eight_bits, eight_bits_once, base, base_once = found
     # Kernels of the blocks travel, those of modulations do not.
     width = tiny.FLUX.width
@@ -394,7 +378,7 @@ def test_loading_takes_the_memory_of_the_shards(tmp_path):
     params = folder.abstract("flux", config)[1]
     params = jax.tree.map(lambda leaf: np.broadcast_to(rng.normal(size=leaf.shape[-1]), leaf.shape), params)
     folder.save(tmp_path, "flux", config, params, np.float32)
-    found = run("load_onto_eight", tmp_path)
+    found = children.call(load_onto_eight, tmp_path)
     print(found)
     assert found["bytes"] == sum(leaf.size * 4 for leaf in jax.tree.leaves(params))
     assert found["part"] < 1.05 * found["bytes"] / 8
@@ -402,7 +386,7 @@ def test_loading_takes_the_memory_of_the_shards(tmp_path):
 
 
 def test_checkpoints_move_between_meshes(models, updated):
-    assert run("move_between_meshes", models, updated[1]) == []
+    assert children.call(move_between_meshes, models, updated[1]) == []
 
 
 def test_a_batch_that_the_mesh_does_not_divide(models):

@@ -6,10 +6,9 @@ import jax
 import numpy as np
 import pytest
 from helpers import bucket, tiny
+from helpers.runs import numbers, scalars
+from helpers.states import abstract, make_state
 from PIL import Image
-from test_checkpoint import abstract, make_state
-from test_metrics import scalars
-from test_train import numbers
 
 from srpo_jax import checkpoint, config, generate, metrics, storage, train
 from srpo_jax.errors import UserError

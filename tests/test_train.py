@@ -2,8 +2,6 @@
 
 import dataclasses
 import json
-import os
-import pathlib
 import shutil
 import signal
 import subprocess
@@ -12,7 +10,8 @@ import sys
 import jax
 import numpy as np
 import pytest
-from helpers import tiny
+from helpers import children, tiny
+from helpers.runs import arrays, assert_same, numbers
 from ml_collections import ConfigDict
 from PIL import Image
 
@@ -40,31 +39,6 @@ def whole(recipe, tmp_path_factory):
     workdir = tmp_path_factory.mktemp("whole") / "run"
     assert train.train(recipe(steps=4, optim__ema_decay=0.5, sample__every=2), workdir) is None
     return workdir
-
-
-def arrays(workdir, step):
-    """Every array of a checkpoint by item and path, and its JSON part."""
-    folder = workdir / "checkpoints" / str(step)
-    found = {}
-    for item in [item for item in checkpoint.ARRAYS if (folder / item).exists()]:
-        found |= {item + path: array for path, array in tiny.read_arrays(folder / item).items()}
-    return found, json.loads((folder / "run" / "metadata").read_text())
-
-
-def same(first, second, configs=True):
-    """Asserts that two checkpoints are equal bit for bit, and their configurations too unless told otherwise."""
-    (mine, run), (other, other_run) = first, second
-    if not configs:
-        run, other_run = ({key: value for key, value in r.items() if key != "config"} for r in (run, other_run))
-    assert mine.keys() == other.keys() and run == other_run
-    different = [name for name in mine if mine[name].tobytes() != other[name].tobytes()]
-    assert not different
-
-
-def numbers(workdir):
-    """The metrics of a run without its clock."""
-    clock = {"step_seconds", "images_per_second", "data_seconds"}
-    return [{name: value for name, value in record.items() if name not in clock} for record in metrics.read(workdir)]
 
 
 # --- what a run leaves ------------------------------------------------------------------------------------------------
@@ -115,7 +89,7 @@ def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(whole, recipe, t
     assert checkpoint.steps(workdir) == [2, 4]
     expected, run = arrays(whole, 4)
     found, other_run = arrays(workdir, 4)
-    same((expected, run), (found, other_run))
+    assert_same((expected, run), (found, other_run))
     assert numbers(workdir) == numbers(whole)
     for name in ("000002.png", "000004.png"):
         assert (workdir / "samples" / name).read_bytes() == (whole / "samples" / name).read_bytes()
@@ -129,7 +103,7 @@ def test_a_run_resumed_between_the_updates_of_a_rollout(recipe, tmp_path):
     for later in (2, 3):
         shutil.rmtree(tmp_path / "resumed" / "checkpoints" / f"{later}")
     train.train(config, tmp_path / "resumed")
-    same(arrays(tmp_path / "whole", 3), arrays(tmp_path / "resumed", 3))
+    assert_same(arrays(tmp_path / "whole", 3), arrays(tmp_path / "resumed", 3))
     assert numbers(tmp_path / "whole") == numbers(tmp_path / "resumed")
     first, second, third = (arrays(tmp_path / "resumed", step)[0] for step in (1, 2, 3))
     for name in [name for name in first if name.startswith("rollout")]:
@@ -149,7 +123,7 @@ def test_a_run_in_few_bits_goes_on_bit_for_bit(recipe, tmp_path):
     for later in (2, 3):
         shutil.rmtree(tmp_path / "resumed" / "checkpoints" / f"{later}")
     train.train(config, tmp_path / "resumed")
-    same(arrays(tmp_path / "whole", 3), arrays(tmp_path / "resumed", 3))
+    assert_same(arrays(tmp_path / "whole", 3), arrays(tmp_path / "resumed", 3))
     assert numbers(tmp_path / "whole") == numbers(tmp_path / "resumed")
     first, third = (arrays(tmp_path / "whole", step)[0] for step in (1, 3))
     dtypes = {kind: {str(a.dtype) for name, a in first.items() if name.startswith(kind)} for kind in ("params", "ema")}
@@ -166,7 +140,7 @@ def test_moments_in_the_hosts_memory_are_the_same(whole, recipe, tmp_path, monke
     kinds = program.build(offloaded, sharding.make_mesh(offloaded.mesh), program.read_architecture(offloaded)).state
     assert {leaf.sharding.memory_kind for leaf in jax.tree.leaves(kinds.opt_state.mean)} == {"pinned_host"}
     train.train(offloaded, tmp_path / "run")
-    same(arrays(whole, 4), arrays(tmp_path / "run", 4), configs=False)
+    assert_same(arrays(whole, 4), arrays(tmp_path / "run", 4), configs=False)
 
 
 def test_a_finished_run_has_nothing_to_do(whole, recipe, capsys):
@@ -207,10 +181,9 @@ sys.exit(errors.run(main.main))
 def test_a_terminated_run_saves_and_goes_on(whole, recipe, models, tmp_path):
     workdir = tmp_path / "run"
     changes = dict(steps=4, optim__ema_decay=0.5, sample__every=2, compilation_cache=recipe().compilation_cache)
-    tests = pathlib.Path(__file__).parent
     child = subprocess.run(
         [sys.executable, "-c", CHILD, models, workdir, json.dumps(changes)],
-        env=os.environ | {"PYTHONPATH": f"{tests}:{tests.parent}"},
+        env=children.environment(),
         capture_output=True,
         text=True,
     )
@@ -218,7 +191,7 @@ def test_a_terminated_run_saves_and_goes_on(whole, recipe, models, tmp_path):
     assert "stopped after update 3" in child.stderr
     assert checkpoint.steps(workdir) == [2, 3]
     train.train(recipe(**changes), workdir)
-    same(arrays(whole, 4), arrays(workdir, 4))
+    assert_same(arrays(whole, 4), arrays(workdir, 4))
     assert numbers(workdir) == numbers(whole)
 
 

@@ -8,8 +8,8 @@ import weakref
 import numpy as np
 import pytest
 from helpers import tiny
-from test_images import write_folder
-from test_train import arrays, numbers, same
+from helpers.photos import write_folder
+from helpers.runs import arrays, assert_same, numbers
 
 from srpo_jax import conditions, encode, program, sharding, train
 from srpo_jax.algorithm import step
@@ -70,7 +70,7 @@ def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(whole, recipe, t
     for description in (run, other):
         for key in ("sample.every", "steps"):
             description["config"].pop(key)
-    same((expected, run), (found, other))
+    assert_same((expected, run), (found, other))
     assert numbers(tmp_path / "run") == numbers(whole)
 
 
@@ -170,7 +170,7 @@ def test_an_offline_run_resumes_bit_for_bit_and_makes_no_rollout(offline, tmp_pa
     train.train(offline(steps=4), tmp_path / "whole")
     train.train(offline(steps=3), tmp_path / "run")
     train.train(offline(steps=4), tmp_path / "run")
-    same(arrays(tmp_path / "whole", 4), arrays(tmp_path / "run", 4))
+    assert_same(arrays(tmp_path / "whole", 4), arrays(tmp_path / "run", 4))
     assert numbers(tmp_path / "run") == numbers(tmp_path / "whole")
     moved = [arrays(tmp_path / "whole", update)[0] for update in (2, 4)]
     assert any(moved[0][name].tobytes() != moved[1][name].tobytes() for name in moved[0])

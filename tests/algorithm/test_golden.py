@@ -13,7 +13,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import test_step
+from helpers.parity import relative_error
+from helpers.updates import rolled_out_gradient
 
 from srpo_jax import convert, text
 from srpo_jax.algorithm import direct_align, flow, methods, rewards, step
@@ -41,12 +42,6 @@ def converted(tmp_path_factory):
     for name, source in FOLDERS.items():
         convert.import_folder(source, target / name)
     return target
-
-
-def relative_error(ours, theirs):
-    ours, theirs = np.asarray(ours, np.float64), np.asarray(theirs, np.float64)
-    assert ours.shape == theirs.shape
-    return np.linalg.norm(ours - theirs) / np.linalg.norm(theirs)
 
 
 def check(ours, arrays, key, bound):
@@ -292,7 +287,7 @@ def check_gradient_digest(grads, arrays, key, total):
 
 def whole_gradient(case):
     """The gradient and the metrics of a case, from its rollout on."""
-    run = test_step.rolled_out_gradient(case.networks, case.settings)
+    run = rolled_out_gradient(case.networks, case.settings)
     return run(case.params, case.frozen, case.batch, case.draws)
 
 

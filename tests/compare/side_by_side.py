@@ -15,15 +15,15 @@ import statistics
 import sys
 import time
 
-os.environ.setdefault("XLA_FLAGS", "")  # the tests' own flags, which importing conftest would set, make slow programs
-import conftest  # noqa: F401  (makes torchvision importable, which diffusers wants)
+sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))  # the helpers
+import helpers.torchvision_operators  # noqa: F401  (diffusers wants torchvision)
 import jax
 import jax.numpy as jnp
 import numpy as np
-import test_step
 import torch
 import torch_baseline
 from absl import flags
+from helpers import updates
 
 from srpo_jax import benchmark, command, errors, program, sharding
 from srpo_jax import config as config_lib
@@ -95,7 +95,7 @@ def clear_of_the_border(built, params, frozen, batch, draws) -> step.Draws:
 def compare(built, architecture, params, frozen, batch, draws, theirs) -> dict[str, float]:
     """The relative differences of the losses and of the whole gradient. Fails if they are not those of rounding."""
     draws = clear_of_the_border(built, params, frozen, batch, draws)
-    gradient = test_step.rolled_out_gradient(built.networks, built.settings)
+    gradient = updates.rolled_out_gradient(built.networks, built.settings)
     ours, metrics = gradient(params, frozen, batch, draws)
     losses = theirs.gradient(torch_baseline.inputs_of(batch, draws))
     table = flux.diffusers_rules(architecture.transformer)

@@ -1,14 +1,11 @@
 """Collectives read from compiled programs: known ones on eight virtual CPU devices, and the dialects of TPU and GPU."""
 
 import json
-import os
-import pathlib
-import subprocess
-import sys
 
 import jax
 import jax.numpy as jnp
 import pytest
+from helpers import children
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
@@ -41,16 +38,7 @@ def compile_known_collectives():
 
 
 def test_known_collectives():
-    tests = pathlib.Path(__file__).parents[1]
-    flags = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
-    child = subprocess.run(
-        [sys.executable, "-c", "import test_hlo; test_hlo.compile_known_collectives()"],
-        env=os.environ | {"PYTHONPATH": f"{tests}:{tests.parent}", "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},
-        capture_output=True,
-        text=True,
-    )
-    assert child.returncode == 0, child.stderr
-    found, unknown = hlo.collectives(json.loads(child.stdout), 8)
+    found, unknown = hlo.collectives(children.call(compile_known_collectives), 8)
     assert not unknown
     table = {(item.kind, item.bytes, item.runs): item for item in found}
     rows, columns = ((0, 1, 2, 3), (4, 5, 6, 7)), ((0, 4), (1, 5), (2, 6), (3, 7))

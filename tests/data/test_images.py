@@ -1,10 +1,7 @@
 """Pictures with captions: where they come from, what is wrong with them, how they are cropped, encoded and shown."""
 
 import dataclasses
-import io
 import json
-import os
-import pathlib
 import re
 import subprocess
 import sys
@@ -13,9 +10,9 @@ import types
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import tiny
+from helpers import children, tiny
+from helpers.photos import content, picture, write_folder
 from PIL import Image
-from test_distributed import free_port
 
 from srpo_jax import encode, inspect_data, latents, sharding
 from srpo_jax.algorithm.settings import LATENT_FACTOR
@@ -25,29 +22,7 @@ from srpo_jax.errors import UserError
 from srpo_jax.models.compute import bind
 from srpo_jax.weights import fingerprint, folder
 
-TESTS = pathlib.Path(__file__).parents[1]
 HEIGHT, WIDTH = 32, 48
-
-
-def picture(seed, width=60, height=40):
-    """A smooth picture, so that a resize does not wash it out."""
-    noise = np.random.default_rng(seed).integers(0, 256, (3, 4, 3), np.uint8)
-    return Image.fromarray(noise).resize((width, height), Image.Resampling.BICUBIC)
-
-
-def content(image, kind="PNG", **options):
-    file = io.BytesIO()
-    image.save(file, kind, **options)
-    return file.getvalue()
-
-
-def write_folder(path, captions=tiny.PROMPTS):
-    """Pictures with sidecar captions; their names sort as the captions stand."""
-    path.mkdir(parents=True)
-    for place, caption in enumerate(captions):
-        picture(place).save(path / f"{place}.png")
-        (path / f"{place}.txt").write_text(caption + "\n")
-    return path
 
 
 @pytest.fixture(scope="module")
@@ -388,17 +363,17 @@ def test_flags_of_pictures_are_not_for_prompts(model, tmp_path):
 
 def test_two_processes_encode_pictures_without_tensorflow(model, photos, whole, tmp_path):
     code = "import sys; from srpo_jax import encode; encode.main(sys.argv[1:]); assert 'tensorflow' not in sys.modules"
-    job = [f"--coordinator=127.0.0.1:{free_port()}", "--process_count=2"]
-    environment = os.environ | {"PYTHONPATH": f"{TESTS}:{TESTS.parent}"}
-    children = [
+    job = [f"--coordinator=127.0.0.1:{children.free_port()}", "--process_count=2"]
+    environment = children.environment()
+    pair = [
         subprocess.Popen(
             [sys.executable, "-c", code, *words(model, photos, tmp_path / "two", *job, f"--process_id={i}")],
             env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         )
         for i in (0, 1)
     ]  # fmt: skip
-    output = [child.communicate() for child in children]
-    assert [child.returncode for child in children] == [0, 0], output
+    output = [child.communicate() for child in pair]
+    assert [child.returncode for child in pair] == [0, 0], output
     assert f"7 pictures in {tmp_path / 'two'}" in output[0][0] and "7 pictures" not in output[1][0]
     for mine, other in zip(read(tmp_path / "two"), read(whole), strict=True):
         assert mine["prompt"] == other["prompt"]

@@ -65,7 +65,7 @@ def hf(request, tmp_path_factory):
         projection_dim=20,
     )  # fmt: skip
     torch.manual_seed(1)
-    model = parity.randomise(transformers.CLIPModel(config), 1)
+    model = parity.perturb(transformers.CLIPModel(config), 1)
     path = tmp_path_factory.mktemp("hf")
     model.save_pretrained(path)
     return model, json.loads((path / "config.json").read_text()), load_file(path / "model.safetensors"), token_ids(end)
@@ -125,7 +125,7 @@ def test_clip_text_model(hf, prefixed, tmp_path):
     """The pooled text of transformers' CLIPTextModel, from the names of transformers 5 and from those on the hub."""
     whole, _, _, ids = hf
     model = transformers.CLIPTextModel(whole.config.text_config)
-    parity.randomise(model, 3).save_pretrained(tmp_path)
+    parity.perturb(model, 3).save_pretrained(tmp_path)
     tensors = load_file(tmp_path / "model.safetensors")
     if prefixed:
         tensors = {f"text_model.{name.removeprefix('text_model.')}": tensor for name, tensor in tensors.items()}
@@ -150,7 +150,7 @@ def test_open_clip(quick, tmp_path):
         "text_cfg": {"context_length": LENGTH, "vocab_size": VOCABULARY, "width": 24, "heads": 3, "layers": 3},
     }
     torch.manual_seed(4)
-    model = parity.randomise(open_clip.CLIP(**sizes), 4)
+    model = parity.perturb(open_clip.CLIP(**sizes), 4)
     save_file(model.state_dict(), tmp_path / "open_clip_model.safetensors")
     config = ClipConfig.from_open_clip({"model_cfg": sizes, "preprocess_cfg": {}})
     table = tables.open_clip_rules(config)

@@ -8,10 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import peft
 import pytest
-import safetensors.numpy
-import test_step
 import torch
-from helpers import references, tiny
+from helpers import references, runs, tiny, updates
+from helpers.factors import EVERYTHING, random_factors, write_file
 from helpers.parity import relative_error
 from PIL import Image
 
@@ -27,21 +26,7 @@ from srpo_jax.weights import engine, folder
 from srpo_jax.weights import flux as tables
 from srpo_jax.weights import lora as weights_lora
 
-EVERYTHING = (".*",)
 DEFAULT = tuple(config_lib.default().lora.targets)
-FLUX_DEV = architectures.FLUX_DEV
-
-
-def random_factors(config: FluxConfig, settings: lora.Lora, seed: int = 0):
-    """Factors of which none is 0."""
-    like = lora.split(lora.abstract(config, Compute(), settings)[1])[0]
-    generator = np.random.default_rng(seed)
-    return jax.tree.map(lambda leaf: 0.2 * generator.normal(size=leaf.shape).astype(np.float32), like)
-
-
-def write_file(path, tensors, **metadata):
-    safetensors.numpy.save_file({name: np.ascontiguousarray(t) for name, t in tensors.items()}, path, metadata)
-    return str(path)
 
 
 def nbytes(tree):
@@ -152,29 +137,31 @@ SETTINGS = lora.Lora(2, 4.0, EVERYTHING)
 
 @pytest.fixture(scope="module")
 def adapted():
-    """``test_step``'s networks, with random factors beside the transformer."""
-    networks, params, frozen = test_step.make_networks(Compute())
-    graphdef, _ = lora.abstract(test_step.FLUX, Compute(), SETTINGS)
-    factors = jax.tree.map(jnp.asarray, random_factors(test_step.FLUX, SETTINGS))
+    """``updates``' networks, with random factors beside the transformer."""
+    networks, params, frozen = updates.make_networks(Compute())
+    graphdef, _ = lora.abstract(updates.FLUX, Compute(), SETTINGS)
+    factors = jax.tree.map(jnp.asarray, random_factors(updates.FLUX, SETTINGS))
     return dataclasses.replace(networks, transformer=graphdef), factors, frozen._replace(base=params)
 
 
-batch = test_step.batch
+@pytest.fixture(scope="module")
+def batch():
+    return updates.make_batch()
 
 
 @pytest.mark.parametrize("method", ["srpo", "direct_align", "refl", "draft_lv"])
 def test_gradients_of_every_method_are_those_of_merged_weights(adapted, batch, method):
     """W' = W + s A B gives the same losses, and its gradient dW' those of the factors: s A' dW' and s dW' B'."""
     networks, factors, frozen = adapted
-    recipe = test_step.settings(method=method, margin=10.0)
-    draws = step.draw(recipe, jax.random.key(0), test_step.BATCH)
-    grads, values = test_step.gradient((networks, factors, frozen), recipe, batch, draws)
+    recipe = updates.settings(method=method, margin=10.0)
+    draws = step.draw(recipe, jax.random.key(0), updates.BATCH)
+    grads, values = updates.gradient((networks, factors, frozen), recipe, batch, draws)
     flat = engine.flatten(jax.device_get(factors))
     source = engine.MemorySource(engine.flatten(jax.device_get(frozen.base)))
     merged = weights_lora.MergedSource(source, flat, SETTINGS)
     params = engine.unflatten({name: merged.read(name) for name in merged.specs}, frozen.base)
-    plain = dataclasses.replace(networks, transformer=test_step.make_networks(Compute())[0].transformer)
-    whole, expected = test_step.gradient((plain, params, frozen._replace(base=None)), recipe, batch, draws)
+    plain = dataclasses.replace(networks, transformer=updates.make_networks(Compute())[0].transformer)
+    whole, expected = updates.gradient((plain, params, frozen._replace(base=None)), recipe, batch, draws)
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-3, atol=1e-5), values, expected)
     whole, found = engine.flatten(whole), engine.flatten(grads)
     assert {name.rpartition(".")[0] for name in found} == {name.rpartition(".")[0] for name in flat}
@@ -191,25 +178,25 @@ def test_gradients_of_every_method_are_those_of_merged_weights(adapted, batch, m
 
 def test_blocks_apart_make_the_same_rollout(adapted, batch):
     networks, factors, frozen = adapted
-    recipes = [test_step.settings(rollout_unroll=unroll) for unroll in (False, True)]
-    test_step.assert_same_rollouts(networks, join(factors, frozen.base), batch, recipes)
+    recipes = [updates.settings(rollout_unroll=unroll) for unroll in (False, True)]
+    updates.assert_same_rollouts(networks, join(factors, frozen.base), batch, recipes)
 
 
 def test_how_a_batch_passes_changes_nothing(adapted, batch):
     networks, factors, frozen = adapted
-    optimizer = test_step.sgd(1.0)
+    optimizer = updates.sgd(1.0)
     states = []
     for changes in ({}, {"accumulation": 4}, {"accumulation": 2, "merge_terms": True, "reuse": 2}):
-        recipe = test_step.settings(ema_decay=0.5, **changes)
-        blank = jnp.zeros((test_step.BATCH, recipe.tokens, 64))
+        recipe = updates.settings(ema_decay=0.5, **changes)
+        blank = jnp.zeros((updates.BATCH, recipe.tokens, 64))
         kept = step.Rollout(blank, blank) if recipe.reuse > 1 else None
         state = TrainState(jnp.int32(0), factors, optimizer.init(factors), factors, kept)
         state, _ = jax.jit(step.make_update(networks, recipe, optimizer))(state, frozen, batch, jax.random.key(0))
         states.append(jax.tree.map(lambda new, old: new - old, state.params, factors))
         average = jax.tree.map(lambda new, old: 0.5 * (new + old), state.params, factors)
-        assert test_step.distance(state.ema, average) < 1e-6
+        assert updates.distance(state.ema, average) < 1e-6
     for moved in states[1:]:
-        assert test_step.distance(moved, states[0]) < 1e-4
+        assert updates.distance(moved, states[0]) < 1e-4
 
 
 # --- training ---------------------------------------------------------------------------------------------------------
@@ -235,16 +222,8 @@ def whole(recipe, tmp_path_factory):
     return workdir
 
 
-def arrays(workdir):
-    return {
-        f"{item}{name}": leaf
-        for item in ("params", "opt_state", "ema")
-        for name, leaf in tiny.read_arrays(workdir / "checkpoints" / "4" / item).items()
-    }
-
-
 def test_a_checkpoint_holds_factors_alone(whole):
-    stored = arrays(whole)
+    stored = runs.arrays(whole, 4)[0]
     assert len(stored) == 4 * 2 * 11 + 1  # weights, two moments and average of both factors of 11 layers; a counter
     assert all("lora_" in name or leaf.ndim == 0 for name, leaf in stored.items())
     assert all(leaf.any() for leaf in stored.values())
@@ -259,7 +238,7 @@ def test_sample_grids_show_the_factors_at_work(whole):
 def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(whole, recipe, tmp_path):
     train.train(recipe(steps=2), tmp_path / "run")
     train.train(recipe(steps=4), tmp_path / "run")
-    expected, found = arrays(whole), arrays(tmp_path / "run")
+    expected, found = runs.arrays(whole, 4)[0], runs.arrays(tmp_path / "run", 4)[0]
     assert expected.keys() == found.keys()
     assert not [name for name in expected if expected[name].tobytes() != found[name].tobytes()]
     numbers = [[record["loss"] for record in metrics.read(path)] for path in (whole, tmp_path / "run")]

@@ -13,10 +13,10 @@ import safetensors.numpy
 import torch
 from diffusers.loaders.lora_conversion_utils import _convert_kohya_flux_lora_to_diffusers
 from helpers import references, tiny
+from helpers.factors import EVERYTHING, random_factors, write_file
 from PIL import Image
-from test_lora import EVERYTHING, FLUX_DEV, random_factors, write_file
 
-from srpo_jax import checkpoint, convert, generate
+from srpo_jax import architectures, checkpoint, convert, generate
 from srpo_jax import config as config_lib
 from srpo_jax.algorithm.step import TrainState
 from srpo_jax.errors import UserError
@@ -138,7 +138,7 @@ def test_the_file_for_comfyui_adds_what_was_trained(pipelines, run, tmp_path):
 @pytest.mark.parametrize("targets", [("single_blocks.*",), ("single_blocks.qkv",), (r"single_blocks\.mlp_in",)])
 def test_fused_layers_of_full_width_are_what_diffusers_takes_apart(targets):
     """Its conversion knows FLUX.1's widths alone."""
-    config = dataclasses.replace(FLUX_DEV, num_layers=0, num_single_layers=1)
+    config = dataclasses.replace(architectures.FLUX_DEV, num_layers=0, num_single_layers=1)
     settings = lora.Lora(2, 6.0, targets)
     factors = {}
     for name, shape in folder.shapes("flux", config).items():

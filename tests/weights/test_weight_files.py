@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import safetensors.numpy
 from helpers.bits import BF16, random, same
-from test_engine import toy_tensors
 
 from srpo_jax.errors import UserError
 from srpo_jax.weights import files, sources
@@ -122,6 +121,10 @@ def test_noise_under_torchs_suffix(tmp_path):
 # --- others' files ---
 
 
+def some_tensors(dtype=np.float32):
+    return {name: random(shape, dtype) for name, shape in {"a": (7, 5), "b.0": (4,), "b.1": (4,)}.items()}
+
+
 def write_shards(place, tensors, stem="model"):
     names = list(tensors)
     parts = {f"{stem}-1.safetensors": names[::2], f"{stem}-2.safetensors": names[1::2]}
@@ -133,7 +136,7 @@ def write_shards(place, tensors, stem="model"):
 
 
 def test_sharded_source(tmp_path):
-    tensors = toy_tensors(BF16)
+    tensors = some_tensors(BF16)
     write_shards(tmp_path, tensors)
     for path in (tmp_path, tmp_path / "model.safetensors.index.json"):
         source = sources.open_source(path)
@@ -142,7 +145,7 @@ def test_sharded_source(tmp_path):
 
 
 def test_sharded_source_that_disagrees_with_its_index(tmp_path):
-    index = write_shards(tmp_path, toy_tensors())
+    index = write_shards(tmp_path, some_tensors())
     path = tmp_path / "model.safetensors.index.json"
     path.write_text(json.dumps({"weight_map": index["weight_map"] | {"ghost": "model-1.safetensors"}}))
     with pytest.raises(UserError, match="1 tensors are not in their files, as ghost"):
