@@ -45,7 +45,7 @@ def train(config: ConfigDict, workdir: str | os.PathLike) -> int | None:
         return None
     architecture = program.read_architecture(config)
     source = loading.open_source(config, architecture.transformer)
-    held_out = sources.read(config.sample.prompts)[: config.sample.count] if config.sample.every else []
+    held_out = sources.read(config.sample.prompts, config.sample.column) if config.sample.every else []
     if config.compilation_cache:
         jax.config.update("jax_compilation_cache_dir", os.path.expanduser(config.compilation_cache))
 
@@ -54,7 +54,7 @@ def train(config: ConfigDict, workdir: str | os.PathLike) -> int | None:
     built = program.build(config, mesh, architecture)
     online = config.data.encode == "online"
     encode = conditions.text_encoders(config, built, architecture) if online or held_out else None
-    samples = SampleGrid(config, built, encode, held_out, workdir) if held_out else None
+    samples = SampleGrid(config, built, encode, held_out[: config.sample.count], workdir) if held_out else None
     conditioner = conditions.Conditioner(config, built, architecture, encode if online else None)
     del encode  # with stored features, T5 makes room here for what is trained
     state = program.initial_state(config, built) if newest is None else None

@@ -185,7 +185,7 @@ def test_two_processes_write_what_is_missing(model, whole, tmp_path):
         (out / file).unlink()
     prompts.write_text(json.dumps(TEXTS))
     words = ["--model", model, "--prompts", prompts, "--out", out, "--text-length", tiny.LENGTH, "--batch", 4]
-    words += ["--coordinator", f"127.0.0.1:{free_port()}", "--process_count", 2, "--process_id"]
+    words += ["--coordinator", f"127.0.0.1:{free_port()}", "--process-count", 2, "--process-id"]
     command = [sys.executable, "-m", "srpo_jax.encode", *map(str, words)]
     environment = os.environ | {"PYTHONPATH": f"{TESTS}:{TESTS.parent}"}
     children = [
@@ -294,7 +294,7 @@ def test_an_interrupted_command_says_what_goes_on(model, tmp_path, monkeypatch):
         (["--model", "nothing"], "nothing/transformer is not a folder"),
         (["--min-length", "9"], "no prompt is left"),
         (["--fsdp", "3"], "needs 3 devices"),
-        (["--coordinator", "host:1"], "--process_id, --process_count is missing"),
+        (["--coordinator", "host:1"], "--process-id, --process-count is missing"),
     ],
 )
 def test_bad_flags_leave_no_folder(model, tmp_path, words, message):

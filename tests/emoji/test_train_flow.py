@@ -110,7 +110,7 @@ def test_a_whole_run_resumes_and_exports_a_pipeline(tmp_path, monkeypatch, capsy
     _, params = build(lambda rngs: Autoencoder(config, Compute(), rngs=rngs))
     folder.save(tmp_path / "vae", "autoencoder", config, params)
     monkeypatch.setattr(train_flow, "SHOWN", train_flow.SHOWN[:1])
-    flags = [f"--workdir={tmp_path / 'run'}", f"--vae={tmp_path / 'vae'}", "--batch=2", "--distil_steps=1"]
+    flags = [f"--workdir={tmp_path / 'run'}", f"--vae={tmp_path / 'vae'}", "--batch=2", "--distil-steps=1"]
     run = functools.partial(monkeypatch.setattr, sys, "argv")
     run(["train_flow", *flags, "--steps=2"])
     train_flow.main()
