@@ -370,7 +370,8 @@ def check_key(key: str) -> None:
 def _check_keys(config: ConfigDict) -> None:
     known, given = dict(_leaves(default())), dict(_leaves(config))
     for key in given:
-        check_key(key)
+        if key not in known:
+            check_key(key)
     for key in known:
         if key not in given:
             raise UserError(f"config.{key} is missing; start the config from srpo_jax.config.default()")
@@ -396,7 +397,7 @@ def _check_kinds(config: ConfigDict) -> None:
 def _check_paths(flat: dict[str, Any]) -> None:
     """All files and folders that a run reads are named."""
     needed = ["model.path", "data.prompts" if flat["data.encode"] == "online" else "data.path"]
-    needed += [f"reward.paths.{name}" for name in REWARDS if flat[f"reward.weights.{name}"]]
+    needed += [f"reward.paths.{name}" for name in REWARDS if flat[f"reward.weights.{name}"] > 0]
     needed += ["sample.prompts"] if flat["sample.every"] else []
     if missing := [key for key in needed if not flat[key]]:
         held_out = "; config.sample.every=0 needs no sample.prompts" if "sample.prompts" in missing else ""
