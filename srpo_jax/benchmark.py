@@ -4,25 +4,21 @@ r"""Times an update and each of its parts, with random weights, and says how far
     python -m srpo_jax.benchmark --preset=wide --config.model.attention=cudnn
     python -m srpo_jax.benchmark --config=configs/flux_dev_hps.py --device-batch=1 --json=speed.json
 
-  --preset         sizes and recipe, where there is no --config:
-                     small  a 5-million-parameter FLUX on 64x64 pictures, float32: any machine
-                     wide   FLUX.1-dev's widths, 4 + 8 of its 19 + 38 blocks, the released recipe: one 80 GB GPU
-                     full   FLUX.1-dev, the released recipe
-  --config         recipe; the sizes are those of the folders that it names, or FLUX.1-dev's published ones.
-                   --config.KEY=VALUE overrides a key of the recipe or the preset
-  --depth          DOUBLE,SINGLE blocks of the transformer instead of all
-  --device-batch   samples that a device takes at a time; the batch is that many on every device (default: 1)
-  --parts          which parts are timed, of captions, rollout, transformer, autoencoder, reward, optimizer, update
-                   (default: all); "update" is the whole, the only one that needs memory for the optimiser's state
-  --runs           timed calls of each after one to warm up; the median counts (default: 5)
-  --json           file for everything measured
-  --trace          folder for profiles of one more call of each part, for TensorBoard's profiler or Perfetto
+PRESETS, sizes and recipe where there is no --config:
+
+  small  a 5-million-parameter FLUX on 64x64 pictures, float32: any machine
+  wide   FLUX.1-dev's widths, 4 + 8 of its 19 + 38 blocks, the released recipe: one 80 GB GPU
+  full   FLUX.1-dev, the released recipe
+
+The sizes of a recipe are those of the folders that it names, or FLUX.1-dev's published ones. Of the parts, "update" is
+the whole, the only one that needs memory for the optimiser's state.
 
 Utilisation (MFU) is of the model's FLOPs (srpo_jax/costs/flops.py): recomputation does not count as work. The peak is
 the maker's figure for bfloat16; for a CPU it is the best float32 matrix product measured here, for another device
 unknown.
 """
 
+import argparse
 import dataclasses
 import json
 import pathlib
@@ -33,7 +29,6 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
-from absl import flags
 from ml_collections import ConfigDict
 
 from srpo_jax import architectures, command, errors, program, sharding
@@ -321,31 +316,28 @@ def _tera(value: float | None) -> str:
 # --- the command ------------------------------------------------------------------------------------------------------
 
 
-def parse(argv: list[str]) -> tuple[ConfigDict, Architecture, dict[str, Any]]:
+def parse(arguments: list[str] | None) -> tuple[ConfigDict, Architecture, argparse.Namespace]:
     """Reads a command line: the config with its batch, the sizes, and the flags. Raises UserError."""
-
-    def define(values: flags.FlagValues) -> None:
-        flags.DEFINE_enum("preset", "small", sorted(PRESETS), "", flag_values=values)
-        flags.DEFINE_list("depth", None, "", flag_values=values)
-        flags.DEFINE_integer("device-batch", None, "", lower_bound=1, flag_values=values)
-        flags.DEFINE_list("parts", [*flops.PARTS, UPDATE], "", flag_values=values)
-        flags.DEFINE_integer("runs", 5, "", lower_bound=1, flag_values=values)
-        flags.DEFINE_string("json", None, "", flag_values=values)
-        flags.DEFINE_string("trace", None, "", flag_values=values)
-
-    cases = {}
-
-    def default(found: dict[str, Any]) -> ConfigDict:
-        cases["preset"] = PRESETS[found["preset"]]()
-        return cases["preset"].config
-
-    config, values = command.parse(argv, "python -m srpo_jax.benchmark", define, default)
+    parser, known = command.parser("benchmark", __doc__), [*flops.PARTS, UPDATE]
+    words = "one of those above (default: small)"
+    parser.add_argument("--preset", choices=sorted(PRESETS), default="small", help=words)
+    words = "blocks of the transformer instead of all"
+    parser.add_argument("--depth", type=command.words, metavar="DOUBLE,SINGLE", help=words)
+    words = "samples that a device takes at a time; the batch is that many on every device (default: 1)"
+    parser.add_argument("--device-batch", type=command.at_least(1), metavar="N", help=words)
+    words = f"which parts are timed, of {', '.join(known)} (default: all)"
+    parser.add_argument("--parts", type=command.words, default=known, metavar="PART,...", help=words)
+    words = "timed calls of each after one to warm up; the median counts (default: 5)"
+    parser.add_argument("--runs", type=command.at_least(1), default=5, metavar="N", help=words)
+    parser.add_argument("--json", type=command.local, metavar="FILE", help="for everything measured")
+    words = "for profiles of one more call of each part, for TensorBoard's profiler or Perfetto"
+    parser.add_argument("--trace", type=command.local, metavar="FOLDER", help=words)
+    config, values = command.parse_recipe(parser, arguments, lambda values: PRESETS[values.preset]().config)
     config_lib.validate(config, paths=False)
-    unknown = set(values["parts"]) - {*flops.PARTS, UPDATE}
-    if unknown:
-        raise UserError(f"--parts: {unknown.pop()!r} is unknown; choose of {', '.join([*flops.PARTS, UPDATE])}")
-    if cases:
-        architecture = cases["preset"].architecture
+    if unknown := set(values.parts) - set(known):
+        raise UserError(f"--parts: {unknown.pop()!r} is unknown; choose of {', '.join(known)}")
+    if values.config is None:
+        architecture = PRESETS[values.preset]().architecture
         if set(program.used_rewards(config)) != set(architecture.rewards):
             raise UserError(f"--preset={values['preset']} has the sizes of {', '.join(architecture.rewards)} only: "
                             "give other rewards no weight, or use --config")  # fmt: skip
@@ -353,26 +345,21 @@ def parse(argv: list[str]) -> tuple[ConfigDict, Architecture, dict[str, Any]]:
         architecture = program.read_architecture(config)
     else:
         architecture = architectures.published(config, "flux-dev")[0]
-    if values["depth"]:
-        architecture = shallow(architecture, depth(values["depth"]))
+    if values.depth:
+        architecture = shallow(architecture, depth(values.depth))
     mesh = sharding.make_mesh(config.mesh)
-    each = values["device-batch"] or (DEVICE_BATCH.get(values["preset"], 1) if cases else 1)
+    each = values.device_batch or (DEVICE_BATCH.get(values.preset, 1) if values.config is None else 1)
     config.data.batch_size = each * sharding.batch_parts(mesh) * config.optim.accumulation
     return config, architecture, values
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     """Runs the command line. Raises UserError."""
-    if {"--help", "-h"} & set(sys.argv[1:]):
-        print(__doc__)
-        return
-    config, architecture, values = parse(sys.argv)
-    trace = pathlib.Path(values["trace"]) if values["trace"] else None
-    report = benchmark(config, architecture, values["runs"], tuple(values["parts"]), trace=trace)
-    if values["json"]:
-        path = pathlib.Path(values["json"])
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    config, architecture, values = parse(arguments)
+    report = benchmark(config, architecture, values.runs, tuple(values.parts), trace=values.trace)
+    if values.json:
+        values.json.parent.mkdir(parents=True, exist_ok=True)
+        values.json.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -7,10 +7,13 @@ below is an error, in a recipe and on the command line.
 import difflib
 import json
 import re
+from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 from ml_collections import ConfigDict, config_dict
 
+from srpo_jax import values
 from srpo_jax.errors import UserError
 
 METHODS = ("srpo", "direct_align", "refl", "draft_lv")
@@ -26,6 +29,9 @@ MOMENTS = ("float32", "bfloat16", "float8")
 ATTENTION = ("xla", "cudnn", "splash")
 REMAT = ("none", "dots", "full")
 QUANTIZE = ("none", "int8", "nf4")
+
+# Files and folders, in which ~ is the home folder; those of rewards beside them.
+PATHS = ("model.path", "lora.init", "data.prompts", "data.path", "sample.prompts")
 
 # A run may be resumed with other values of these: they change where and how fast it runs, not what it computes.
 RESUMABLE = (
@@ -176,6 +182,7 @@ def default() -> ConfigDict:
     c.sample = ConfigDict()
     c.sample.every = 10  # updates between sample grids, the first before training; 0 draws none
     c.sample.prompts = config_dict.placeholder(str)  # held-out prompts, a source as data.prompts
+    c.sample.column = config_dict.placeholder(str)  # of these prompts, as data.column
     c.sample.count = 8  # prompts taken from its head
     c.sample.seed = 1  # of the samples' noise: the same at every grid
     c.sample.steps = 50
@@ -187,6 +194,52 @@ def default() -> ConfigDict:
     c.mesh.fsdp = -1  # splits the batch, and parameters and optimiser state with it
     c.mesh.tensor = 1  # splits attention heads and hidden features
     return c.lock()
+
+
+# --- changes ----------------------------------------------------------------------------------------------------------
+
+
+def set_text(config: ConfigDict, key: str, text: str) -> None:
+    """Sets ``key``, as ``optim.b1``, to what a text stands for. Raises UserError if the key's value cannot be that."""
+    check_key(key)
+    plain = dict(_leaves(default()))
+    if key not in plain:
+        one = next(name for name in plain if name.startswith(key + "."))
+        raise UserError(f"--config.{key} is a group of keys; give one of them, as --config.{one}=...")
+    like = plain[key]
+    try:
+        if isinstance(like, tuple):
+            value = values.read_list(text, type(like[0]))
+        elif text == "None" and (like is None or isinstance(like, str)):
+            value = None  # which ``validate`` refuses where there has to be a text
+        else:
+            value = values.read(text, str if like is None else type(like))
+    except ValueError as error:
+        raise UserError(f"--config.{key}={text}: {error}") from None
+    _set(config, key, value)
+
+
+def expand_paths(config: ConfigDict) -> None:
+    """Puts the home folder in the place of ``~`` in a config's paths."""
+    for key, value in list(_leaves(config)):
+        if isinstance(value, str) and (key in PATHS or key.startswith("reward.paths.")):
+            _set(config, key, values.expand(value))
+
+
+def _set(config: ConfigDict, key: str, value: Any) -> None:
+    *groups, name = key.split(".")
+    for group in groups:
+        config = config[group]
+    config[name] = value
+
+
+def _leaves(config: ConfigDict, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(key, value) of all keys, as ``("optim.b1", 0.9)``."""
+    for name, value in config.items():
+        if isinstance(value, ConfigDict):
+            yield from _leaves(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, value
 
 
 # --- views ------------------------------------------------------------------------------------------------------------
@@ -228,12 +281,13 @@ def validate(config: ConfigDict, paths: bool = True) -> None:
     ``paths`` says whether the files and folders of a run have to be named, which only a run needs.
     """
     _check_keys(config)
+    _check_kinds(config)
+    flat = flatten(config)
 
     def require(key: str, good: Any, remedy: str) -> None:
         if not good:
             raise UserError(f"config.{key}={flat[key]!r}: {remedy}")
 
-    flat = flatten(config)
     for key, choices in (
         ("method", METHODS),
         ("model.dtype", DTYPES),
@@ -252,12 +306,12 @@ def validate(config: ConfigDict, paths: bool = True) -> None:
         ("optim.moments", MOMENTS),
     ):
         require(key, flat[key] in choices, f"choose one of {', '.join(choices)}")
+    if paths:
+        _check_paths(flat)
     require("optim.weights", DTYPES.index(flat["optim.weights"]) >= DTYPES.index(flat["model.dtype"]),
             "must be float32 where model.dtype is")  # fmt: skip
     if flat["model.attention"] == "cudnn":
         require("model.dtype", flat["model.dtype"] == "bfloat16", "model.attention=cudnn needs bfloat16")
-    for key in ("model.path", "data.prompts" if flat["data.encode"] == "online" else "data.path"):
-        require(key, flat[key] or not paths, f"give a path: --config.{key}=...")
     for key in (
         *("steps", "model.scan_unroll", "data.batch_size", "data.text_length", "rollout.steps", "rollout.reuse"),
         "rollout.cache",
@@ -266,12 +320,14 @@ def validate(config: ConfigDict, paths: bool = True) -> None:
     ):
         require(key, flat[key] >= 1, "must be at least 1")
     for key in (
-        *("seed", "data.filter.min_length", "data.filter.max_length", "optim.warmup_steps", "optim.weight_decay"),
-        *("lora.rank", "sample.every", "sample.seed"),
+        *("data.filter.min_length", "data.filter.max_length", "optim.warmup_steps", "optim.weight_decay"),
+        *("lora.rank", "sample.every"),
     ):
         require(key, flat[key] >= 0, "must not be negative")
+    for key in ("seed", "sample.seed"):
+        require(key, 0 <= flat[key] <= values.SEED, f"must be from 0 to {values.SEED}")
     for key in ("lora.alpha", "rollout.shift", "optim.learning_rate", "optim.eps", "optim.clip_norm"):
-        require(key, flat[key] > 0, "must be greater than 0")
+        require(key, np.float32(flat[key]) > 0, "must be greater than 0, in float32 too")
     for key in ("optim.b1", "optim.b2", "optim.ema_decay"):
         require(key, 0 <= flat[key] < 1, "must be at least 0 and less than 1")
     for key in ("data.height", "data.width"):
@@ -281,11 +337,9 @@ def validate(config: ConfigDict, paths: bool = True) -> None:
         flat["data.batch_size"] % flat["optim.accumulation"] == 0,
         f"must divide data.batch_size={flat['data.batch_size']}",
     )
-    require("sample.prompts", flat["sample.prompts"] or not flat["sample.every"] or not paths,
-            "give a file of held-out prompts, or set --config.sample.every=0")  # fmt: skip
 
     ends = flat["rollout.cache_ends"]
-    require("rollout.cache_ends", len(ends) == 2 and all(isinstance(end, int) and end >= 0 for end in ends),
+    require("rollout.cache_ends", len(ends) == 2 and all(end >= 0 for end in ends),
             "must be two whole numbers, of double blocks at the start and single blocks at the end")  # fmt: skip
     if flat["method"] == "refl":
         # Its gradient needs a late state of the trajectory, at a step drawn anew, not where the trajectory ends.
@@ -294,7 +348,7 @@ def validate(config: ConfigDict, paths: bool = True) -> None:
     if flat["data.rollout"] == "offline":
         _check_offline(flat, require)
     _check_align(flat, require)
-    _check_rewards(flat, require, paths)
+    _check_rewards(flat, require)
     for key in ("mesh.data", "mesh.fsdp", "mesh.tensor"):
         require(key, flat[key] >= 1 or flat[key] == -1, "must be at least 1, or -1 for the rest of the devices")
     if sum(flat[f"mesh.{axis}"] == -1 for axis in ("data", "fsdp", "tensor")) > 1:
@@ -314,12 +368,41 @@ def check_key(key: str) -> None:
 
 
 def _check_keys(config: ConfigDict) -> None:
-    known, given = flatten(default()), flatten(config)
+    known, given = dict(_leaves(default())), dict(_leaves(config))
     for key in given:
-        check_key(key)
+        if key not in known:
+            check_key(key)
     for key in known:
         if key not in given:
             raise UserError(f"config.{key} is missing; start the config from srpo_jax.config.default()")
+
+
+def _check_kinds(config: ConfigDict) -> None:
+    """Every value is of its default's kind, and every number finite."""
+    plain = dict(_leaves(default()))
+    for key, value in _leaves(config):
+        like = plain[key]
+        if like is None:
+            good, wanted = value is None or isinstance(value, str), "text, or None"
+        elif isinstance(like, tuple):
+            kind = type(like[0])
+            good = isinstance(value, tuple | list) and all(values.fits(item, kind) for item in value)
+            wanted = f"a list of {values.MANY[kind]}"
+        else:
+            good, wanted = values.fits(value, type(like)), values.NAMES[type(like)]
+        if not good:
+            raise UserError(f"config.{key}={value!r}: must be {wanted}")
+
+
+def _check_paths(flat: dict[str, Any]) -> None:
+    """All files and folders that a run reads are named."""
+    needed = ["model.path", "data.prompts" if flat["data.encode"] == "online" else "data.path"]
+    needed += [f"reward.paths.{name}" for name in REWARDS if flat[f"reward.weights.{name}"] > 0]
+    needed += ["sample.prompts"] if flat["sample.every"] else []
+    if missing := [key for key in needed if not flat[key]]:
+        held_out = "; config.sample.every=0 needs no sample.prompts" if "sample.prompts" in missing else ""
+        flags = " ".join(f"--config.{key}=..." for key in missing)
+        raise UserError(f"give {'a path' if len(missing) == 1 else 'paths'}: {flags}{held_out}")
 
 
 def _check_lora(flat: dict[str, Any], require: Any) -> None:
@@ -371,16 +454,12 @@ def _check_align(flat: dict[str, Any], require: Any) -> None:
                 f"must not exceed rollout.steps={flat['rollout.steps']}")  # fmt: skip
 
 
-def _check_rewards(flat: dict[str, Any], require: Any, paths: bool) -> None:
-    used = [name for name in REWARDS if flat[f"reward.weights.{name}"]]
+def _check_rewards(flat: dict[str, Any], require: Any) -> None:
     for name in REWARDS:
         require(f"reward.weights.{name}", flat[f"reward.weights.{name}"] >= 0, "must not be negative")
-    if not used:
+    if not any(flat[f"reward.weights.{name}"] for name in REWARDS):
         raise UserError(f"config.reward.weights: all are 0; give one of {', '.join(REWARDS)} a weight")
-    for name in used:
-        path = flat[f"reward.paths.{name}"]
-        require(f"reward.paths.{name}", path or not paths, f"give a path: --config.reward.paths.{name}=...")
     for key in ("reward.positive", "reward.negative"):
         words = flat[key]
-        require(key, words and all(isinstance(word, str) and word.strip() for word in words),
+        require(key, words and all(word.strip() for word in words),
                 "must be a list of one or more control words, none of them empty")  # fmt: skip

@@ -21,14 +21,14 @@ import re
 import shutil
 import signal
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 import tqdm
 
-from srpo_jax import errors
+from srpo_jax import command, errors
 from srpo_jax.errors import UserError
 from srpo_jax.models.compute import Params
 from srpo_jax.models.lora import Lora
@@ -409,35 +409,38 @@ def _size(text: str) -> int:
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]?)B?", text.strip(), re.IGNORECASE)
     size = int(float(match[1]) * {"": 1, "K": 10**3, "M": 10**6, "G": 10**9}[match[2].upper()]) if match else 0
     if size <= 0:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a size, as 10GB or 500MB")
+        raise argparse.ArgumentTypeError(f"={text}: must be a size, as 10GB or 500MB")
     return size
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m srpo_jax.convert", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def _parser() -> command.Parser:
+    parser = command.parser("convert", __doc__)
     commands = parser.add_subparsers(dest="command", required=True)
-    take = commands.add_parser("import", help="others' files -> our format")
-    take.add_argument("--source", required=True, help="pipeline folder, component folder or weight file")
-    take.add_argument("--target", required=True, help="folder to make")
-    take.add_argument("--network", choices=folder.NETWORKS, help="which network the source must be")
-    take.add_argument("--format", choices=sorted({form.name for form in formats.FORMATS}), help="of the source")
-    take.add_argument("--dtype", choices=DTYPES, default="keep", help="to store in (default: the source's)")
-    take.add_argument("--config", help="the network's config.json, where it is not beside the weights")
-    take.add_argument("--tokenizer", help="tokenizer folder to take along, for a reward that comes without")
-    give = commands.add_parser("export", help="our format -> others' files")
-    give.add_argument("--source", required=True, help="folder that import made")
-    give.add_argument("--target", required=True, help="folder to make")
+
+    def add(name: str, words: str) -> Callable[..., argparse.Action]:
+        return commands.add_parser(name, help=words, allow_abbrev=False).add_argument
+
+    take = add("import", "others' files -> our format")
+    take("--source", type=command.path, required=True, help="pipeline folder, component folder or weight file")
+    take("--target", type=command.path, required=True, help="folder to make")
+    take("--network", choices=folder.NETWORKS, help="which network the source must be")
+    take("--format", choices=sorted({form.name for form in formats.FORMATS}), help="of the source")
+    take("--dtype", choices=DTYPES, default="keep", help="to store in (default: the source's)")
+    take("--config", type=command.path, help="the network's config.json, where it is not beside the weights")
+    take("--tokenizer", type=command.path, help="tokenizer folder to take along, for a reward that comes without")
+    give = add("export", "our format -> others' files")
+    give("--source", type=command.path, required=True, help="folder that import made")
+    give("--target", type=command.path, required=True, help="folder to make")
     words = "lora-...: the factors of a LoRA run alone; the others merge them into the weights"
-    give.add_argument("--format", choices=(*STYLES, *weights_lora.FORMATS), required=True, help=words)
-    give.add_argument("--dtype", choices=DTYPES, default="keep", help="to store in (default: ours)")
-    give.add_argument("--max-shard-size", type=_size, default=MAX_SHARD_SIZE, help="of diffusers files (default: 10GB)")
-    give.add_argument("--checkpoint", help="workdir of a training run, whose transformer replaces the source's")
-    give.add_argument("--step", type=int, help="of the checkpoint (default: the latest)")
-    give.add_argument("--ema", action="store_true", help="take the checkpoint's moving average")
-    look = commands.add_parser("inspect", help="say what a file or folder is")
-    look.add_argument("path")
+    give("--format", choices=(*STYLES, *weights_lora.FORMATS), required=True, help=words)
+    give("--dtype", choices=DTYPES, default="keep", help="to store in (default: ours)")
+    give("--max-shard-size", type=_size, default=MAX_SHARD_SIZE, help="of diffusers files (default: 10GB)")
+    words = "workdir of a training run, whose transformer replaces the source's"
+    give("--checkpoint", type=command.path, help=words)
+    give("--step", type=command.at_least(1), help="of the checkpoint (default: the latest)")
+    give("--ema", action="store_true", help="take the checkpoint's moving average")
+    look = add("inspect", "say what a file or folder is")
+    look("path", type=command.path)
     return parser
 
 

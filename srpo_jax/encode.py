@@ -13,7 +13,7 @@ of pictures the autoencoder's latents, at one size: the largest centred part of 
 
 The encoders are split over all devices. The same command again goes on where an interrupted one stopped. A job of
 several processes starts the command in each, with one shared --out folder: on TPUs and under SLURM they find each
-other, elsewhere give --coordinator, --process_id and --process_count.
+other, elsewhere give --coordinator, --process-id and --process-count.
 
 A prompt takes up to 3.3 MB on disk (FLUX.1, 512 tokens, bfloat16), a picture of 720x720 0.5 MB more. The released
 recipe uses 608: --sample draws some.
@@ -34,7 +34,7 @@ from absl import logging
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from srpo_jax import architectures, conditions, distributed, errors, latents, sharding
+from srpo_jax import architectures, command, conditions, distributed, errors, latents, sharding
 from srpo_jax.config import DTYPES
 from srpo_jax.data import filters, images, sources, stored
 from srpo_jax.data.images import Images
@@ -212,46 +212,39 @@ class MissingShards:
 def add_filters(parser: argparse.ArgumentParser) -> None:
     """The flags of ``filters.Filter``."""
     group = parser.add_argument_group("which prompts (the number that each leaves out is printed)")
-    group.add_argument("--min-length", type=int, default=0, help="characters")
-    group.add_argument("--max-length", type=int, default=0, help="characters (default: no limit)")
+    group.add_argument("--min-length", type=command.at_least(0), default=0, metavar="N", help="characters")
+    words = "characters (default: no limit)"
+    group.add_argument("--max-length", type=command.at_least(0), default=0, metavar="N", help=words)
     group.add_argument("--include", default="", metavar="REGEX", help="that is found in the prompt")
     group.add_argument("--exclude", default="", metavar="REGEX", help="that is not found")
     group.add_argument("--unique", action="store_true", help="of equal prompts, the first")
-    group.add_argument("--sample", type=int, default=0, metavar="N", help="N of the rest, at random")
-    group.add_argument("--seed", type=int, default=0, help="of --sample (default: 0)")
+    group.add_argument("--sample", type=command.at_least(0), default=0, metavar="N", help="N of the rest, at random")
+    group.add_argument("--seed", type=command.seed, default=0, help="of --sample (default: 0)")
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m srpo_jax.encode",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    parser.add_argument("--model", required=True, help="pipeline folder made by `python -m srpo_jax.convert import`")
+def _parser() -> command.Parser:
+    parser = command.parser("encode", __doc__)
+    add = parser.add_argument
+    add("--model", type=command.path, required=True, help="pipeline folder made by `python -m srpo_jax.convert import`")
     what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--prompts", help="file, pattern, tfds:NAME[:SPLIT] or tfds:FOLDER[:SPLIT]")
-    what.add_argument("--images", help="folder of pictures with captions, tfds:NAME[:SPLIT] or tfds:FOLDER[:SPLIT]")
-    parser.add_argument("--column", help="of the prompts or captions (default: prompt, caption or text)")
-    parser.add_argument("--out", required=True, help="folder of the data set")
-    parser.add_argument(
-        "--text-length", type=int, help="config.data.text_length (default: the family's: 512 of FLUX.1)"
-    )
-    parser.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="config.model.dtype (default: bfloat16)")
-    parser.add_argument("--batch", type=int, help=f"prompts at once (default: {BATCH} a device)")
-    parser.add_argument("--shard-size", type=int, help="prompts in a file (default: as many as make 256 MiB)")
-    parser.add_argument("--height", type=int, help=f"config.data.height, of --images, in pixels (default: {SIZE})")
-    parser.add_argument("--width", type=int, help=f"config.data.width, of --images, in pixels (default: {SIZE})")
-    parser.add_argument(
-        "--broken", choices=BROKEN, help="what to do about --images that cannot be used: all are named (default: fail)"
-    )
+    words = "file, pattern, tfds:NAME[:SPLIT] or tfds:FOLDER[:SPLIT]"
+    what.add_argument("--prompts", type=command.path, help=words)
+    words = "folder of pictures with captions, tfds:NAME[:SPLIT] or tfds:FOLDER[:SPLIT]"
+    what.add_argument("--images", type=command.path, help=words)
+    add("--column", help="of the prompts or captions (default: prompt, caption or text)")
+    add("--out", type=command.path, required=True, help="folder of the data set")
+    words = "config.data.text_length (default: the family's: 512 of FLUX.1)"
+    add("--text-length", type=command.at_least(2), help=words)
+    add("--dtype", choices=DTYPES, default="bfloat16", help="config.model.dtype (default: bfloat16)")
+    add("--batch", type=command.at_least(1), help=f"prompts at once (default: {BATCH} a device)")
+    add("--shard-size", type=command.at_least(1), help="prompts in a file (default: as many as make 256 MiB)")
+    add("--height", type=command.at_least(1), help=f"config.data.height, of --images, in pixels (default: {SIZE})")
+    add("--width", type=command.at_least(1), help=f"config.data.width, of --images, in pixels (default: {SIZE})")
+    words = "what to do about --images that cannot be used: all are named (default: fail)"
+    add("--broken", choices=BROKEN, help=words)
     add_filters(parser)
-    for axis, default in (("data", 1), ("fsdp", -1), ("tensor", 1)):
-        words = f"devices along this axis of the mesh; -1 is the rest (default: {default})"
-        parser.add_argument(f"--{axis}", type=int, default=default, help=words)
-    parser.add_argument("--coordinator", metavar="HOST:PORT", help="of process 0, in a job of several processes")
-    parser.add_argument("--process_id", type=int, help="of this process, from 0")
-    parser.add_argument("--process_count", type=int, help="of the job")
+    command.add_mesh(parser)
+    command.add_job(parser)
     return parser
 
 
@@ -259,9 +252,6 @@ def main(arguments: list[str] | None = None) -> None:
     """Runs the command line. Raises UserError."""
     args = _parser().parse_args(arguments)
     logging.set_verbosity(logging.ERROR)
-    for flag, least in (("text_length", 2), ("batch", 1), ("shard_size", 1), ("min_length", 0), ("sample", 0)):
-        if (value := getattr(args, flag)) is not None and value < least:
-            raise UserError(f"--{flag.replace('_', '-')}={value}: must be at least {least}")
     chosen = filters.Filter(
         args.min_length, args.max_length, args.include, args.exclude, args.unique, args.sample, args.seed
     )

@@ -3,7 +3,6 @@
 python -m srpo_jax.generate --model=models/flux-dev --prompts=prompts.txt --out=images --checkpoint=runs/hps
 """
 
-import argparse
 import dataclasses
 import os
 import pathlib
@@ -20,7 +19,7 @@ from absl import logging
 from jax.sharding import Mesh
 from PIL import Image
 
-from srpo_jax import architectures, checkpoint, errors, program, sampling, sharding, storage, text
+from srpo_jax import architectures, checkpoint, command, errors, program, sampling, sharding, storage, text
 from srpo_jax.config import ATTENTION, DTYPES, QUANTIZE
 from srpo_jax.data import sources
 from srpo_jax.errors import UserError
@@ -152,38 +151,35 @@ def _words(prompt: str) -> str:
     return re.sub(r"[^\w]+", "-", prompt)[:40].strip("-") or "image"
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m srpo_jax.generate",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    parser.add_argument("--model", required=True, help="pipeline folder made by `python -m srpo_jax.convert import`")
+def _parser() -> command.Parser:
+    parser = command.parser("generate", __doc__)
+    add = parser.add_argument
+    add("--model", type=command.path, required=True, help="pipeline folder made by `python -m srpo_jax.convert import`")
     what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--prompts", help="file of prompts: text (one a line), CSV, JSON, JSON Lines or Parquet")
+    words = "prompts: a file, a pattern of files or tfds:NAME[:SPLIT], as config.data.prompts"
+    what.add_argument("--prompts", type=command.path, help=words)
     what.add_argument("--prompt", help="one prompt")
-    parser.add_argument("--out", required=True, help="folder for the images, local or gs://BUCKET/PATH")
-    parser.add_argument("--checkpoint", help="workdir of a training run, whose transformer replaces the model's")
-    parser.add_argument("--step", type=int, help="of the checkpoint (default: the newest)")
-    parser.add_argument("--ema", action="store_true", help="take the checkpoint's moving average")
+    add("--column", help="of --prompts, where there are several (default: prompt, caption or text)")
+    add("--out", type=command.path, required=True, help="folder for the images, local or gs://BUCKET/PATH")
+    words = "workdir of a training run, whose transformer replaces the model's"
+    add("--checkpoint", type=command.path, help=words)
+    add("--step", type=command.at_least(1), help="of the checkpoint (default: the newest)")
+    add("--ema", action="store_true", help="take the checkpoint's moving average")
     words = "how a LoRA's base is stored: none (in --dtype), int8, nf4, or as it was trained (default: none)"
-    parser.add_argument("--quantize", choices=(*QUANTIZE, "trained"), default="none", help=words)
-    parser.add_argument("--height", type=int, default=1024, help="pixels, a multiple of 16 (default: 1024)")
-    parser.add_argument("--width", type=int, default=1024, help="pixels, a multiple of 16 (default: 1024)")
-    parser.add_argument("--steps", type=int, default=50, help="of the sampler (default: 50)")
-    parser.add_argument("--guidance", type=float, default=3.5, help="guidance scale (default: 3.5)")
-    parser.add_argument("--seed", type=int, default=0, help="of the initial noise (default: 0)")
-    parser.add_argument(
-        "--latents", help="npz file with the initial noise, `latents` [images, tokens, features], packed"
-    )
-    parser.add_argument("--text-length", type=int, help="tokens of a prompt (default: the tokenizer's, at most 512)")
-    parser.add_argument("--batch", type=int, help="images at a time (default: one a device)")
-    parser.add_argument("--dtype", choices=DTYPES, help="default: float32 on CPU, bfloat16 on accelerators")
-    parser.add_argument("--attention", choices=ATTENTION, default="xla", help="backend (default: xla)")
-    for axis, default in (("data", 1), ("fsdp", -1), ("tensor", 1)):
-        words = f"devices along this axis of the mesh; -1 is the rest (default: {default})"
-        parser.add_argument(f"--{axis}", type=int, default=default, help=words)
+    add("--quantize", choices=(*QUANTIZE, "trained"), default="none", help=words)
+    add("--height", type=command.at_least(1), default=1024, help="pixels, a multiple of 16 (default: 1024)")
+    add("--width", type=command.at_least(1), default=1024, help="pixels, a multiple of 16 (default: 1024)")
+    add("--steps", type=command.at_least(1), default=50, help="of the sampler (default: 50)")
+    add("--guidance", type=command.number, default=3.5, help="guidance scale (default: 3.5)")
+    add("--seed", type=command.seed, default=0, help="of the initial noise (default: 0)")
+    words = "npz file with the initial noise, `latents` [images, tokens, features], packed"
+    add("--latents", type=command.path, help=words)
+    words = "tokens of a prompt (default: the tokenizer's, at most 512)"
+    add("--text-length", type=command.at_least(1), help=words)
+    add("--batch", type=command.at_least(1), help="images at a time (default: one a device)")
+    add("--dtype", choices=DTYPES, help="default: float32 on CPU, bfloat16 on accelerators")
+    add("--attention", choices=ATTENTION, default="xla", help="backend (default: xla)")
+    command.add_mesh(parser)
     return parser
 
 
@@ -199,9 +195,8 @@ def main(arguments: list[str] | None = None) -> None:
     """Runs the command line. Raises UserError."""
     args = _parser().parse_args(arguments)
     logging.set_verbosity(logging.ERROR)
-    for flag in ("steps", "batch", "text_length"):
-        if getattr(args, flag) is not None and getattr(args, flag) < 1:
-            raise UserError(f"--{flag.replace('_', '-')}={getattr(args, flag)}: must be at least 1")
+    if args.prompts is None and args.column is not None:
+        raise UserError(f"--column={args.column} is of --prompts; leave it out")
     if args.checkpoint is None and (args.step is not None or args.ema):
         raise UserError("--step and --ema choose from a --checkpoint; give one")
     lora = None if args.checkpoint is None else checkpoint.lora(args.checkpoint)
@@ -209,7 +204,7 @@ def main(arguments: list[str] | None = None) -> None:
         raise UserError(f"--quantize={args.quantize} is for the base of a LoRA run; give one as --checkpoint")
     if lora is not None and args.quantize != "trained":
         lora = dataclasses.replace(lora, quantized=args.quantize)
-    prompts = [args.prompt] if args.prompts is None else sources.read(args.prompts)
+    prompts = [args.prompt] if args.prompts is None else sources.read(args.prompts, args.column)
     files = generate(
         args.model,
         prompts,

@@ -1,13 +1,8 @@
 r"""Draws how an update's time and memory grow with samples, resolution, depth and devices, from preflight's reports.
 
-  for size in 512x512 720x720 1024x1024; do ...; done     # any calls of srpo_jax.preflight with --json, then
-  python -m srpo_jax.growth --reports='runs/growth/*.json' --out=growth.svg
+for size in 512x512 720x720 1024x1024; do ...; done     # any calls of srpo_jax.preflight with --json, then
+python -m srpo_jax.growth --reports='runs/growth/*.json' --out=growth.svg
 
---reports   files of `python -m srpo_jax.preflight --json`, a pattern
---base      TARGET,HEIGHTxWIDTH,SAMPLES of the report that the others are compared with, SAMPLES a device at a time, as
-            v5p:2x2x2,720x720,1: a panel shows what differs from it in one thing alone; of several depths the largest
-            (default: the first report)
---out       SVG file
 """
 
 import glob
@@ -17,9 +12,7 @@ import pathlib
 import sys
 from typing import Any, NamedTuple
 
-from absl import flags
-
-from srpo_jax import errors, report
+from srpo_jax import command, errors, report
 from srpo_jax.errors import UserError
 
 GIB = 2.0**30
@@ -143,24 +136,18 @@ def read(pattern: str) -> list[dict[str, Any]]:
     return reports
 
 
-def main(argv: list[str] | None = None) -> None:
+def main(arguments: list[str] | None = None) -> None:
     """Runs the command line. Raises UserError."""
-    argv = sys.argv if argv is None else argv
-    if {"--help", "-h"} & set(argv[1:]):
-        print(__doc__)
-        return
-    values = flags.FlagValues()
-    for name in ("reports", "base", "out"):
-        flags.DEFINE_string(name, None, "", flag_values=values)
-    try:
-        rest = values(argv)
-    except flags.Error as error:
-        raise UserError(f"{error}; see python -m srpo_jax.growth --help") from error
-    if len(rest) > 1:
-        raise UserError(f"{rest[1]!r} is not understood; flags are written --name=value")
-    for name in ("reports", "out"):
-        if not values[name].value:
-            raise UserError(f"--{name} is missing; see python -m srpo_jax.growth --help")
+    parser = command.parser("growth", __doc__)
+    words = "files of `python -m srpo_jax.preflight --json`, a pattern"
+    parser.add_argument("--reports", type=command.path, required=True, metavar="PATTERN", help=words)
+    words = (
+        "report that the others are compared with, SAMPLES a device at a time, as v5p:2x2x2,720x720,1: a panel shows "
+        "what differs from it in one thing alone; of several depths the largest (default: the first report)"
+    )
+    parser.add_argument("--base", metavar="TARGET,HEIGHTxWIDTH,SAMPLES", help=words)
+    parser.add_argument("--out", type=command.local, required=True, help="SVG file")
+    values = parser.parse_args(arguments)
     reports = read(values.reports)
     base = _base(reports, values.base)
     where = point(base)
@@ -170,10 +157,9 @@ def main(argv: list[str] | None = None) -> None:
     title = f"FLUX of {where.blocks} blocks, {base['devices']} x {where.chip}, {where.side} pixels, batch " + str(
         base["config"]["data.batch_size"]
     )
-    path = pathlib.Path(values.out)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(draw(title, pairs), encoding="utf-8")
-    print(f"{path}: {len(pairs)} rows")
+    values.out.parent.mkdir(parents=True, exist_ok=True)
+    values.out.write_text(draw(title, pairs), encoding="utf-8")
+    print(f"{values.out}: {len(pairs)} rows")
 
 
 def _base(reports: list[dict[str, Any]], wanted: str | None) -> dict[str, Any]:

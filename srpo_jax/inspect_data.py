@@ -8,7 +8,6 @@ be read; --sheet draws the pictures of these prompts as their latents decode. To
 by the pipeline folder that encoded (--model if it was moved).
 """
 
-import argparse
 import math
 import os
 import pathlib
@@ -20,7 +19,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from srpo_jax import errors, families, latents, sampling, text
+from srpo_jax import command, errors, families, latents, sampling, text
 from srpo_jax.data import stored
 from srpo_jax.errors import UserError
 from srpo_jax.families.base import AUTOENCODER
@@ -159,20 +158,14 @@ def _bytes(count: float) -> str:
 
 def main(arguments: list[str] | None = None) -> None:
     """Runs the command line. Raises UserError."""
-    parser = argparse.ArgumentParser(
-        prog="python -m srpo_jax.inspect_data",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    parser.add_argument("data", help="folder of the data set")
-    parser.add_argument("--model", help="pipeline folder (default: the one that encoded)")
-    parser.add_argument("--show", type=int, default=8, help="prompts, drawn at random (default: 8)")
-    parser.add_argument("--seed", type=int, default=0, help="of that draw (default: 0)")
-    parser.add_argument("--sheet", help="PNG file for the pictures of these prompts, decoded from their latents")
+    parser = command.parser("inspect_data", __doc__)
+    parser.add_argument("data", type=command.path, help="folder of the data set")
+    parser.add_argument("--model", type=command.path, help="pipeline folder (default: the one that encoded)")
+    parser.add_argument("--show", type=command.at_least(0), default=8, help="prompts, drawn at random (default: 8)")
+    parser.add_argument("--seed", type=command.seed, default=0, help="of that draw (default: 0)")
+    words = "PNG file for the pictures of these prompts, decoded from their latents"
+    parser.add_argument("--sheet", type=command.path, help=words)
     args = parser.parse_args(arguments)
-    if args.show < 0 or args.seed < 0:
-        raise UserError("--show and --seed must not be negative")
     if args.sheet and not args.show:
         raise UserError(f"--sheet={args.sheet} with --show=0: there is nothing to draw")
     for line in describe(args.data, args.model, args.show, args.seed):

@@ -9,30 +9,21 @@ CPU minutes and 4 GB of memory, no weights and no accelerator. Sizes are those o
 FLUX.1-dev's published ones. The compilers are extra packages: pip install -e '.[preflight-tpu]' (libtpu) and
 pip install -e '.[preflight-cuda]' (jax's CUDA plugin, cuDNN), in the versions that belong to jax.
 
-  --config         recipe; --config.KEY=VALUE overrides one of its keys
-  --topology       TPU slice by shape in chips (v4, v5e, v5p, v6e: v5e:4x4, v5p:2x2x2) or GPUs (a100, a100-40gb, h100,
-                   h100-pcie, h200, rtx4090: h100:8, h100:4x8 as hosts x GPUs); several with commas
-  --size           of the images, HEIGHTxWIDTH, instead of the recipe's; several with commas
-  --device-batch   samples that a device takes at a time: sets optim.accumulation
-  --depth          DOUBLE,SINGLE blocks of the transformer instead of all
-  --json           file for everything found, a list
-
 Memory is what the compiler plans for each device, and the text encoders, where they stay beside the update. The time is
 a roofline (srpo_jax/costs/roofline.py): "at best" with every published peak reached, "expected" with matrix products
 at 60 % of theirs. Exit codes: 0 all fit, 2 something does not, 1 a mistake.
 """
 
+import argparse
 import dataclasses
 import json
 import math
-import pathlib
 import re
 import sys
 import time
 from typing import Any, NamedTuple
 
 import jax
-from absl import flags
 from ml_collections import ConfigDict
 
 from srpo_jax import architectures, benchmark, command, errors, program, sharding
@@ -357,23 +348,25 @@ def table(reports: list[dict[str, Any]]) -> str:
 # --- the command ------------------------------------------------------------------------------------------------------
 
 
-def parse(argv: list[str]) -> tuple[list[Case], dict[str, Any]]:
+def parse(arguments: list[str] | None) -> tuple[list[Case], argparse.Namespace]:
     """Reads a command line: the cases, and the flags. Raises UserError, also for a case that cannot be built."""
-
-    def define(values: flags.FlagValues) -> None:
-        flags.DEFINE_list("topology", None, "", flag_values=values)
-        flags.DEFINE_list("size", None, "", flag_values=values)
-        flags.DEFINE_list("depth", None, "", flag_values=values)
-        flags.DEFINE_integer("device-batch", None, "", lower_bound=1, flag_values=values)
-        flags.DEFINE_string("json", None, "", flag_values=values)
-
-    config, values = command.parse(argv, "python -m srpo_jax.preflight", define)
-    if not values["topology"]:
-        raise UserError("--topology is missing, as --topology=v5p:2x2x2 or h100:8; see python -m srpo_jax.preflight "
-                        "--help")  # fmt: skip
-    targets = [topologies.parse(name) for name in values["topology"]]
+    parser = command.parser("preflight", __doc__)
+    words = (
+        "TPU slice by shape in chips (v4, v5e, v5p, v6e: v5e:4x4, v5p:2x2x2) or GPUs (a100, a100-40gb, h100, "
+        "h100-pcie, h200, rtx4090: h100:8, h100:4x8 as hosts x GPUs); several with commas"
+    )
+    parser.add_argument("--topology", type=command.words, required=True, help=words)
+    words = "of the images, HEIGHTxWIDTH, instead of the recipe's; several with commas"
+    parser.add_argument("--size", type=command.words, help=words)
+    words = "samples that a device takes at a time: sets optim.accumulation"
+    parser.add_argument("--device-batch", type=command.at_least(1), metavar="N", help=words)
+    words = "blocks of the transformer instead of all"
+    parser.add_argument("--depth", type=command.words, metavar="DOUBLE,SINGLE", help=words)
+    parser.add_argument("--json", type=command.local, metavar="FILE", help="for everything found, a list")
+    config, values = command.parse_recipe(parser, arguments)
+    targets = [topologies.parse(name) for name in values.topology]
     configs = []
-    for size in values["size"] or [f"{config.data.height}x{config.data.width}"]:
+    for size in values.size or [f"{config.data.height}x{config.data.width}"]:
         match = re.fullmatch(r"(\d+)x(\d+)", size)
         if match is None:
             raise UserError(f"--size={size}: write HEIGHTxWIDTH in pixels, as 720x720")
@@ -382,29 +375,25 @@ def parse(argv: list[str]) -> tuple[list[Case], dict[str, Any]]:
         config_lib.validate(sized, paths=False)
         configs.append(sized)
     sizes = architectures.read(config) if config.model.path else architectures.published(config, "flux-dev")
-    if values["depth"]:
-        sizes = benchmark.shallow(sizes[0], benchmark.depth(values["depth"])), sizes[1]
-    cases = [prepare(sized, sizes, target, values["device-batch"]) for target in targets for sized in configs]
+    if values.depth:
+        sizes = benchmark.shallow(sizes[0], benchmark.depth(values.depth)), sizes[1]
+    cases = [prepare(sized, sizes, target, values.device_batch) for target in targets for sized in configs]
     return cases, values
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     """Runs the command line. Raises UserError."""
-    if {"--help", "-h"} & set(sys.argv[1:]):
-        print(__doc__)
-        return
     topologies.prepare()
-    cases, values = parse(sys.argv)
+    cases, values = parse(arguments)
     reports = []
     for case in cases:
         reports.append(check(case))
         print(describe(case, reports[-1]), flush=True)
     if len(reports) > 1:
         print("\n" + table(reports))
-    if values["json"]:
-        path = pathlib.Path(values["json"])
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(reports, indent=2) + "\n", encoding="utf-8")
+    if values.json:
+        values.json.parent.mkdir(parents=True, exist_ok=True)
+        values.json.write_text(json.dumps(reports, indent=2) + "\n", encoding="utf-8")
     if not all(report["fits"] for report in reports):
         sys.exit(2)
 

@@ -6,16 +6,9 @@ For a day with a GPU: every trial is `python -m srpo_jax.benchmark` in a process
 a process's), its output in OUT/NAME.json and OUT/NAME.log. A trial that fails, as one without enough memory does, is a
 row like any other. The same command goes on where it was broken off. At the end OUT/sweep.md and OUT/sweep.json compare
 each trial with the one it changes.
-
-  --out            folder
-  --preset         sizes, of benchmark's (default: wide)
-  --device-batch   samples a device takes at a time, where the trial does not set it
-  --only           groups of trials: baseline, attention, size, remat, batch, terms, rollout, unroll, flags
-                   (default: these); full, all of FLUX.1-dev on one GPU, whatever the preset
-  --runs           timed calls of each program (default: 3)
-  --minutes        a trial is given up after so many (default: 20)
 """
 
+import argparse
 import json
 import os
 import pathlib
@@ -25,9 +18,8 @@ import time
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from absl import flags
-
 from srpo_jax import benchmark, errors
+from srpo_jax import command as command_line
 from srpo_jax.errors import UserError
 
 
@@ -189,35 +181,31 @@ def _cell(text: str) -> str:
     return text.replace("|", "/")[:160]
 
 
-def main(argv: list[str] | None = None) -> None:
+def main(arguments: list[str] | None = None) -> None:
     """Runs the command line. Raises UserError."""
-    argv = sys.argv if argv is None else argv
-    if {"--help", "-h"} & set(argv[1:]):
-        print(__doc__)
-        return
-    values = flags.FlagValues()
-    flags.DEFINE_string("out", None, "", flag_values=values)
-    flags.DEFINE_enum("preset", "wide", sorted(benchmark.PRESETS), "", flag_values=values)
-    flags.DEFINE_integer("device-batch", 1, "", lower_bound=1, flag_values=values)
-    flags.DEFINE_list("only", [group for group in GROUPS if group != "full"], "", flag_values=values)
-    flags.DEFINE_integer("runs", 3, "", lower_bound=1, flag_values=values)
-    flags.DEFINE_float("minutes", 20.0, "", lower_bound=0.0, flag_values=values)
-    try:
-        rest = values(argv)
-    except flags.Error as error:
-        raise UserError(f"{error}; see python -m srpo_jax.sweep --help") from error
-    if len(rest) > 1 or not values.out:
-        raise UserError("--out is missing" if not values.out else f"{rest[1]!r} is not understood; see --help")
+    parser, usual = command_line.parser("sweep", __doc__), [group for group in GROUPS if group != "full"]
+    parser.add_argument("--out", type=command_line.local, required=True, help="folder")
+    words = "sizes, of benchmark's (default: wide)"
+    parser.add_argument("--preset", choices=sorted(benchmark.PRESETS), default="wide", help=words)
+    words = "samples a device takes at a time, where the trial does not set it (default: 1)"
+    parser.add_argument("--device-batch", type=command_line.at_least(1), default=1, metavar="N", help=words)
+    words = f"groups of trials: {', '.join(usual)} (default: these); full, FLUX.1-dev on one GPU, whatever the preset"
+    parser.add_argument("--only", type=command_line.words, default=usual, metavar="GROUP,...", help=words)
+    words = "timed calls of each program (default: 3)"
+    parser.add_argument("--runs", type=command_line.at_least(1), default=3, metavar="N", help=words)
+    words = "a trial is given up after so many (default: 20)"
+    parser.add_argument("--minutes", type=command_line.positive, default=20.0, help=words)
+    values = parser.parse_args(arguments)
     if unknown := set(values.only) - set(GROUPS):
         raise UserError(f"--only: {unknown.pop()!r} is unknown; choose of {', '.join(GROUPS)}")
     sweep(values)
 
 
-def sweep(values: flags.FlagValues) -> None:
+def sweep(values: argparse.Namespace) -> None:
     """Runs the chosen trials and writes the tables."""
-    out = pathlib.Path(values.out)
+    out = values.out
     out.mkdir(parents=True, exist_ok=True)
-    shared = [f"--preset={values.preset}", f"--device-batch={values['device-batch'].value}", f"--runs={values.runs}"]
+    shared = [f"--preset={values.preset}", f"--device-batch={values.device_batch}", f"--runs={values.runs}"]
     shared += COMMON if values.preset != "small" else ()
     chosen = [trial for trial in TRIALS if trial.group in values.only]
     results = {}

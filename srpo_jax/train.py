@@ -55,7 +55,7 @@ def train(config: ConfigDict, workdir: str | os.PathLike) -> int | None:
         return None
     architecture = architectures.read(config)
     source = loading.open_examples(config, architecture)
-    held_out = sources.read(config.sample.prompts)[: config.sample.count] if config.sample.every else []
+    held_out = sources.read(config.sample.prompts, config.sample.column) if config.sample.every else []
     if config.compilation_cache:
         jax.config.update("jax_compilation_cache_dir", os.path.expanduser(config.compilation_cache))
 
@@ -64,7 +64,7 @@ def train(config: ConfigDict, workdir: str | os.PathLike) -> int | None:
     built = program.build(config, mesh, architecture)
     online = config.data.encode == "online"
     encode = conditions.prompt_encoder(config, built, architecture) if online or held_out else None
-    samples = SampleGrid(config, built, encode, held_out, workdir) if held_out else None
+    samples = SampleGrid(config, built, encode, held_out[: config.sample.count], workdir) if held_out else None
     conditioner = conditions.Conditioner(config, built, encode if online else None)
     del encode  # with stored features, text encoders make room here for what is trained
     state = program.initial_state(config, built) if newest is None else None

@@ -158,9 +158,9 @@ def test_a_process_without_others_ends_as_usual():
 @pytest.mark.parametrize(
     ("job", "message"),
     [
-        (("host:1", None, 2), "--process_id is missing"),
-        ((None, 0, None), "--coordinator, --process_count is missing"),
-        (("host:1", 2, 2), "--process_id=2 must be"),
+        (("host:1", None, 2), "--process-id is missing"),
+        ((None, 0, None), "--coordinator, --process-count is missing"),
+        (("host:1", 2, 2), "--process-id=2 must be"),
     ],
 )
 def test_half_a_job_is_refused(job, message):

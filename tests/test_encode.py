@@ -165,7 +165,7 @@ def test_two_processes_write_what_is_missing(model, whole, tmp_path):
         (out / file).unlink()
     prompts.write_text(json.dumps(TEXTS))
     words = ["--model", model, "--prompts", prompts, "--out", out, "--text-length", tiny.LENGTH, "--batch", 4]
-    words += ["--coordinator", f"127.0.0.1:{children.free_port()}", "--process_count", 2, "--process_id"]
+    words += ["--coordinator", f"127.0.0.1:{children.free_port()}", "--process-count", 2, "--process-id"]
     command = [sys.executable, "-m", "srpo_jax.encode", *map(str, words)]
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     pair = [subprocess.Popen([*command, str(i)], env=children.environment(), **pipes) for i in (0, 1)]
@@ -271,7 +271,7 @@ def test_an_interrupted_command_says_what_goes_on(model, tmp_path, monkeypatch):
         (["--model", "nothing"], "nothing/transformer is not a folder"),
         (["--min-length", "9"], "no prompt is left"),
         (["--fsdp", "3"], "needs 3 devices"),
-        (["--coordinator", "host:1"], "--process_id, --process_count is missing"),
+        (["--coordinator", "host:1"], "--process-id, --process-count is missing"),
     ],
 )
 def test_bad_flags_leave_no_folder(model, tmp_path, words, message):

@@ -62,15 +62,17 @@ def test_a_row_varies_one_thing():
 
 
 def test_the_command(tmp_path, capsys):
-    growth.main(["growth", "--help"])
-    assert capsys.readouterr().out.strip() == growth.__doc__.strip()
+    with pytest.raises(SystemExit, match="0"):
+        growth.main(["--help"])
+    shown = capsys.readouterr().out
+    assert growth.__doc__.strip() in shown and "--reports" in shown
     for number, group in enumerate((REPORTS[4:], REPORTS[:4])):
         (tmp_path / f"{number}.json").write_text(json.dumps(group))
     out = tmp_path / "new" / "growth.svg"
     words = [f"--reports={tmp_path}/*.json", "--base=v5p:2x2x2,1024x1024,1", f"--out={out}"]
     with pytest.raises(errors.UserError, match="no two of them"):  # of 16 devices, nothing is like it
-        growth.main(["growth", f"--reports={tmp_path}/0.json", f"--out={out}"])
-    growth.main(["growth", *words])
+        growth.main([f"--reports={tmp_path}/0.json", f"--out={out}"])
+    growth.main([*words])
     text = out.read_text()
     assert "57 blocks, 8 x TPU v5p, 1024 pixels, batch 32" in text
     tree = xml.etree.ElementTree.fromstring(text)
@@ -86,8 +88,8 @@ def test_the_command(tmp_path, capsys):
         (["--reports=REAL"], "--out is missing"),
         (["--reports=REAL", "--out=x.svg", "--base=here"], "--base=here is none of v5p:2x2x2,720x720,1"),
         (["--reports=OTHER", "--out=x.svg"], "was not written by preflight's --json"),
-        (["--colour=red"], "Unknown command line flag 'colour'"),
-        (["now"], "'now' is not understood"),
+        (["--colour=red"], "unrecognized flag --colour"),
+        (["--reports=REAL", "--out=x.svg", "now"], "'now' is not understood"),
     ],
 )
 def test_what_is_refused(words, message, tmp_path):
@@ -95,4 +97,4 @@ def test_what_is_refused(words, message, tmp_path):
     (tmp_path / "other.json").write_text("[{}]")
     words = [w.replace("REAL", f"{tmp_path}/real.json").replace("OTHER", f"{tmp_path}/other.json") for w in words]
     with pytest.raises(errors.UserError, match=message):
-        growth.main(["growth", *words])
+        growth.main([*words])

@@ -388,7 +388,7 @@ def test_gke_create():
     assert {"--device-type=h200-141gb-8", "--num-nodes=4", "--max-restarts=0"} <= set(command)
     assert command[-1].endswith(
         "--workdir=gs://b/a --coordinator=$JAX_COORDINATOR_ADDRESS:$JAX_COORDINATOR_PORT"
-        " --process_id=$NODE_RANK --process_count=$NNODES"
+        " --process-id=$NODE_RANK --process-count=$NNODES"
     )
 
 

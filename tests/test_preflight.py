@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import json
 import re
+import types
 
 import jax
 import pytest
@@ -204,14 +205,14 @@ def test_target_config(name):
 )
 def test_what_is_refused(words, message):
     with pytest.raises(errors.UserError, match=message):
-        preflight.parse(["preflight", RECIPE, *words])
+        preflight.parse([RECIPE, *words])
 
 
 @pytest.mark.parametrize("topology, remedy", [("v5e:2x2", ".[preflight-tpu]"), ("h100:8", ".[preflight-cuda]")])
 def test_a_missing_compiler(monkeypatch, topology, remedy):
     monkeypatch.setattr(topologies.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(errors.UserError) as caught:
-        preflight.parse(["preflight", RECIPE, f"--topology={topology}"])
+        preflight.parse([RECIPE, f"--topology={topology}"])
     assert f"pip install -e '{remedy}'" in str(caught.value)
 
 
@@ -220,7 +221,7 @@ def test_what_cannot_be_built(monkeypatch):
     monkeypatch.setattr(topologies, "devices", lambda target: jax.devices()[:1] * target.count)
     monkeypatch.setattr(sharding, "make_mesh", lambda sizes, devices: FakeMesh(len(devices)))
     with pytest.raises(errors.UserError, match="h100:8x8 takes 64 samples at a time, which do not divide"):
-        preflight.parse(["preflight", RECIPE, "--topology=h100:8x8", "--device-batch=1"])
+        preflight.parse([RECIPE, "--topology=h100:8x8", "--device-batch=1"])
 
 
 class FakeMesh:
@@ -229,13 +230,13 @@ class FakeMesh:
 
 
 def test_the_command(monkeypatch, capsys, tmp_path, case, report):
-    monkeypatch.setattr("sys.argv", ["preflight", "--help"])
-    preflight.main()
-    assert capsys.readouterr().out.strip() == preflight.__doc__.strip()
-    out = tmp_path / "new" / "fits.json"
-    monkeypatch.setattr("sys.argv", ["preflight"])
     monkeypatch.setattr(topologies, "prepare", lambda: None)
-    monkeypatch.setattr(preflight, "parse", lambda argv: ([case, case], {"json": str(out)}))
+    with pytest.raises(SystemExit, match="0"):
+        preflight.main(["--help"])
+    shown = capsys.readouterr().out
+    assert preflight.__doc__.strip() in shown and "--device-batch" in shown
+    out = tmp_path / "new" / "fits.json"
+    monkeypatch.setattr(preflight, "parse", lambda arguments: ([case, case], types.SimpleNamespace(json=out)))
     monkeypatch.setattr(preflight, "check", lambda case: report)
     preflight.main()
     assert [report["fits"] for report in json.loads(out.read_text())] == [True, True]

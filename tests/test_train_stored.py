@@ -106,7 +106,7 @@ def test_prompts_that_changed_are_noticed(recipe, data, tmp_path):
     ("changes", "message"),
     [
         ({"data__path": "nothing"}, "nothing is not a folder; expected a data set"),
-        ({"data__path": None}, r"config.data.path=None: give a path"),
+        ({"data__path": None}, r"give a path: --config.data.path=..."),
         ({"data__text_length": 4}, r"encoded with 8 tokens .*; set --config.data.text_length=8, or .*--text-length=4"),
         ({"model__dtype": "bfloat16"}, "encoded in float32, .*; encode again with --dtype=bfloat16"),
         ({"data__filter__min_length": 99}, "no prompt is left: 7 prompts; left out: 7 shorter than 99"),

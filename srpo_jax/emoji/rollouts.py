@@ -16,7 +16,6 @@ rollouts.md and rollouts.json (the table) and rollouts.png (held-out concepts af
 where it was broken off.
 """
 
-import argparse
 import json
 import pathlib
 import sys
@@ -29,7 +28,7 @@ from absl import logging
 from ml_collections import ConfigDict
 from PIL import Image
 
-from srpo_jax import checkpoint, encode, errors, metrics, program, train
+from srpo_jax import checkpoint, command, encode, errors, metrics, program, train
 from srpo_jax.costs import flops
 from srpo_jax.data import images
 from srpo_jax.emoji import demo, judge, measure, pictures, results, world
@@ -144,24 +143,13 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
 
 def main(arguments: list[str] | None = None) -> None:
     """Runs the command line. Raises UserError."""
-    concepts = world.split("holdout")
-    parser = argparse.ArgumentParser(
-        prog="python -m srpo_jax.emoji.rollouts",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("demo"), help="folder of what is written")
+    parser = command.parser("emoji.rollouts", __doc__)
+    demo.add_size(parser)
     parser.add_argument("--case", action="append", choices=CASES, help="of those above, may be repeated (default: all)")
-    parser.add_argument("--updates", type=int, help="of each run, for a shorter look (default: the recipe's)")
-    parser.add_argument("--concepts", type=int, default=len(concepts), help="held-out concepts drawn (default: all)")
-    parser.add_argument("--seeds", type=int, default=demo.SEEDS, help="pictures of each concept (default: 3)")
     args = parser.parse_args(arguments)
-    config = demo.load_recipe()
+    config, concepts = demo.load_recipe(), world.split("holdout")
     if args.updates is not None:
         config.steps = args.updates
-    for flag, value, most in (("concepts", args.concepts, len(concepts)), ("seeds", args.seeds, 64)):
-        if not 1 <= value <= most:
-            raise UserError(f"--{flag}={value}: give a number from 1 to {most}")
     logging.set_verbosity(logging.ERROR)  # Orbax tells every step of every save
     print(table(compare(args.out, config, args.case or list(CASES), concepts[: args.concepts], args.seeds)))
 

@@ -11,7 +11,6 @@ and covariance 1. So there is no KL term: a fixed small noise on the latents ask
 of a flow model. The loss is squared error with extra weight on colour, and a little absolute error for clean flats.
 """
 
-import argparse
 import dataclasses
 import functools
 import json
@@ -29,7 +28,7 @@ import optax
 import orbax.checkpoint as ocp
 from jax.sharding import NamedSharding, PartitionSpec
 
-from srpo_jax import convert, errors
+from srpo_jax import command, convert, errors
 from srpo_jax.emoji import pictures, world
 from srpo_jax.models.autoencoder import Autoencoder, AutoencoderConfig
 from srpo_jax.models.compute import Compute, Params, bind, build
@@ -292,7 +291,7 @@ def train(workdir: pathlib.Path, steps: int, batch: int, learning_rate: float, s
                     flush=True,
                 )
                 if not all(math.isfinite(value) for value in parts.values()):
-                    raise errors.UserError(f"the loss is not finite at step {done}: lower --learning_rate")
+                    raise errors.UserError(f"the loss is not finite at step {done}: lower --learning-rate")
                 mark, marked = time.monotonic(), done
             if done % every == 0 or done == steps:
                 print(f"held-out PSNR in dB: {_told(quality(graphdef, state['params'], data.held_out))}", flush=True)
@@ -301,19 +300,17 @@ def train(workdir: pathlib.Path, steps: int, batch: int, learning_rate: float, s
     finish(workdir, graphdef, state["params"], data)
 
 
-def main() -> None:
-    """Parses the flags and trains."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--workdir", type=pathlib.Path, required=True, help="for checkpoints and results")
-    parser.add_argument("--steps", type=int, default=1600)
-    parser.add_argument("--batch", type=int, default=16)
-    parser.add_argument("--learning_rate", type=float, default=2e-3)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--every", type=int, default=400, help="steps between checkpoints and held-out figures")
-    flags = parser.parse_args()
-    for name in ("steps", "batch", "every"):
-        if getattr(flags, name) < 1:
-            raise errors.UserError(f"--{name}={getattr(flags, name)} has to be at least 1")
+def main(arguments: list[str] | None = None) -> None:
+    """Parses the flags and trains. Raises UserError."""
+    parser = command.parser("emoji.train_autoencoder", __doc__)
+    parser.add_argument("--workdir", type=command.local, required=True, help="for checkpoints and results")
+    parser.add_argument("--steps", type=command.at_least(1), default=1600, help="(default: 1600)")
+    parser.add_argument("--batch", type=command.at_least(1), default=16, help="(default: 16)")
+    parser.add_argument("--learning-rate", type=command.positive, default=2e-3, help="(default: 2e-3)")
+    parser.add_argument("--seed", type=command.seed, default=0, help="(default: 0)")
+    words = "steps between checkpoints and held-out figures (default: 400)"
+    parser.add_argument("--every", type=command.at_least(1), default=400, help=words)
+    flags = parser.parse_args(arguments)
     flags.workdir.mkdir(parents=True, exist_ok=True)
     train(flags.workdir, flags.steps, flags.batch, flags.learning_rate, flags.seed, flags.every)
 

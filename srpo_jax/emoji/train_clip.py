@@ -14,7 +14,6 @@ text. Pictures are degraded as generated ones are (blur, noise, tints). Some of 
 with both texts in proportion as target: a gradient needs similarity to grow all the way from one to the other.
 """
 
-import argparse
 import dataclasses
 import json
 import os
@@ -30,7 +29,7 @@ import optax
 import orbax.checkpoint as ocp
 from flax import nnx
 
-from srpo_jax import errors, text
+from srpo_jax import command, errors, text
 from srpo_jax.algorithm import rewards
 from srpo_jax.emoji import pictures, tokenizers, world
 from srpo_jax.emoji.clip_quality import Evaluation
@@ -308,16 +307,16 @@ def export(config: ClipConfig, params: Params, folder: pathlib.Path) -> None:
             out.write(name, tensor)
 
 
-def main(argv: list[str] | None = None) -> None:
-    """Trains, evaluates and exports one of the two networks. See the module's docstring."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+def main(arguments: list[str] | None = None) -> None:
+    """Trains, evaluates and exports one of the two networks. Raises UserError."""
+    parser = command.parser("emoji.train_clip", __doc__)
     parser.add_argument("--role", required=True, choices=sorted(RECIPES))
-    parser.add_argument("--workdir", required=True, type=pathlib.Path, help="checkpoints; the same one resumes")
-    parser.add_argument("--out", type=pathlib.Path, help="the exported folder")
-    parser.add_argument("--steps", type=int, help="updates, instead of the recipe's")
-    args = parser.parse_args(argv)
+    parser.add_argument("--workdir", required=True, type=command.local, help="checkpoints; the same one resumes")
+    parser.add_argument("--out", type=command.local, help="the exported folder")
+    parser.add_argument("--steps", type=command.at_least(1), help="updates, instead of the recipe's")
+    args = parser.parse_args(arguments)
     recipe = RECIPES[args.role]
-    if args.steps:
+    if args.steps is not None:
         recipe = dataclasses.replace(recipe, steps=args.steps)
     out = args.out or pathlib.Path(__file__).parent / args.role
 

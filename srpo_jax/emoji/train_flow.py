@@ -35,7 +35,7 @@ import numpy as np
 import optax
 import orbax.checkpoint as ocp
 
-from srpo_jax import convert, errors, text
+from srpo_jax import command, convert, errors, text
 from srpo_jax.algorithm import flow
 from srpo_jax.emoji import pictures, tokenizers, world
 from srpo_jax.models.clip import ClipText, ClipTextConfig
@@ -329,7 +329,7 @@ def run_stage(
                 left = (steps - done) / rate / 60
                 print(f"{name} {done}/{steps}: loss {mean:.4f}, {rate:.2f} steps/s, {left:.1f} min left", flush=True)
                 if not math.isfinite(mean):
-                    raise errors.UserError(f"the loss is not finite at step {done}: lower --learning_rate")
+                    raise errors.UserError(f"the loss is not finite at step {done}: lower --learning-rate")
                 losses, mark, marked = [], time.monotonic(), done
             if done == steps or time.monotonic() - saved > 60 * minutes:
                 manager.save(done, args=ocp.args.StandardSave(state))
@@ -431,21 +431,19 @@ def train(flags: argparse.Namespace) -> None:
     print(f"wrote {target}", flush=True)
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     """Parses the flags and trains. Raises UserError."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--workdir", type=pathlib.Path, required=True, help="checkpoints and results; resumes")
-    parser.add_argument("--vae", type=pathlib.Path, required=True, help="the world's autoencoder, in our format")
-    parser.add_argument("--steps", type=int, default=2000, help="of the teacher")
-    parser.add_argument("--distil_steps", type=int, default=450, help="of the student")
-    parser.add_argument("--batch", type=int, default=64)
-    parser.add_argument("--learning_rate", type=float, default=1.5e-3)
-    parser.add_argument("--minutes", type=float, default=5.0, help="between checkpoints, sheets and exports")
-    parser.add_argument("--seed", type=int, default=0)
-    flags = parser.parse_args()
-    for name in ("steps", "distil_steps", "batch"):
-        if getattr(flags, name) < 1:
-            raise errors.UserError(f"--{name}={getattr(flags, name)} has to be at least 1")
+    parser = command.parser("emoji.train_flow", __doc__)
+    parser.add_argument("--workdir", type=command.local, required=True, help="checkpoints and results; resumes")
+    parser.add_argument("--vae", type=command.local, required=True, help="the world's autoencoder, in our format")
+    parser.add_argument("--steps", type=command.at_least(1), default=2000, help="of the teacher (default: 2000)")
+    parser.add_argument("--distil-steps", type=command.at_least(1), default=450, help="of the student (default: 450)")
+    parser.add_argument("--batch", type=command.at_least(1), default=64, help="(default: 64)")
+    parser.add_argument("--learning-rate", type=command.positive, default=1.5e-3, help="(default: 1.5e-3)")
+    words = "between checkpoints, sheets and exports (default: 5)"
+    parser.add_argument("--minutes", type=command.not_negative, default=5.0, help=words)
+    parser.add_argument("--seed", type=command.seed, default=0, help="(default: 0)")
+    flags = parser.parse_args(arguments)
     train(flags)
 
 

@@ -4,13 +4,12 @@ r"""Times an update beside the same update in PyTorch eager, on the CPU, in floa
 
 The sizes are those of `python -m srpo_jax.benchmark --preset=small`. PyTorch runs diffusers' transformer and
 autoencoder and transformers' CLIP (torch_baseline.py). First both compute the same losses and gradients; then each part
-is timed, a call of ours and one of theirs in turn, and the ratio is the median of the pairs'. --compile adds
-torch.compile, which needs a C++ compiler. Threads are the cores that the process may use.
+is timed, a call of ours and one of theirs in turn, and the ratio is the median of the pairs'. Threads are the cores
+that the process may use.
 """
 
 import json
 import os
-import pathlib
 import statistics
 import sys
 import time
@@ -22,7 +21,6 @@ import jax.numpy as jnp
 import numpy as np
 import torch
 import torch_baseline
-from absl import flags
 from helpers import updates
 
 from srpo_jax import benchmark, command, errors, program, sharding
@@ -171,28 +169,26 @@ def timed_in_turn(calls: dict, runs: int) -> dict[str, list[float]]:
     return taken
 
 
-def main() -> None:
-    """Runs the command line."""
-    if {"--help", "-h"} & set(sys.argv[1:]):
-        print(__doc__)
-        return
-
-    def define(values: flags.FlagValues) -> None:
-        flags.DEFINE_boolean("compile", False, "", flag_values=values)
-        flags.DEFINE_integer("device-batch", 8, "", lower_bound=1, flag_values=values)
-        flags.DEFINE_integer("runs", 5, "", lower_bound=1, flag_values=values)
-        flags.DEFINE_string("json", None, "", flag_values=values)
-
+def main(arguments: list[str] | None = None) -> None:
+    """Runs the command line. Raises UserError."""
+    parser = command.parser("side_by_side", __doc__)
+    parser.prog = "python tests/compare/side_by_side.py"
+    parser.add_argument("--compile", action="store_true", help="time torch.compile too, which needs a C++ compiler")
+    words = "samples of a batch (default: 8)"
+    parser.add_argument("--device-batch", type=command.at_least(1), default=8, metavar="N", help=words)
+    words = "timed calls of each part (default: 5)"
+    parser.add_argument("--runs", type=command.at_least(1), default=5, metavar="N", help=words)
+    parser.add_argument("--json", type=command.local, metavar="FILE", help="for everything measured")
     case = benchmark.PRESETS["small"]()
-    config, values = command.parse(sys.argv, "python tests/compare/side_by_side.py", define, lambda _: case.config)
-    config.data.batch_size = values["device-batch"]
+    config, values = command.parse_recipe(parser, arguments, lambda _: case.config)
+    config.data.batch_size = values.device_batch
     config_lib.validate(config, paths=False)
     run(config, case.architecture, values)
 
 
 def run(config, architecture, values) -> dict:
     """Compares, times and prints; writes the file that ``--json`` names; returns its content."""
-    count, runs = config.data.batch_size, values["runs"]
+    count, runs = config.data.batch_size, values.runs
     threads = len(os.sched_getaffinity(0))
     torch.set_num_threads(threads)
     built = program.build(config, sharding.make_mesh(config.mesh), architecture)
@@ -212,7 +208,7 @@ def run(config, architecture, values) -> dict:
     print(f"same losses within {difference['losses']:.1g}, same gradient within {difference['gradient']:.1g}")
 
     theirs = {"eager": torch_parts(baseline(), inputs, count)}
-    if values["compile"]:
+    if values.compile:
         compiled = baseline()
         compiled.transformer.forward = torch.compile(compiled.transformer.forward)
         compiled.vae.decode = torch.compile(compiled.vae.decode)
@@ -247,8 +243,8 @@ def run(config, architecture, values) -> dict:
             line += f" {row[kind]:9.4f} {row[f'{kind}_ratio']:5.2f}x"
         print(line, flush=True)
         report["parts"][part] = row
-    if values["json"]:
-        pathlib.Path(values["json"]).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    if values.json:
+        values.json.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     return report
 
 

@@ -363,11 +363,11 @@ def test_flags_of_pictures_are_not_for_prompts(model, tmp_path):
 
 def test_two_processes_encode_pictures_without_tensorflow(model, photos, whole, tmp_path):
     code = "import sys; from srpo_jax import encode; encode.main(sys.argv[1:]); assert 'tensorflow' not in sys.modules"
-    job = [f"--coordinator=127.0.0.1:{children.free_port()}", "--process_count=2"]
+    job = [f"--coordinator=127.0.0.1:{children.free_port()}", "--process-count=2"]
     environment = children.environment()
     pair = [
         subprocess.Popen(
-            [sys.executable, "-c", code, *words(model, photos, tmp_path / "two", *job, f"--process_id={i}")],
+            [sys.executable, "-c", code, *words(model, photos, tmp_path / "two", *job, f"--process-id={i}")],
             env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         )
         for i in (0, 1)

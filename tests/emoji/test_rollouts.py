@@ -67,6 +67,6 @@ def test_cases_are_cheaper_rollouts(case, monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("flag", ["--concepts=0", "--seeds=65"])
 def test_bad_numbers_are_refused(flag, tmp_path):
-    with pytest.raises(UserError, match=f"{flag}: give a number from 1 to"):
+    with pytest.raises(UserError, match=f"{flag}: must be from 1 to"):
         rollouts.main([f"--out={tmp_path}", flag])
     assert list(tmp_path.iterdir()) == []

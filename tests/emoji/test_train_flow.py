@@ -1,8 +1,6 @@
 """The small world's flow training, at a size that trains nothing: what is drawn, what is learnt, and what comes out."""
 
 import dataclasses
-import functools
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -110,16 +108,13 @@ def test_a_whole_run_resumes_and_exports_a_pipeline(tmp_path, monkeypatch, capsy
     _, params = build(lambda rngs: Autoencoder(config, Compute(), rngs=rngs))
     folder.save(tmp_path / "vae", "autoencoder", config, params)
     monkeypatch.setattr(train_flow, "SHOWN", train_flow.SHOWN[:1])
-    flags = [f"--workdir={tmp_path / 'run'}", f"--vae={tmp_path / 'vae'}", "--batch=2", "--distil_steps=1"]
-    run = functools.partial(monkeypatch.setattr, sys, "argv")
-    run(["train_flow", *flags, "--steps=2"])
-    train_flow.main()
+    flags = [f"--workdir={tmp_path / 'run'}", f"--vae={tmp_path / 'vae'}", "--batch=2", "--distil-steps=1"]
+    train_flow.main([*flags, "--steps=2"])
     for name in ("teacher.png", "student.png", "pipeline/model_index.json", "pipeline/transformer/config.json"):
         assert (tmp_path / "run" / name).exists(), name
 
-    run(["train_flow", *flags, "--steps=3"])
     capsys.readouterr()
-    train_flow.main()
+    train_flow.main([*flags, "--steps=3"])
     told = capsys.readouterr().out
     assert "teacher: resumed at step 2" in told and "student: resumed at step 1" in told
 
