@@ -25,11 +25,11 @@ import torch
 import torch_baseline
 from absl import flags
 
-from srpo_jax import benchmark, command, errors, program, sharding
+from srpo_jax import command, errors, program, sharding
 from srpo_jax import config as config_lib
 from srpo_jax.algorithm import step
 from srpo_jax.algorithm.settings import Settings
-from srpo_jax.costs import flops, parts
+from srpo_jax.costs import parts, presets, timing, work
 from srpo_jax.models import compute
 from srpo_jax.models.compute import Compute
 from srpo_jax.weights import engine, flux, folder
@@ -150,8 +150,8 @@ def ours_prepared(part: parts.Part):
     def call() -> None:
         nonlocal values
         result = jax.block_until_ready(compiled(*values))
-        if part.name in benchmark.AGAIN:
-            values = benchmark.AGAIN[part.name](values, result)
+        if part.name in timing.AGAIN:
+            values = timing.AGAIN[part.name](values, result)
 
     return seconds, call
 
@@ -183,11 +183,11 @@ def main() -> None:
         flags.DEFINE_integer("runs", 5, "", lower_bound=1, flag_values=values)
         flags.DEFINE_string("json", None, "", flag_values=values)
 
-    case = benchmark.PRESETS["small"]()
-    config, values = command.parse(sys.argv, "python tests/compare/side_by_side.py", define, lambda _: case.config)
+    preset = presets.PRESETS["small"]()
+    config, values = command.parse(sys.argv, "python tests/compare/side_by_side.py", define, lambda _: preset.config)
     config.data.batch_size = values["device-batch"]
     config_lib.validate(config, paths=False)
-    run(config, case.architecture, values)
+    run(config, preset.architecture, values)
 
 
 def run(config, architecture, values) -> dict:
@@ -226,7 +226,7 @@ def run(config, architecture, values) -> dict:
     apart = program.build(in_turn, built.mesh, architecture)
     ours = {part.name: part for part in parts.take_apart(in_turn, apart)}
     ours["update"] = parts.Part("update", built.update, (built.state, built.frozen, built.batch), 1)
-    work = flops.update(in_turn, architecture)
+    counted = work.update(in_turn, architecture)
     print(f"{threads} threads; batch {count}; seconds a call, and how many times faster ours is")
     print(f"{'part':<12} {'GFLOP':>8} {'ours':>8} {'compile':>8}" + "".join(f" {kind:>9} {'':>6}" for kind in theirs))
     for part in PARTS:
@@ -237,7 +237,7 @@ def run(config, architecture, values) -> dict:
             calls[part]()
             first[f"{kind}_first"] = time.perf_counter() - started
         taken = timed_in_turn({"ours": call, **{kind: calls[part] for kind, calls in theirs.items()}}, runs)
-        total = sum(w.model for w in work.values()) if part == "update" else work[part].model / ours[part].calls
+        total = sum(w.model for w in counted.values()) if part == "update" else counted[part].model / ours[part].calls
         row = {name: statistics.median(seconds) for name, seconds in taken.items()}
         row |= {"compile_seconds": compile_seconds, "model_flops": total, **first}
         line = f"{part:<12} {total / 1e9:8.4g} {row['ours']:8.4f} {compile_seconds:8.2f}"
