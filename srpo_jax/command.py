@@ -117,7 +117,6 @@ number = typed(float)
 positive = typed(float, lambda value: value > 0, "must be greater than 0")
 not_negative = typed(float, lambda value: value >= 0, "must not be negative")
 seed = between(0, values.SEED)
-pixels = typed(int, lambda value: value > 0 and value % 16 == 0, "must be a positive multiple of 16")
 _axis = typed(int, lambda value: value >= 1 or value == -1, "must be at least 1, or -1 for the rest of the devices")
 
 

@@ -1,4 +1,4 @@
-"""The arithmetic of one update, part by part, from sizes alone: no array, no device, no compiler.
+"""The arithmetic of each network, from sizes alone: no array, no device, no compiler. ``work`` adds up an update's.
 
 A multiply and its add are two FLOPs. Matrix products, convolutions and attention are counted; norms, activations,
 rotary embeddings, softmax and the resize before a reward are not (1 % or less at FLUX's widths). Attention counts every
@@ -18,18 +18,12 @@ import dataclasses
 import math
 from typing import NamedTuple
 
-from ml_collections import ConfigDict
-
-from srpo_jax.algorithm import flow
-from srpo_jax.algorithm.settings import LATENT_FACTOR
-from srpo_jax.architectures import TextArchitecture
 from srpo_jax.models.autoencoder import AutoencoderConfig
 from srpo_jax.models.clip import ClipConfig, ClipTextConfig
 from srpo_jax.models.flux import FluxConfig, is_modulation
 from srpo_jax.models.flux_layers import MLP_RATIO, TIME_CHANNELS
 from srpo_jax.models.lora import STACKS, Lora, chosen, factor_shapes
 from srpo_jax.models.t5 import T5Config
-from srpo_jax.program import CAPTIONS, Architecture, used_rewards
 from srpo_jax.weights import folder
 
 FUSED_ATTENTION = ("cudnn", "splash")  # backends that keep no attention matrix and make the logits again
@@ -94,9 +88,6 @@ class Forward:
         return Work(model, model + again)
 
 
-# --- networks ---------------------------------------------------------------------------------------------------------
-
-
 def transformer(config: FluxConfig, image_tokens: int, text_tokens: int) -> Forward:
     """FLUX: one sample, embedders and modulations included."""
     width, tokens = config.width, image_tokens + text_tokens
@@ -108,7 +99,7 @@ def transformer(config: FluxConfig, image_tokens: int, text_tokens: int) -> Forw
     ends = vectors * 2 * width**2 + 2 * 2 * width**2 + 2 * width * config.out_channels * image_tokens
     first = 2 * width * (config.in_channels * image_tokens + config.joint_attention_dim * text_tokens + inputs)
     return Forward(
-        products=products + _modulations(config) + ends,
+        products=products + modulations(config) + ends,
         first=first,
         attention=attention,
         # The gates' gradients read each block's last products, so none is spared.
@@ -117,7 +108,7 @@ def transformer(config: FluxConfig, image_tokens: int, text_tokens: int) -> Forw
     )
 
 
-def _modulations(config: FluxConfig) -> float:
+def modulations(config: FluxConfig) -> float:
     """Shift, scale and gate of one vector, for each of two streams' two halves, or once."""
     return (config.num_layers * 12 + config.num_single_layers * 3) * 2.0 * config.width**2
 
@@ -283,14 +274,6 @@ def t5(config: T5Config, tokens: int) -> Forward:
     return Forward(products, 0.0, config.num_layers * 2 * 2 * tokens**2 * inner, nothing, nothing)
 
 
-# --- the optimiser ----------------------------------------------------------------------------------------------------
-
-# AdamW behind the clip, of one parameter: norm 2, clip 1, two moments 3 + 4, the second from its root 1, their
-# corrections 2, epsilon and quotient 2, decay 2, rate 1, difference 1; roots are not counted. It is memory that limits
-# this part, not arithmetic.
-ADAMW = 19
-
-
 def parameters(config: FluxConfig) -> int:
     """How many the transformer has, biases and the scales of its norms included."""
     width, head = config.width, config.attention_head_dim
@@ -301,106 +284,3 @@ def parameters(config: FluxConfig) -> int:
     ends = (config.in_channels + config.joint_attention_dim) * width + 2 * width  # img_in and txt_in
     ends += 2 * width**2 + 2 * width + width * config.out_channels + config.out_channels  # final_mod and final_out
     return config.num_layers * 2 * stream + config.num_single_layers * single + embedders + ends
-
-
-# --- an update --------------------------------------------------------------------------------------------------------
-
-# The parts of an update, in the order in which they run.
-PARTS = ("captions", "rollout", "transformer", "autoencoder", "reward", "optimizer")
-
-
-def terms(config: ConfigDict) -> int:
-    """How many gradient-carrying steps a sample takes in one update."""
-    return {
-        "srpo": len(config.align.branches),
-        "direct_align": 1,
-        "refl": 1,
-        "draft_lv": config.draft_lv.renoisings,
-    }[config.method]
-
-
-def tokens(config: ConfigDict) -> tuple[int, int]:
-    """(image tokens, text tokens) of a sample in the transformer."""
-    side = LATENT_FACTOR * flow.PATCH
-    return (config.data.height // side) * (config.data.width // side), config.data.text_length
-
-
-def rollout(config: ConfigDict, sizes: FluxConfig) -> Work:
-    """One sample's rollout, or its share of one that serves several updates; none where real pictures take its place.
-
-    A step is a whole forward pass, or one with few blocks where the others' change is kept. Modulations are made of all
-    steps and blocks at once.
-    """
-    if config.data.rollout == "offline":
-        return Work(0.0, 0.0)
-    first, last = config.rollout.cache_ends
-    lora = Lora.from_config(config.lora)
-
-    def step(blocks: FluxConfig, share: float) -> Work:
-        low = 0.0 if lora is None else share * factors(sizes, lora, *tokens(config)).products
-        low += _modulations(sizes) - _modulations(blocks)
-        return transformer(blocks, *tokens(config)).inference() + Work(low, low)
-
-    renewals = -(-config.rollout.steps // config.rollout.cache)
-    whole = step(sizes, 1.0) * (renewals / config.rollout.reuse)
-    if renewals == config.rollout.steps:
-        return whole
-    few = dataclasses.replace(sizes, num_layers=first, num_single_layers=last)
-    # Of the factors, as many as of the blocks: both kinds of block have about the same.
-    share = (first + last) / (sizes.num_layers + sizes.num_single_layers)
-    return whole + step(few, share) * ((config.rollout.steps - renewals) / config.rollout.reuse)
-
-
-def sample(config: ConfigDict, architecture: Architecture) -> dict[str, Work]:
-    """The work that one sample of a batch takes in one update, by part, without the optimiser's.
-
-    captions     the rewards' text towers, each on every caption variant of the prompt
-    rollout      the transformer without gradient, once a step; where a rollout serves several updates, its share; none
-                 where real pictures take its place
-    transformer  forward and backward, once a term
-    autoencoder  the decoder, forward and backward, once a term
-    reward       the rewards' vision towers, forward and backward, once a term
-    """
-    data, remat = config.data, config.remat
-    flux = transformer(architecture.transformer, *tokens(config))
-    vae = decoder(architecture.autoencoder, data.height, data.width)
-    count, nothing = terms(config), Work(0.0, 0.0)
-    lora = Lora.from_config(config.lora)
-    options = dict(remat=remat.transformer, attention=config.model.attention)
-    if lora is None:
-        trained = flux.gradient(trained=True, **options)
-    else:
-        sizes = architecture.transformer, lora, *tokens(config)
-        trained = adapted(*sizes, **options)
-    towers = [architecture.rewards[name] for name in used_rewards(config)]
-    return {
-        "captions": sum(
-            (text_tower(clip.text_config, clip.projection_dim).inference() * len(CAPTIONS) for clip in towers), nothing
-        ),
-        "rollout": rollout(config, architecture.transformer),
-        "transformer": trained * count,
-        # The frozen networks attend in plain XLA whatever the backend.
-        "autoencoder": vae.gradient(trained=False, remat=remat.autoencoder, attention="xla") * count,
-        "reward": sum(
-            (image_tower(clip).gradient(trained=False, remat=remat.reward, attention="xla") for clip in towers),
-            nothing,
-        )
-        * count,
-    }
-
-
-def update(config: ConfigDict, architecture: Architecture) -> dict[str, Work]:
-    """The work of one whole update over all devices, by part (``PARTS``): samples times the batch, and the optimiser.
-
-    Text encoders are not in it: they run beside the update, see ``text_encoders``.
-    """
-    parts = {name: work * config.data.batch_size for name, work in sample(config, architecture).items()}
-    lora = Lora.from_config(config.lora)
-    sizes = architecture.transformer
-    once = float(ADAMW * (parameters(sizes) if lora is None else factors(sizes, lora, 0, 0).parameters))
-    return parts | {"optimizer": Work(once, once)}
-
-
-def text_encoders(text: TextArchitecture, tokens: int) -> Work:
-    """CLIP and T5 on one prompt of so many T5 tokens."""
-    return text_tower(text.clip).inference() + t5(text.t5, tokens).inference()

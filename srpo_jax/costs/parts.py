@@ -1,6 +1,6 @@
 """An update taken apart: each of its parts as a program of its own, which can be compiled and timed alone.
 
-The parts are those of ``flops.PARTS`` and call the functions that the update calls, as the update does: rollouts on the
+The parts are those of ``work.PARTS`` and call the functions that the update calls, as the update does: rollouts on the
 whole batch, the others on one part of it (``optim.accumulation``). What the compiler does across their borders is lost.
 """
 
@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 from srpo_jax import sharding
 from srpo_jax.algorithm import rewards, step
 from srpo_jax.algorithm.step import Batch
-from srpo_jax.costs import flops
+from srpo_jax.costs import work
 from srpo_jax.models.compute import join, path_name
 from srpo_jax.program import Program, compiler_options, in_float32, with_sharding
 
@@ -27,7 +27,7 @@ class Part(NamedTuple):
     """A program and what it is called with.
 
     Attributes:
-      name: one of ``flops.PARTS``.
+      name: one of ``work.PARTS``.
       function: jitted.
       arguments: trees of ``ShapeDtypeStruct`` with shardings.
       calls: how often it runs in an update; below 1 where a rollout serves several updates.
@@ -43,7 +43,7 @@ def take_apart(config: ConfigDict, built: Program) -> Iterator[Part]:
     """The parts of a program, in the order in which an update runs them."""
     networks, settings, mesh = built.networks, built.settings, built.mesh
     passes, split = settings.accumulation, sharding.of_batch(mesh)
-    count, terms = config.data.batch_size // passes, flops.terms(config)
+    count, terms = config.data.batch_size // passes, work.terms(config)
     # Samples of a gradient, and gradients of a pass.
     wide, gradients = (count * terms, 1) if settings.merge_terms else (count, terms)
     params, opt_state = built.state.params, built.state.opt_state

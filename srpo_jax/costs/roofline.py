@@ -21,11 +21,12 @@ from typing import Any, NamedTuple
 import jax
 from ml_collections import ConfigDict
 
-from srpo_jax.costs import flops, topologies
+from srpo_jax.costs import flops, topologies, work
 from srpo_jax.costs.flops import Work
 from srpo_jax.costs.hlo import Collective
 from srpo_jax.costs.topologies import Target
 from srpo_jax.models.flux import FluxConfig
+from srpo_jax.program import in_float32
 
 # The share of the peak that large products, with all that comes between them, are taken to reach: an assumption.
 UTILISATION = 0.6
@@ -72,7 +73,7 @@ class Estimate(NamedTuple):
 def estimate(
     config: ConfigDict,
     transformer: FluxConfig,
-    work: dict[str, Work],
+    parts: dict[str, Work],
     optimizer_bytes: float,
     host_bytes: float,
     collectives: Sequence[Collective],
@@ -84,7 +85,7 @@ def estimate(
     Args:
       config: its configuration.
       transformer: sizes.
-      work: of the whole batch, by part (``flops.update``).
+      parts: the work of the whole batch, by part (``work.update``).
       optimizer_bytes: that the optimiser moves on a device (``optimizer_traffic``).
       host_bytes: of its state that lie in the host's memory, for a device.
       collectives: of the compiled update.
@@ -93,7 +94,7 @@ def estimate(
     """
     chip, count = target.chip, len(devices)
     # The optimiser's few FLOPs are not of matrix products.
-    compute = {name: part.hardware / count / chip.flops for name, part in work.items() if name != "optimizer"}
+    compute = {name: part.hardware / count / chip.flops for name, part in parts.items() if name != "optimizer"}
     memory = {"optimizer": optimizer_bytes / chip.bandwidth}
     if host_bytes:
         memory["host"] = host_bytes / HOST_LINK  # in and out at once
@@ -108,35 +109,57 @@ def estimate(
 
 
 def duration(item: Collective, target: Target, places: Sequence[tuple[int, ...]]) -> float:
-    """Seconds of one run of a collective at the peak of the links between its devices.
+    """Seconds of one run of a collective at the peak of what joins its devices.
+
+    Devices of one TPU slice, or one host of GPUs, exchange over their links. What comes from other slices or hosts
+    comes over the data-centre network, through each device's share of it (``Target.network``), and is passed on over
+    the links: both work at a time, so that the slower one counts.
 
     A permutation goes around a ring: on one link each way, and XLA sends halves of the data both ways.
     """
     if not item.traffic:
         return 0.0
     if item.kind == "collective-permute":
+        if any(places[one][0] != places[other][0] for one, other in item.groups):
+            return item.bytes / target.network
         members = sorted({place for pair in item.groups for place in pair})
         rate = topologies.bandwidth(target, [places[member] for member in members])
-        if target.platform == "tpu":
-            rate = min(rate, 2 * target.chip.link)
-    else:
-        rate = min(topologies.bandwidth(target, [places[member] for member in group]) for group in item.groups)
-    return item.traffic / rate
+        return item.bytes / (min(rate, 2 * target.chip.link) if target.platform == "tpu" else rate)
+    return max(_exchange(item, target, [places[member] for member in group]) for group in item.groups)
+
+
+def _exchange(item: Collective, target: Target, places: Sequence[tuple[int, ...]]) -> float:
+    """Seconds of a group, whose devices lie at ``places``: the same number of them in every slice or host."""
+    apart = len({place[0] for place in places})
+    near = [place for place in places if place[0] == places[0][0]]
+    width, count = len(near), len(places)
+    # Bytes that a device gets from its own slice, and by the network: of what its slice lacks, it fetches its share.
+    within, between = {
+        "all-gather": ((count - apart) * item.bytes, (apart - 1) * item.bytes),
+        "all-reduce": (2 * (width - 1) / width * item.bytes, 2 * (apart - 1) / apart * item.bytes / width),
+        "reduce-scatter": ((width - 1) / width * item.bytes, (apart - 1) / apart * item.bytes / width),
+        "all-to-all": ((width - 1) / count * item.bytes, (count - width) / count * item.bytes),
+        "collective-broadcast": (item.bytes * (width > 1), item.bytes * (apart > 1)),
+    }[item.kind]
+    return max(within and within / topologies.bandwidth(target, near), between / target.network)
 
 
 def attention_traffic(config: ConfigDict, transformer: FluxConfig) -> float:
     """Bytes of attention matrices that an update writes and reads where attention is not fused."""
-    blocks = transformer.num_layers + transformer.num_single_layers
-    entries = blocks * transformer.num_attention_heads * sum(flops.tokens(config)) ** 2
-    again = config.remat.transformer != "none"
-    gradient = MATRIX_FORWARD * (1 + again) + MATRIX_BACKWARD
-    rollouts = config.rollout.steps / config.rollout.reuse
-    return config.data.batch_size * entries * (rollouts * MATRIX_FORWARD + flops.terms(config) * gradient)
+    whole = transformer.num_layers + transformer.num_single_layers
+    gradient = MATRIX_FORWARD * (1 + (config.remat.transformer != "none")) + MATRIX_BACKWARD
+    blocks = MATRIX_FORWARD * work.rollout_blocks(config, transformer) + gradient * work.terms(config) * whole
+    matrix = transformer.num_attention_heads * sum(work.tokens(config)) ** 2  # entries in a block
+    return config.data.batch_size * matrix * blocks
 
 
 def optimizer_traffic(params: Any, opt_state: Any) -> float:
-    """Bytes that AdamW moves on a device: trees of ``ShapeDtypeStruct`` with shardings."""
-    return 2 * shard_bytes(params) + 2 * (shard_bytes(params) + shard_bytes(opt_state))
+    """Bytes that AdamW moves on a device: trees of ``ShapeDtypeStruct`` with shardings.
+
+    Gradients are float32 whatever the weights are, and are read twice.
+    """
+    gradients = shard_bytes(in_float32(params))
+    return 2 * gradients + 2 * (shard_bytes(params) + shard_bytes(opt_state))
 
 
 def shard_bytes(tree: Any, host: bool = False) -> int:

@@ -20,13 +20,17 @@ def of_pipeline(path: str | os.PathLike) -> Family:
     return FAMILIES[network]
 
 
+def published() -> list[str]:
+    """The names of all published sizes."""
+    return [name for family in FAMILIES.values() for name in family.published]
+
+
 def of_published(name: str) -> Family:
     """The family that has published sizes of this name. Raises UserError for an unknown name."""
     for family in FAMILIES.values():
         if name in family.published:
             return family
-    known = [name for family in FAMILIES.values() for name in family.published]
-    raise UserError(f"{name!r} is unknown; choose one of {', '.join(known)}")
+    raise UserError(f"{name!r} is unknown; choose one of {', '.join(published())}")
 
 
 def names() -> str:

@@ -33,6 +33,7 @@ RULES = (
     (r"vision\.patch_embedding\.kernel", P()),
     (r".*(bias|scale|class_embedding|position_embedding)", P()),
 )
+MAY_STAY_WHOLE = r".*blocks\.attn\..*"  # around heads that "tensor" may not divide, as CLIP-L's 12
 
 
 def quick_gelu(x: jax.Array) -> jax.Array:
@@ -357,7 +358,7 @@ class ClipVisionTower(nnx.Module):
 class ClipText(nnx.Module):
     """The text tower alone, without projection: FLUX's pooled text embedding (HF ``CLIPTextModel``)."""
 
-    RULES = RULES
+    RULES, MAY_STAY_WHOLE = RULES, MAY_STAY_WHOLE
 
     def __init__(self, config: ClipTextConfig, compute: Compute, *, rngs: nnx.Rngs):
         self.text = ClipTextTower(config, None, compute, rngs=rngs)
@@ -370,7 +371,7 @@ class ClipText(nnx.Module):
 class Clip(nnx.Module):
     """Both towers, their projections, and the log of the similarity's scale (HF ``CLIPModel``, open_clip ``CLIP``)."""
 
-    RULES = RULES
+    RULES, MAY_STAY_WHOLE = RULES, MAY_STAY_WHOLE
 
     def __init__(self, config: ClipConfig, compute: Compute, *, rngs: nnx.Rngs):
         self.text = ClipTextTower(config.text_config, config.projection_dim, compute, rngs=rngs)

@@ -153,6 +153,7 @@ class T5Encoder(nnx.Module):
         (r"token_embedding", P(None, "fsdp")),
         (r"relative_bias\.embedding|.*scale", P()),
     )
+    MAY_STAY_WHOLE = r"blocks\.attn\..*"
 
     def __init__(self, config: T5Config, compute: Compute, *, rngs: nnx.Rngs):
         self.config, self.compute = config, compute

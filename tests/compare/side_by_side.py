@@ -23,11 +23,11 @@ import torch
 import torch_baseline
 from helpers import updates
 
-from srpo_jax import benchmark, command, errors, program, sharding
+from srpo_jax import command, errors, program, sharding
 from srpo_jax import config as config_lib
 from srpo_jax.algorithm import step
 from srpo_jax.algorithm.settings import Settings
-from srpo_jax.costs import flops, parts
+from srpo_jax.costs import parts, presets, timing, work
 from srpo_jax.models import compute
 from srpo_jax.models.compute import Compute
 from srpo_jax.weights import engine, flux, folder
@@ -148,8 +148,8 @@ def ours_prepared(part: parts.Part):
     def call() -> None:
         nonlocal values
         result = jax.block_until_ready(compiled(*values))
-        if part.name in benchmark.AGAIN:
-            values = benchmark.AGAIN[part.name](values, result)
+        if part.name in timing.AGAIN:
+            values = timing.AGAIN[part.name](values, result)
 
     return seconds, call
 
@@ -179,11 +179,11 @@ def main(arguments: list[str] | None = None) -> None:
     words = "timed calls of each part (default: 5)"
     parser.add_argument("--runs", type=command.at_least(1), default=5, metavar="N", help=words)
     parser.add_argument("--json", type=command.local, metavar="FILE", help="for everything measured")
-    case = benchmark.PRESETS["small"]()
-    config, values = command.parse_recipe(parser, arguments, lambda _: case.config)
+    preset = presets.PRESETS["small"]()
+    config, values = command.parse_recipe(parser, arguments, lambda _: preset.config)
     config.data.batch_size = values.device_batch
     config_lib.validate(config, paths=False)
-    run(config, case.architecture, values)
+    run(config, preset.architecture, values)
 
 
 def run(config, architecture, values) -> dict:
@@ -222,7 +222,7 @@ def run(config, architecture, values) -> dict:
     apart = program.build(in_turn, built.mesh, architecture)
     ours = {part.name: part for part in parts.take_apart(in_turn, apart)}
     ours["update"] = parts.Part("update", built.update, (built.state, built.frozen, built.batch), 1)
-    work = flops.update(in_turn, architecture)
+    counted = work.update(in_turn, architecture)
     print(f"{threads} threads; batch {count}; seconds a call, and how many times faster ours is")
     print(f"{'part':<12} {'GFLOP':>8} {'ours':>8} {'compile':>8}" + "".join(f" {kind:>9} {'':>6}" for kind in theirs))
     for part in PARTS:
@@ -233,7 +233,7 @@ def run(config, architecture, values) -> dict:
             calls[part]()
             first[f"{kind}_first"] = time.perf_counter() - started
         taken = timed_in_turn({"ours": call, **{kind: calls[part] for kind, calls in theirs.items()}}, runs)
-        total = sum(w.model for w in work.values()) if part == "update" else work[part].model / ours[part].calls
+        total = sum(w.model for w in counted.values()) if part == "update" else counted[part].model / ours[part].calls
         row = {name: statistics.median(seconds) for name, seconds in taken.items()}
         row |= {"compile_seconds": compile_seconds, "model_flops": total, **first}
         line = f"{part:<12} {total / 1e9:8.4g} {row['ours']:8.4f} {compile_seconds:8.2f}"

@@ -4,13 +4,14 @@ import side_by_side
 import torch_baseline
 from helpers import tiny
 
-from srpo_jax import benchmark, program, sharding
+from srpo_jax import program, sharding
 from srpo_jax.algorithm import step
+from srpo_jax.costs import presets
 
 
 def test_both_compute_the_same(tmp_path):
     config = tiny.config(tmp_path, data__height=64, data__width=96, optim__merge_terms=True)
-    rewards = benchmark.PRESETS["small"]().architecture.rewards
+    rewards = presets.PRESETS["small"]().architecture.rewards
     architecture = program.Architecture(tiny.FLUX, tiny.VAE, rewards)
     built = program.build(config, sharding.make_mesh(config.mesh), architecture)
     params = side_by_side.random_params("flux", tiny.FLUX, 1)

@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from srpo_jax import config, metrics, program
-from srpo_jax.costs import flops
+from srpo_jax.costs import work
 from srpo_jax.data import images
 from srpo_jax.emoji import demo, pictures, rollouts, world
 from srpo_jax.errors import UserError
@@ -60,7 +60,7 @@ def test_cases_are_cheaper_rollouts(case, monkeypatch, tmp_path):
     there, here = config.flatten(recipe), config.flatten(own)
     assert {key.split(".")[0] for key in here if here[key] != there[key]} == {"rollout", "sample"}
     architecture = program.read_architecture(recipe)
-    cost = [flops.sample(c, architecture)["rollout"].model for c in (own, recipe)]
+    cost = [work.sample(c, architecture)["rollout"].model for c in (own, recipe)]
     assert cost[0] < 0.7 * cost[1] or (cost[0] == cost[1] and own.rollout.dtype == case)
     assert workdir.parent == tmp_path / "runs"
 

@@ -14,10 +14,11 @@ from helpers.factors import EVERYTHING, random_factors, write_file
 from helpers.parity import relative_error
 from PIL import Image
 
-from srpo_jax import architectures, benchmark, checkpoint, metrics, program, sharding, train
+from srpo_jax import architectures, checkpoint, metrics, program, sharding, train
 from srpo_jax import config as config_lib
 from srpo_jax.algorithm import flow, step
 from srpo_jax.algorithm.step import TrainState
+from srpo_jax.costs import timing, work
 from srpo_jax.errors import UserError
 from srpo_jax.models import compute, lora
 from srpo_jax.models.compute import Compute, join
@@ -256,9 +257,9 @@ def test_benchmark_takes_a_lora_update_apart(recipe):
     """The parts' programs run, and the update's work is less than that of training all weights."""
     config, said = recipe(), []
     sizes = program.read_architecture(config)
-    report = benchmark.benchmark(config, sizes, 1, ("rollout", "transformer", "optimizer"), said.append)
+    report = timing.benchmark(config, sizes, 1, ("rollout", "transformer", "optimizer"), said.append)
     plain = recipe(lora__rank=0, lora__quantize="none")
-    full = benchmark.flops.update(plain, sizes)
+    full = work.update(plain, sizes)
     for part in ("transformer", "optimizer"):
         assert 0 < report["parts"][part]["model_flops"] < full[part].model
 
