@@ -76,8 +76,8 @@ def test_two_processes_save_sample_stop_and_go_on(tmp_path, monkeypatch):
     monkeypatch.setattr(test_distributed, "CHILD", INSTALL + test_distributed.CHILD)
     models = tiny.write_all(tmp_path / "models")
     changes = dict(steps=3, data__batch_size=2, sample__every=2, compilation_cache=str(tmp_path / "cache"))
-    event = {"step": 1, "process": 1, "where": "update", "signal": signal.SIGTERM}
-    for event, code in ((event, 128 + signal.SIGTERM), (None, 0)):
+    stop = {"step": 1, "process": 1, "where": "update", "signal": signal.SIGTERM}
+    for event, code in ((stop, 128 + signal.SIGTERM), (None, 0)):
         told = test_distributed.start_two(models, tmp_path / "run", changes, event)
         assert [child[0] for child in told] == [code, code], told
     assert checkpoint.steps(tmp_path / "run") == [1, 2, 3]

@@ -1,7 +1,7 @@
 """JAX's transfer guard as accelerators apply it, on the CPU.
 
-Between a CPU and itself nothing moves to the host, so JAX lets reads of arrays pass there whatever the guard says, and a
-run that is refused at its first checkpoint on a TPU goes through on a CPU. (Host to device, JAX's own guard holds on the
+Arrays of a CPU are on the host already, so JAX lets reads of them pass whatever the guard says, and a run that is
+refused at its first checkpoint on a TPU goes through on a CPU. (From the host to a device, JAX's own guard holds on the
 CPU too.) ``install`` puts the guard where an accelerator has it: on every way from an array to the host.
 """
 
