@@ -154,7 +154,11 @@ class Checkpoints:
         arrays = {name: getattr(state, name) for name in ARRAYS if getattr(state, name) is not None}
         args = {name: ocp.args.StandardSave(tree) for name, tree in arrays.items()}
         run = ocp.args.JsonSave(run | {"step": step})
-        if not self._manager.save(step, args=ocp.args.Composite(**args, run=run), force=True):
+        # Orbax copies to the host, and tells the processes apart, in ways that a transfer guard would not let pass on
+        # accelerators.
+        with jax.transfer_guard("allow"):
+            saved = self._manager.save(step, args=ocp.args.Composite(**args, run=run), force=True)
+        if not saved:
             raise RuntimeError(f"the checkpoint of step {step} was not written")
 
     def close(self) -> None:
