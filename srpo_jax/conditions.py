@@ -10,7 +10,7 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from srpo_jax import program, sharding, text
+from srpo_jax import program, sharding, text, tokens
 from srpo_jax.algorithm import flow, rewards
 from srpo_jax.algorithm.step import Batch
 from srpo_jax.data import stored
@@ -82,12 +82,14 @@ class Conditioner:
         self._encoded: tuple[Examples, tuple[jax.Array, jax.Array]] | None = None
         self._rewards = {}
         for name, (path, _) in program.used_rewards(config).items():
-            tokenizer = text.load_tokenizer(pathlib.Path(path) / "tokenizer")
-            # HPS-v2.1 was trained with open_clip's tokenizer, which pads with 0.
-            pad = 0 if name == "hps" else tokenizer.pad_token_id
-            if pad is None:
-                raise UserError(f"{path}/tokenizer names no padding token; take the tokenizer of a CLIP model")
-            self._rewards[name] = tokenizer, architecture.rewards[name].text_config.max_position_embeddings, pad
+            where, sizes = pathlib.Path(path) / "tokenizer", architecture.rewards[name].text_config
+            tokenizer = text.load_tokenizer(where)
+            tokens.check(tokenizer, sizes, where)
+            if name == "hps":  # HPS-v2.1 was trained with open_clip's tokenizer
+                tokenizer = tokens.OpenClipTokenizer(tokenizer, where)
+            if tokenizer.pad_token_id is None:
+                raise UserError(f"{where} names no padding token; take the tokenizer of a CLIP model")
+            self._rewards[name] = tokenizer, sizes.max_position_embeddings
 
     def batch(self, examples: Examples, step: int) -> Batch:
         """The batch of update ``step`` (counted from 1) from this process's examples."""
@@ -103,10 +105,10 @@ class Conditioner:
             self._encoded = examples, self._features(examples)
         reward_ids = {
             name: {
-                caption: self._place(text.tokenize(tokenizer, captions[caption], length, pad))
+                caption: self._place(text.tokenize(tokenizer, captions[caption], length))
                 for caption in program.CAPTIONS
             }
-            for name, (tokenizer, length, pad) in self._rewards.items()
+            for name, (tokenizer, length) in self._rewards.items()
         }
         latents = self._place(flow.pack(examples.arrays[stored.LATENTS])) if self._offline else None
         return Batch(*self._encoded[1], reward_ids, latents)

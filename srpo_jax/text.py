@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from srpo_jax import tokens
 from srpo_jax.errors import UserError
 from srpo_jax.models.compute import Compute, Params, bind
 from srpo_jax.weights import folder
@@ -81,7 +82,7 @@ class TextEncoders:
       params: of CLIP, of T5.
       apply: pure ``apply(params, *tokens) -> (text [B, T, C], pooled [B, P])`` in ``compute.dtype``.
 
-    Raises UserError if one of the folders is missing or is not what it should be.
+    Raises UserError if one of the folders is missing or is not what it should be, or a tokenizer is of another network.
     """
 
     def __init__(
@@ -99,6 +100,8 @@ class TextEncoders:
 
         self.clip_config, clip, clip_params = load("text_encoder", "clip_text")
         self.t5_config, t5, t5_params = load("text_encoder_2", "t5")
+        tokens.check(self._clip_tokenizer, self.clip_config, path / "tokenizer")
+        tokens.check(self._t5_tokenizer, self.t5_config, path / "tokenizer_2")
         self.params = (clip_params, t5_params)
 
         def apply(params: tuple[Params, Params], clip_ids: jax.Array, t5_ids: jax.Array) -> tuple[jax.Array, jax.Array]:
