@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from srpo_jax import text
+from srpo_jax import text, tokens
 from srpo_jax.algorithm.rewards import Reward
 from srpo_jax.emoji import world
 from srpo_jax.models.compute import Params
@@ -65,7 +65,9 @@ class Judge:
     def __init__(self, path: str | os.PathLike):
         config, graphdef, self._params = folder.load(path, "clip")
         self._clip = Reward(graphdef, config.vision_config.image_size, "clip")
-        tokenizer = text.load_tokenizer(pathlib.Path(path) / "tokenizer")
+        where = pathlib.Path(path) / "tokenizer"
+        tokenizer = text.load_tokenizer(where)
+        tokens.check(tokenizer, config.text_config, where)
         prompts = [world.prompt(concept, style) for style in world.STYLES for concept in world.world()]
         ids = text.tokenize(tokenizer, prompts, config.text_config.max_position_embeddings)
         self._prompts = jax.jit(self._clip.embed_text)(self._params, ids)

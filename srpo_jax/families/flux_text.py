@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import jax
 import numpy as np
 
-from srpo_jax import text
+from srpo_jax import text, tokens
 from srpo_jax.families.base import Condition, PlaceOf
 from srpo_jax.models.compute import Compute, Params, bind
 from srpo_jax.weights import folder
@@ -26,7 +26,8 @@ class FluxTextEncoders:
       params: of CLIP, of T5.
       apply: pure ``apply(params, clip_ids, t5_ids) -> {"text": [B, T, C], "pooled": [B, P]}`` in ``compute.dtype``.
 
-    Raises UserError if one of the folders is missing or is not what it should be.
+    Raises UserError if one of the folders is missing or is not what it should be, or a tokenizer is of another
+    network.
     """
 
     def __init__(self, path: str | os.PathLike, compute: Compute = folder.DEFAULT, place: PlaceOf | None = None):
@@ -38,7 +39,9 @@ class FluxTextEncoders:
             return folder.load(path / part, network, compute, None if place is None else place(network))
 
         sizes, clip, clip_params = load("text_encoder", "clip_text")
-        _, t5, t5_params = load("text_encoder_2", "t5")
+        t5_sizes, t5, t5_params = load("text_encoder_2", "t5")
+        tokens.check(self._clip_tokenizer, sizes, path / "tokenizer")
+        tokens.check(self._t5_tokenizer, t5_sizes, path / "tokenizer_2")
         # CLIP's files say how long its texts are; a tokenizer may cut them earlier.
         self._clip_length = min(sizes.max_position_embeddings, self._clip_tokenizer.model_max_length)
         self.params = (clip_params, t5_params)

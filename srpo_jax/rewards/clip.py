@@ -10,7 +10,7 @@ from typing import ClassVar
 import jax
 import jax.numpy as jnp
 
-from srpo_jax import text
+from srpo_jax import text, tokens
 from srpo_jax.costs import flops
 from srpo_jax.costs.flops import Forward
 from srpo_jax.errors import UserError
@@ -29,16 +29,18 @@ class ClipReward(Reward):
 
     network = "clip"
     published = VIT_H_14
-    padding: ClassVar[int | None] = None  # the id behind short captions; None takes the tokenizer's own
+    open_clip: ClassVar[bool] = False  # whether it was trained with open_clip's tokenizer
 
     def tokens(self, path: str | os.PathLike) -> Tokenize:
         """Token ids int32 [B, T], T as the network has positions."""
-        tokenizer = text.load_tokenizer(pathlib.Path(path) / "tokenizer")
-        padding = tokenizer.pad_token_id if self.padding is None else self.padding
-        if padding is None:
-            raise UserError(f"{path}/tokenizer names no padding token; take the tokenizer of a CLIP model")
-        length = self.sizes.text_config.max_position_embeddings
-        return lambda texts: text.tokenize(tokenizer, texts, length, padding)
+        where, sizes = pathlib.Path(path) / "tokenizer", self.sizes.text_config
+        tokenizer = text.load_tokenizer(where)
+        tokens.check(tokenizer, sizes, where)
+        if self.open_clip:
+            tokenizer = tokens.OpenClipTokenizer(tokenizer, where)
+        if tokenizer.pad_token_id is None:
+            raise UserError(f"{where} names no padding token; take the tokenizer of a CLIP model")
+        return lambda texts: text.tokenize(tokenizer, texts, sizes.max_position_embeddings)
 
     def token_shapes(self) -> jax.ShapeDtypeStruct:
         """[T]."""
@@ -71,9 +73,9 @@ class ClipReward(Reward):
 
 
 class HpsReward(ClipReward):
-    """HPS-v2.1 (arXiv 2306.09341): the inner product as it is; trained with open_clip's tokenizer, which pads with 0."""
+    """HPS-v2.1 (arXiv 2306.09341): the inner product as it is, under open_clip's tokenizer."""
 
-    padding = 0
+    open_clip = True
 
     def scale(self, params: Params) -> float:
         """One."""
