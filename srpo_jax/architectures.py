@@ -1,7 +1,7 @@
 """The sizes of a run's networks: read from the folders that a configuration names, or published ones.
 
-A run reads its sizes from converted folders; ``preflight`` and ``benchmark`` can work before anything was downloaded, by
-the published sizes that families and rewards know.
+A run reads its sizes from converted folders; ``preflight`` and ``benchmark`` can work before anything was downloaded,
+by the published sizes that families and rewards know.
 """
 
 import os

@@ -24,8 +24,7 @@ import sys
 
 from ml_collections import ConfigDict
 
-from srpo_jax import architectures, command, errors, families, sharding
-from srpo_jax import config as config_lib
+from srpo_jax import architectures, command, errors, families, sharding, validation
 from srpo_jax.architectures import Architecture
 from srpo_jax.costs import presets, timing, work
 from srpo_jax.errors import UserError
@@ -50,7 +49,7 @@ def parse(arguments: list[str] | None) -> tuple[ConfigDict, Architecture, argpar
     words = "for profiles of one more call of each part, for TensorBoard's profiler or Perfetto"
     parser.add_argument("--trace", type=command.local, metavar="FOLDER", help=words)
     config, values = command.parse_recipe(parser, arguments, lambda values: presets.PRESETS[values.preset]().config)
-    config_lib.validate(config, paths=False)
+    validation.validate(config, paths=False)
     if unknown := set(values.parts) - set(known):
         raise UserError(f"--parts: {unknown.pop()!r} is unknown; choose of {', '.join(known)}")
     if values.config is None:

@@ -18,7 +18,7 @@ from typing import NamedTuple
 from absl import logging
 from ml_collections import ConfigDict
 
-from srpo_jax import command, distributed, errors, train
+from srpo_jax import command, distributed, errors, train, validation
 from srpo_jax import config as config_lib
 
 
@@ -47,7 +47,7 @@ def parse(arguments: list[str] | None) -> Command:
 def main(arguments: list[str] | None = None) -> None:
     """Trains by a command line. Raises UserError."""
     task = parse(arguments)
-    config_lib.validate(task.config)  # before machines wait for each other
+    validation.validate(task.config)  # before machines wait for each other
     logging.set_verbosity(logging.ERROR)  # Orbax tells every step of every save
     with distributed.job(task.coordinator, task.process_id, task.process_count):
         try:

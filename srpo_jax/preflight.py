@@ -19,8 +19,7 @@ import json
 import re
 import sys
 
-from srpo_jax import architectures, command, errors, families
-from srpo_jax import config as config_lib
+from srpo_jax import architectures, command, errors, families, validation
 from srpo_jax.costs import advice, plan, presets, topologies, verdict
 from srpo_jax.costs.plan import Candidate
 from srpo_jax.errors import UserError
@@ -53,7 +52,7 @@ def parse(arguments: list[str] | None) -> tuple[list[Candidate], argparse.Namesp
             raise UserError(f"--size={size}: write HEIGHTxWIDTH in pixels, as 720x720")
         sized = config.copy_and_resolve_references()
         sized.data.height, sized.data.width = int(match[1]), int(match[2])
-        config_lib.validate(sized, paths=False)
+        validation.validate(sized, paths=False)
         configs.append(sized)
     sizes = architectures.read(config) if config.model.path else architectures.published(config, values.sizes)
     if values.depth:

@@ -158,8 +158,10 @@ def to_bytes(images: jax.Array) -> jax.Array:
 
 
 def draw_noise(indices: jax.Array, seed: int, shape: tuple[int, int]) -> jax.Array:
-    """Initial noise [B, *shape], float32, of the pictures numbered ``indices`` [B]. Each number has a key of its own, so
-    that a picture does not depend on how many are made at once."""
+    """Initial noise [B, *shape], float32, of the pictures numbered ``indices`` [B].
+
+    Each number has a key of its own, so that a picture does not depend on how many are made at once.
+    """
     keys = jax.vmap(lambda index: jax.random.fold_in(jax.random.key(seed), index))(indices)
     return jax.vmap(lambda key: jax.random.normal(key, shape))(keys)
 

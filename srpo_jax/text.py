@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 
-from srpo_jax import tokens
 from srpo_jax.errors import UserError
 
 # Any of these makes a folder a tokenizer that transformers can read.

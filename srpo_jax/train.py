@@ -24,9 +24,11 @@ from srpo_jax import (
     distributed,
     metrics,
     program,
+    resume,
     sampling,
     sharding,
     storage,
+    validation,
 )
 from srpo_jax import config as config_lib
 from srpo_jax.algorithm.networks import Frozen
@@ -46,8 +48,9 @@ def train(config: ConfigDict, workdir: str | os.PathLike) -> int | None:
     metric is not finite: the checkpoints then end before that update.
     """
     # === Checks that need no device ===================================================================================
-    config_lib.validate(config)
-    checkpoint.check_workdir(workdir, config)
+    validation.validate(config)
+    models = resume.fingerprints(config)
+    checkpoint.check_workdir(workdir, config, models)
     workdir = storage.path(workdir)
     newest = distributed.largest(max(checkpoint.steps(workdir), default=0)) or None
     if newest is not None and newest >= config.steps:
@@ -71,7 +74,7 @@ def train(config: ConfigDict, workdir: str | os.PathLike) -> int | None:
     frozen = program.load_frozen(config, built)
 
     # === State: new, or of the newest checkpoint; from here on the workdir belongs to this run ========================
-    checkpoint.write_config(workdir, config)
+    checkpoint.write_config(workdir, config, models)
     checkpoints = checkpoint.Checkpoints(workdir, config.checkpoint.keep)
     rows = sharding.local_rows(mesh, config.data.batch_size)
     stream = loading.batches(source, config.data.batch_size, config.seed, rows)

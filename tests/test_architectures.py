@@ -30,7 +30,7 @@ def test_networks_have_the_published_number_of_parameters(network, config, param
 
 def test_published_sizes_cover_the_rewards_in_use():
     config = config_lib.default()
-    config.reward.weights.pickscore = 0.5
+    config.reward.models.pickscore.weight = 0.5
     architecture, text = architectures.published(config, "flux-dev")
     assert architecture == (architectures.FLUX_DEV, architectures.FLUX_VAE, {"hps": VIT_H_14, "pickscore": VIT_H_14})
     assert text.t5.d_model == architecture.transformer.joint_attention_dim

@@ -33,7 +33,7 @@ def test_presets_and_flags(tmp_path):
         (["--parts=rollout,lunch"], "'lunch' is unknown"),
         (["--config.rollout.stepz=3"], "do you mean config.rollout.steps"),
         (["--config.rollout.steps=0"], "config.rollout.steps=0"),
-        (["--config.reward.weights.hps=1"], "--preset=small has the sizes of clip only"),
+        (["--config.reward.models.hps.weight=1"], "--preset=small has the sizes of clip only"),
         (["now"], "'now' is not understood"),
     ],
 )

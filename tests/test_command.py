@@ -178,9 +178,9 @@ def test_the_home_folder_in_a_recipe_and_its_keys(monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path))
     lines = "from srpo_jax.config import default\ndef get_config():\n    c = default()\n    c.model.path = '~/flux'\n"
     (tmp_path / "recipe.py").write_text(lines + "    return c\n")
-    words = ["--config=~/recipe.py", "--config.data.prompts=~/p.txt", "--config.reward.paths.hps=~/hps"]
+    words = ["--config=~/recipe.py", "--config.data.prompts=~/p.txt", "--config.reward.models.hps.path=~/hps"]
     config, _ = command.parse_recipe(command.parser("test", ""), words)
-    found = config.model.path, config.data.prompts, config.reward.paths.hps
+    found = config.model.path, config.data.prompts, config.reward.models.hps.path
     assert found == tuple(f"{tmp_path}/{name}" for name in ("flux", "p.txt", "hps"))
 
 

@@ -7,7 +7,7 @@ import runpy
 import pytest
 
 from srpo_jax import config as config_lib
-from srpo_jax import main
+from srpo_jax import main, validation
 from srpo_jax.errors import UserError
 
 NAN, INF = float("nan"), float("inf")
@@ -16,15 +16,15 @@ NAN, INF = float("nan"), float("inf")
 def complete():
     config = config_lib.default()
     config.model.path, config.data.prompts, config.sample.prompts = "model", "prompts.txt", "held_out.txt"
-    config.reward.paths.hps = "hps"
+    config.reward.models.hps.path = "hps"
     return config
 
 
 def test_the_default_lacks_only_paths():
     with pytest.raises(UserError, match=r"give paths: --config\.model\.path=\.\.\. "):
-        config_lib.validate(config_lib.default())
-    config_lib.validate(config_lib.default(), paths=False)
-    config_lib.validate(complete())
+        validation.validate(config_lib.default())
+    validation.validate(config_lib.default(), paths=False)
+    validation.validate(complete())
 
 
 def test_every_float_has_to_be_finite():
@@ -36,21 +36,23 @@ def test_every_float_has_to_be_finite():
             config = complete()
             config.update_from_flattened_dict({key: value})
             with pytest.raises(UserError, match=rf"config\.{re.escape(key)}=.*: must be a finite number"):
-                config_lib.validate(config, paths=False)
+                validation.validate(config, paths=False)
 
 
 def test_all_paths_that_are_not_given_are_named_at_once():
     config = config_lib.default()
-    config.reward.weights.clip = 1.0
-    keys = ("model.path", "data.prompts", "reward.paths.hps", "reward.paths.clip", "sample.prompts")
+    config.reward.models.clip.weight = 1.0
+    keys = ("model.path", "data.prompts", "reward.models.hps.path", "reward.models.clip.path", "sample.prompts")
     with pytest.raises(UserError) as error:
-        config_lib.validate(config)
+        validation.validate(config)
     assert str(error.value) == (
         f"give paths: {' '.join(f'--config.{key}=...' for key in keys)}; config.sample.every=0 needs no sample.prompts"
     )
-    config.data.encode, config.sample.every, config.reward.weights.clip, config.model.path = "stored", 0, 0.0, "m"
-    with pytest.raises(UserError, match=r"^give paths: --config\.data\.path=\.{3} --config\.reward\.paths\.hps=\.{3}$"):
-        config_lib.validate(config)
+    config.data.encode, config.sample.every, config.reward.models.clip.weight, config.model.path = "stored", 0, 0.0, "m"
+    with pytest.raises(
+        UserError, match=r"^give paths: --config\.data\.path=\.{3} --config\.reward\.models\.hps\.path=\.{3}$"
+    ):
+        validation.validate(config)
 
 
 @pytest.mark.parametrize(
@@ -62,9 +64,9 @@ def test_all_paths_that_are_not_given_are_named_at_once():
         ("steps", 0, r"config\.steps=0: must be at least 1"),
         ("reward.positive", (), r"config\.reward\.positive=\[\]: must be a list of one or more control words"),
         ("reward.negative", ("Flat", " "), r"config\.reward\.negative=.*none of them empty"),
-        ("reward.weights.hps", 0.0, r"config\.reward\.weights: all are 0"),
-        ("reward.weights.clip", -1.0, r"config\.reward\.weights\.clip=-1\.0: must not be negative"),
-        ("reward.weights.clip", 1.0, r"give a path: --config\.reward\.paths\.clip=\.\.\.$"),
+        ("reward.models.hps.weight", 0.0, r"config\.reward\.weights: all are 0"),
+        ("reward.models.clip.weight", -1.0, r"config\.reward\.models\.clip\.weight=-1\.0: must not be negative"),
+        ("reward.models.clip.weight", 1.0, r"give a path: --config\.reward\.models\.clip\.path=\.\.\.$"),
         ("reward.form", "other", r"config\.reward\.form='other'"),
         ("align.branches", (), r"config\.align\.branches=\[\]: name one or both of denoise, inversion"),
         ("align.branches", ("denoise", "denoise"), r"config\.align\.branches"),
@@ -94,7 +96,7 @@ def test_all_paths_that_are_not_given_are_named_at_once():
         ("sample.guidance", NAN, r"config\.sample\.guidance=nan: must be a finite number"),
         ("rollout.guidance", INF, r"config\.rollout\.guidance=inf: must be a finite number"),
         ("reward.margin", NAN, r"config\.reward\.margin=nan"),
-        ("reward.weights.hps", NAN, r"config\.reward\.weights\.hps=nan"),
+        ("reward.models.hps.weight", NAN, r"config\.reward\.models\.hps\.weight=nan"),
         ("optim.learning_rate", INF, r"config\.optim\.learning_rate=inf"),
         ("optim.learning_rate", 1e39, r"config\.optim\.learning_rate=1e\+39: must be a finite number"),
         ("optim.eps", 1e-60, r"config\.optim\.eps=1e-60: must be greater than 0"),
@@ -113,23 +115,23 @@ def test_bad_values_are_named(key, value, message):
     config = complete()
     config.update_from_flattened_dict({key: value})
     with pytest.raises(UserError, match=message) as error:
-        config_lib.validate(config)
+        validation.validate(config)
     assert "\n" not in str(error.value)
 
 
 def test_late_steps_bind_the_method_that_takes_them():
     config = complete()
     config.refl.late_steps = 26
-    config_lib.validate(config)
+    validation.validate(config)
     config.method = "refl"
     with pytest.raises(UserError, match=r"config\.refl\.late_steps=26: must not exceed rollout\.steps=25"):
-        config_lib.validate(config)
+        validation.validate(config)
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"data.rollout": "real"}, r"config\.data\.rollout='real': choose one of online, offline"),
+        ({"data.images": "real"}, r"config\.data\.images='real': choose one of rollout, stored"),
         ({"method": "refl"}, r"config\.method='refl': takes states of a rollout, data\.rollout=offline has none"),
         ({"data.encode": "online"}, r"config\.data\.encode='online': data\.rollout=offline needs encoded pictures"),
         (
@@ -144,19 +146,19 @@ def test_late_steps_bind_the_method_that_takes_them():
 )
 def test_what_pictures_in_the_place_of_rollouts_exclude(changes, message):
     config = complete()
-    config.data.rollout, config.data.encode, config.data.path = "offline", "stored", "data"
+    config.data.images, config.data.encode, config.data.path = "stored", "stored", "data"
     config.rollout.noise = "per_sample"
-    config_lib.validate(config)
+    validation.validate(config)
     config.update_from_flattened_dict(changes)
     with pytest.raises(UserError, match=message):
-        config_lib.validate(config)
+        validation.validate(config)
 
 
 def test_refl_cannot_use_a_rollout_again():
     config = complete()
     config.method, config.rollout.reuse = "refl", 2
     with pytest.raises(UserError, match=r"config\.rollout\.reuse=2: method=refl needs a rollout at every update"):
-        config_lib.validate(config)
+        validation.validate(config)
 
 
 def test_unknown_and_missing_keys():
@@ -164,11 +166,11 @@ def test_unknown_and_missing_keys():
     with config.unlocked():
         config.optim.learning_rat = 1.0
     with pytest.raises(UserError, match=r"optim\.learning_rat is unknown; do you mean config\.optim\.learning_rate"):
-        config_lib.validate(config)
+        validation.validate(config)
     with config.unlocked():
         del config.optim.learning_rat, config.optim.b1
     with pytest.raises(UserError, match=r"config\.optim\.b1 is missing"):
-        config_lib.validate(config)
+        validation.validate(config)
     with pytest.raises(AttributeError):
         complete().optim.lr = 1.0
 
@@ -190,12 +192,12 @@ RECIPES = pathlib.Path(__file__).parents[1] / "configs"
 @pytest.mark.parametrize("path", sorted(RECIPES.glob("*.py")), ids=lambda path: path.stem)
 def test_recipes_lack_nothing_but_paths(path):
     c = runpy.run_path(str(path))["get_config"]()
-    for name, weight in c.reward.weights.items():
+    for name, weight in c.reward.models.items.weight():
         c.reward.paths[name] = c.reward.paths[name] or ("reward" if weight else None)
     data = "prompts" if c.data.encode == "online" else "path"
     for group, key in (("model", "path"), ("data", data), ("sample", "prompts")):
         c[group][key] = c[group][key] or "somewhere"
-    config_lib.validate(c)
+    validation.validate(c)
 
 
 def test_what_tells_the_released_recipes_apart():
@@ -204,8 +206,8 @@ def test_what_tells_the_released_recipes_apart():
         for name in ("hps", "pickscore")
     )
     assert {key: (hps[key], pickscore[key]) for key in hps if hps[key] != pickscore[key]} == {
-        "reward.weights.hps": (1.0, 0.0),
-        "reward.weights.pickscore": (0.0, 1.0),
+        "reward.models.hps.weight": (1.0, 0.0),
+        "reward.models.pickscore.weight": (0.0, 1.0),
         "rollout.guidance": (1.0, 2.0),
         "align.train_timestep": ([5, 25], [5, 30]),
         "align.discount_positive": ([0.1, 0.25], [0.1, 0.5]),
@@ -220,7 +222,7 @@ def test_the_offline_recipe_is_the_released_one_without_rollouts():
     )
     assert {key: (online[key], offline[key]) for key in online if online[key] != offline[key]} == {
         "data.encode": ("online", "stored"),
-        "data.rollout": ("online", "offline"),
+        "data.images": ("rollout", "stored"),
         "rollout.noise": ("shared", "per_sample"),
     }
 
@@ -305,14 +307,14 @@ def test_what_a_text_cannot_stand_for(recipe, key, text, message):
 def test_no_folder_of_the_name_none(recipe):
     config = main.parse(["--workdir=w", recipe, "--config.compilation_cache=None"]).config
     with pytest.raises(UserError, match=r"config\.compilation_cache=None: must be text"):
-        config_lib.validate(config, paths=False)
+        validation.validate(config, paths=False)
 
 
 @pytest.mark.parametrize(
     ("words", "message"),
     [
         (["--workdir=w", "RECIPE", "--config.optim.lr=1"], r"config\.optim\.lr is unknown"),
-        (["--workdir=w", "RECIPE", "--config.reward.weights.foo=1"], "'foo' is unknown; choose one of hps"),
+        (["--workdir=w", "RECIPE", "--config.reward.models.foo.weight=1"], "'foo' is unknown; choose one of hps"),
         (["--workdir=w", "RECIPE", "--config.steps=1.5"], r"--config\.steps=1\.5"),
         (["--workdir=w", "RECIPE", "--flag=1"], "unrecognized flag --flag"),
         (["--workdir=w", "RECIPE", "--process-id=a"], "--process-id=a: must be a whole number"),

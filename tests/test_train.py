@@ -217,7 +217,7 @@ def test_a_step_that_is_not_finite_ends_the_run_before_it_is_saved(recipe, tmp_p
     [
         ({"data__prompts": "none.txt"}, "none.txt cannot be read"),
         ({"model__path": "nothing"}, "nothing/transformer is not a folder"),
-        ({"reward__paths__clip": "nothing"}, "nothing is not a folder"),
+        ({"reward__models__clip__path": "nothing"}, "nothing is not a folder"),
         ({"optim__accumulation": 3}, "optim.accumulation=3"),
         ({"mesh__fsdp": 3}, "config.mesh: data=1, fsdp=3, tensor=1 needs 3 devices, here are 1"),
         ({"data__height": 40}, "data.height=40"),
@@ -277,10 +277,10 @@ def test_every_key_is_read(recipe, tmp_path, monkeypatch):
     """A key that the program checks and writes down but never uses would be a promise that it breaks."""
     every = dict(
         steps=2, sample__every=2, sample__count=1, optim__ema_decay=0.5, optim__warmup_steps=2, optim__accumulation=2,
-        reward__weights__hps=0.5, reward__weights__pickscore=0.5, lora__rank=2,
+        reward__models__hps__weight=0.5, reward__models__pickscore__weight=0.5, lora__rank=2,
     )  # fmt: skip
     plain = recipe(**every)
-    plain.reward.paths.hps = plain.reward.paths.pickscore = plain.reward.paths.clip
+    plain.reward.models.hps.path = plain.reward.models.pickscore.path = plain.reward.models.clip.path
     seen = set()
     recorded = Recording(plain).note_reads(seen)
     for name in ("flatten", "to_json", "validate"):

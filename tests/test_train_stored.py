@@ -160,7 +160,7 @@ def encode_pictures(models, photos, out):
 
 @pytest.fixture(scope="module")
 def offline(recipe, pictures):
-    usual = {"data__rollout": "offline", "data__path": str(pictures)}
+    usual = {"data__images": "stored", "data__path": str(pictures)}
     return lambda **changes: recipe(**usual | changes)
 
 
@@ -196,7 +196,7 @@ def test_a_batch_has_each_captions_own_picture(offline, pictures, models):
 
 
 def test_pictures_serve_a_run_with_rollouts_as_prompts(offline, whole, tmp_path):
-    train.train(offline(steps=2, data__rollout="online"), tmp_path / "run")
+    train.train(offline(steps=2, data__images="rollout"), tmp_path / "run")
     assert numbers(tmp_path / "run") == numbers(whole)[:2]
 
 
@@ -221,7 +221,7 @@ def test_pictures_that_changed_under_the_same_captions_are_noticed(offline, mode
         ({"rollout__noise": "shared"}, r"rollout.noise='shared'"),
         (
             {"data__encode": "online", "data__prompts": "prompts.txt"},
-            r"data.encode='online': data.rollout=offline needs encoded pictures",
+            r"data.encode='online': data.images=stored needs encoded pictures",
         ),
     ],
 )
@@ -243,6 +243,6 @@ def test_latents_of_another_autoencoder(offline, models, tmp_path):
         (other / part.name).symlink_to(part)
     (other / "vae").unlink()
     tiny.save_random(other / "vae", "autoencoder", tiny.VAE, 99)
-    train.train(offline(steps=1, model__path=str(other), data__rollout="online"), tmp_path / "online")
+    train.train(offline(steps=1, model__path=str(other), data__images="rollout"), tmp_path / "online")
     with pytest.raises(UserError, match=r"by another vae than .*encode again with --model="):
         train.train(offline(model__path=str(other)), tmp_path / "run")

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from srpo_jax.algorithm import direct_align, flow, preference
 from srpo_jax.algorithm.batch import GRID_POSITION, LATE_STEP, RENOISING, Images
 from srpo_jax.algorithm.direct_align import Step
-from srpo_jax.algorithm.preference import NEGATIVE, POSITIVE, Coefficients
+from srpo_jax.algorithm.preference import CAPTION, NEGATIVE, POSITIVE, Coefficients
 from srpo_jax.algorithm.settings import Settings
 
 KeyFor = Callable[[int], jax.Array]  # an update's key for a purpose, see batch
@@ -61,6 +61,7 @@ class Method:
       keep: ``keep(settings, own, batch) -> [B, n]``: steps of the rollout at whose start it wants the state
         (``Images.states``); None for none. A method that keeps states needs a rollout of its own at every update.
       offline: whether real pictures can take the rollout's place.
+      follows: the variants of a caption whose rewards a term follows.
     """
 
     names: Callable[[Settings], tuple[str, ...]]
@@ -68,6 +69,7 @@ class Method:
     draw: Callable[[Settings, KeyFor, tuple[int, int, int]], Any] = _nothing
     keep: Callable[[Settings, Any, int], jax.Array] | None = None
     offline: bool = True
+    follows: tuple[str, ...] = (CAPTION,)
 
 
 def stack(terms: list[Term]) -> Term:
@@ -179,7 +181,7 @@ def _draft_names(settings: Settings) -> tuple[str, ...]:
 
 
 METHODS: dict[str, Method] = {
-    "srpo": Method(lambda settings: settings.branches, srpo, _grid_position),
+    "srpo": Method(lambda settings: settings.branches, srpo, _grid_position, follows=(POSITIVE, NEGATIVE)),
     "direct_align": Method(lambda _: ("denoise",), direct_align_only, _grid_position),
     "refl": Method(lambda _: ("late",), refl, _late_step, _keep_late, offline=False),
     "draft_lv": Method(_draft_names, draft_lv, _renoising, _keep_last),

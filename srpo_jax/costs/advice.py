@@ -6,11 +6,10 @@ from typing import Any
 import jax
 
 from srpo_jax import sharding
-from srpo_jax.algorithm import step
+from srpo_jax.algorithm.rollout import for_rollout
 from srpo_jax.costs.hardware import GIB
 from srpo_jax.costs.plan import Candidate
 from srpo_jax.models.compute import join, path_name
-from srpo_jax.models.flux import is_modulation
 from srpo_jax.program import Program
 
 FUSED = {"tpu": "splash", "gpu": "cudnn"}  # attention backend of a platform
@@ -23,9 +22,9 @@ GPU_DEFAULT_SHARE = 0.75
 def rollout_bytes(built: Program) -> int:
     """Bytes of the transformer as the steps of a rollout read it, all of it in one place: without the modulations."""
     params = join(built.state.params, built.frozen.base)
-    weights = jax.eval_shape(lambda params: step.for_rollout(built.networks, built.settings, params)[1], params)
-    leaves = jax.tree_util.tree_leaves_with_path(weights)
-    return sum(leaf.size * leaf.dtype.itemsize for path, leaf in leaves if not is_modulation(path_name(path)))
+    weights = jax.eval_shape(lambda params: for_rollout(built.networks, built.settings, params)[1], params)
+    leaves, family = jax.tree_util.tree_leaves_with_path(weights), built.networks.family
+    return sum(leaf.size * leaf.dtype.itemsize for path, leaf in leaves if not family.is_modulation(path_name(path)))
 
 
 def advise(candidate: Candidate, report: dict[str, Any]) -> list[str]:
@@ -42,7 +41,7 @@ def advise(candidate: Candidate, report: dict[str, Any]) -> list[str]:
             advice.append("XLA_PYTHON_CLIENT_MEM_FRACTION=0.95 in the environment: JAX takes 75 % of a GPU by default")
         # Every pass gathers the weights anew.
         bound = report["seconds"]["bound"] == "interconnect"
-        if bound and config.data.rollout == "online" and not config.rollout.gather:
+        if bound and config.data.images == "rollout" and not config.rollout.gather:
             whole = rollout_bytes(candidate.built)
             if whole < memory["headroom"]:
                 advice.append(f"--config.rollout.gather=True: hold all weights in a rollout ({whole / GIB:.1f} GiB), "

@@ -32,11 +32,10 @@ PANELS = {
 
 def point(found: dict[str, Any]) -> Point:
     """Reads the point of a report."""
-    config, sizes, mesh = found["config"], found["architecture"], found["mesh"]
+    config, mesh = found["config"], found["mesh"]
     at_once = config["data.batch_size"] // config["optim.accumulation"] // (mesh["data"] * mesh["fsdp"])
     side = round((config["data.height"] * config["data.width"]) ** 0.5)
-    blocks = sizes["num_layers"] + sizes["num_single_layers"]
-    return Point(found["device"], at_once, side, blocks, found["devices"])
+    return Point(found["device"], at_once, side, sum(found["blocks"]), found["devices"])
 
 
 def select(reports: list[dict[str, Any]], base: Point, name: str) -> list[tuple[int, dict[str, Any]]]:

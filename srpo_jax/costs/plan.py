@@ -15,13 +15,13 @@ from ml_collections import ConfigDict
 
 from srpo_jax import config as config_lib
 from srpo_jax import program, sharding
-from srpo_jax.architectures import TextArchitecture
+from srpo_jax.architectures import Architecture
 from srpo_jax.costs import hlo, roofline, topologies, work
 from srpo_jax.costs.hardware import GIB
 from srpo_jax.costs.topologies import Target
 from srpo_jax.errors import UserError
 from srpo_jax.models.compute import bind
-from srpo_jax.program import Architecture, Program
+from srpo_jax.program import Program
 from srpo_jax.weights import folder
 
 
@@ -30,16 +30,15 @@ class Candidate(NamedTuple):
 
     Attributes:
       config: validated.
-      architecture, text: sizes.
+      architecture: sizes.
       target: the devices.
       built: the update.
-      encoders: the parameters of the text encoders by network, ``ShapeDtypeStruct`` with shardings; empty where the run
+      encoders: the parameters of the text encoders by folder, ``ShapeDtypeStruct`` with shardings; empty where the run
         needs none.
     """
 
     config: ConfigDict
     architecture: Architecture
-    text: TextArchitecture
     target: Target
     built: Program
     encoders: dict[str, Any]
@@ -51,7 +50,7 @@ class Candidate(NamedTuple):
 
 
 def prepare(
-    config: ConfigDict, sizes: tuple[Architecture, TextArchitecture], target: Target, device_batch: int | None = None
+    config: ConfigDict, architecture: Architecture, target: Target, device_batch: int | None = None
 ) -> Candidate:
     """Builds the update for a target. Raises UserError for what does not fit together; nothing is compiled yet."""
     if config.optim.offload and target.platform == "gpu":
@@ -69,23 +68,22 @@ def prepare(
                 f"config.data.batch_size={config.data.batch_size}; with config.mesh.tensor=N, N devices share a sample"
             )
         config.optim.accumulation = config.data.batch_size // at_once
-    built = program.build(config, mesh, sizes[0])
-    return Candidate(config, *sizes, target, built, _encoders(config, sizes[1], built))
+    built = program.build(config, mesh, architecture)
+    return Candidate(config, architecture, target, built, _encoders(config, architecture, built))
 
 
-def _encoders(config: ConfigDict, text: TextArchitecture, built: Program) -> dict[str, Any]:
+def _encoders(config: ConfigDict, architecture: Architecture, built: Program) -> dict[str, Any]:
     """Lays out the text encoders and traces them on a batch, as a run does, which may refuse them for the mesh."""
     if config.data.encode != "online" and not config.sample.every:
         return {}
-    found, split = {}, sharding.of_batch(built.mesh)
-    for network, sizes, length in (
-        ("clip_text", text.clip, text.clip.max_position_embeddings),
-        ("t5", text.t5, config.data.text_length),
-    ):
+    found, split, family = {}, sharding.of_batch(built.mesh), architecture.family
+    lengths = family.text_lengths(architecture.text, config.data.text_length)
+    for part, sizes in architecture.text.items():
+        network = family.components[part].network
         graphdef, params = folder.abstract(network, sizes, built.computes.text)
-        found[network] = program.with_sharding(params, sharding.of_tree(built.mesh, network, params))
-        ids = jax.ShapeDtypeStruct((config.data.batch_size, length), jnp.int32, sharding=split)
-        jax.eval_shape(lambda params, ids, graphdef=graphdef: bind(graphdef, params)(ids), found[network], ids)
+        found[part] = program.with_sharding(params, sharding.of_tree(built.mesh, network, params))
+        ids = jax.ShapeDtypeStruct((config.data.batch_size, lengths[part]), jnp.int32, sharding=split)
+        jax.eval_shape(lambda params, ids, graphdef=graphdef: bind(graphdef, params)(ids), found[part], ids)
     return found
 
 
@@ -108,9 +106,7 @@ def check(candidate: Candidate) -> dict[str, Any]:
     found = hlo.Collectives((), ()) if compiled is None else hlo.collectives(compiled.as_text(), len(devices))
     moved = roofline.optimizer_traffic(built.state.params, built.state.opt_state)
     away = roofline.shard_bytes(built.state.opt_state, host=True)
-    time_of = roofline.estimate(
-        config, candidate.architecture.transformer, parts, moved, away, found.found, target, devices
-    )
+    time_of = roofline.estimate(config, candidate.architecture, parts, moved, away, found.found, target, devices)
     return {
         "topology": target.name,
         "device": target.chip.name,
@@ -119,6 +115,7 @@ def check(candidate: Candidate) -> dict[str, Any]:
         "jax": jax.__version__,
         "config": config_lib.flatten(config),
         "architecture": dataclasses.asdict(candidate.architecture.transformer),
+        "blocks": list(candidate.architecture.family.blocks(candidate.architecture.transformer)),
         "compile_seconds": seconds,
         "compiled": compiled is not None,
         "memory": memory,

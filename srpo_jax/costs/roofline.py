@@ -21,11 +21,11 @@ from typing import Any, NamedTuple
 import jax
 from ml_collections import ConfigDict
 
+from srpo_jax.architectures import Architecture
 from srpo_jax.costs import flops, topologies, work
 from srpo_jax.costs.flops import Work
 from srpo_jax.costs.hlo import Collective
 from srpo_jax.costs.topologies import Target
-from srpo_jax.models.flux import FluxConfig
 from srpo_jax.program import in_float32
 
 # The share of the peak that large products, with all that comes between them, are taken to reach: an assumption.
@@ -72,7 +72,7 @@ class Estimate(NamedTuple):
 
 def estimate(
     config: ConfigDict,
-    transformer: FluxConfig,
+    architecture: Architecture,
     parts: dict[str, Work],
     optimizer_bytes: float,
     host_bytes: float,
@@ -84,7 +84,7 @@ def estimate(
 
     Args:
       config: its configuration.
-      transformer: sizes.
+      architecture: sizes.
       parts: the work of the whole batch, by part (``work.update``).
       optimizer_bytes: that the optimiser moves on a device (``optimizer_traffic``).
       host_bytes: of its state that lie in the host's memory, for a device.
@@ -99,7 +99,7 @@ def estimate(
     if host_bytes:
         memory["host"] = host_bytes / HOST_LINK  # in and out at once
     if config.model.attention not in flops.FUSED_ATTENTION:
-        memory["attention"] = attention_traffic(config, transformer) / count / chip.bandwidth
+        memory["attention"] = attention_traffic(config, architecture) / count / chip.bandwidth
     interconnect: dict[str, float] = {}
     places = [topologies.place(target, device) for device in devices] if collectives else []
     for item in collectives:
@@ -144,13 +144,14 @@ def _exchange(item: Collective, target: Target, places: Sequence[tuple[int, ...]
     return max(within and within / topologies.bandwidth(target, near), between / target.network)
 
 
-def attention_traffic(config: ConfigDict, transformer: FluxConfig) -> float:
+def attention_traffic(config: ConfigDict, architecture: Architecture) -> float:
     """Bytes of attention matrices that an update writes and reads where attention is not fused."""
-    whole = transformer.num_layers + transformer.num_single_layers
+    family, tokens = architecture.family, sum(work.tokens(config, architecture.family))
     gradient = MATRIX_FORWARD * (1 + (config.remat.transformer != "none")) + MATRIX_BACKWARD
-    blocks = MATRIX_FORWARD * work.rollout_blocks(config, transformer) + gradient * work.terms(config) * whole
-    matrix = transformer.num_attention_heads * sum(work.tokens(config)) ** 2  # entries in a block
-    return config.data.batch_size * matrix * blocks
+    moved = gradient * work.terms(config) * family.attention_entries(architecture.transformer, tokens)
+    for sizes, passes in work.rollout_passes(config, architecture):
+        moved += MATRIX_FORWARD * passes * family.attention_entries(sizes, tokens)
+    return config.data.batch_size * moved
 
 
 def optimizer_traffic(params: Any, opt_state: Any) -> float:

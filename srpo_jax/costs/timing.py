@@ -16,6 +16,7 @@ from srpo_jax.costs import flops, hardware, parts, work
 from srpo_jax.costs.hardware import GIB
 from srpo_jax.errors import UserError
 from srpo_jax.program import Architecture
+from srpo_jax.weights import folder
 
 UPDATE = "update"
 # The next call's arguments from (arguments, result), of programs that take the memory of what they are given.
@@ -129,9 +130,10 @@ def benchmark(
     best, source = peak(list(mesh.devices.flat))
     device = mesh.devices.flat[0]
     say(f"{mesh.devices.size} x {device.device_kind}, peak {_tera(best)} ({source})")
-    sizes, millions = architecture.transformer, flops.parameters(architecture.transformer) / 1e6
+    family, sizes = architecture.family, architecture.transformer
     say(
-        f"{millions:.4g} million parameters in {sizes.num_layers} + {sizes.num_single_layers} blocks; "
+        f"{folder.parameters(family.network, sizes) / 1e6:.4g} million parameters in "
+        f"{' + '.join(map(str, family.blocks(sizes)))} blocks; "
         f"batch {config.data.batch_size} in {config.optim.accumulation}, {config.data.height}x{config.data.width}, "
         f"{config.model.dtype}"
     )

@@ -2,21 +2,22 @@
 
 from typing import Any
 
-from srpo_jax.costs import flops
 from srpo_jax.costs.hardware import GIB
 from srpo_jax.costs.plan import Candidate
+from srpo_jax.weights import folder
 
 
 def describe(candidate: Candidate, report: dict[str, Any]) -> str:
     """A report as text."""
     config, memory, seconds = candidate.config, report["memory"], report["seconds"]
     mesh = ", ".join(f"{axis} {size}" for axis, size in report["mesh"].items())
-    sizes = candidate.architecture.transformer
+    family, sizes = candidate.architecture.family, candidate.architecture.transformer
     samples = config.data.batch_size // config.optim.accumulation
     lines = [
         f"{candidate.name}: {report['devices']} x {report['device']}, mesh {mesh}",
-        f"  transformer   {flops.parameters(sizes) / 1e9:.3g} billion parameters, {sizes.num_layers} + "
-        f"{sizes.num_single_layers} blocks, attention {config.model.attention}, remat {config.remat.transformer}",
+        f"  transformer   {folder.parameters(family.network, sizes) / 1e9:.3g} billion parameters, "
+        f"{' + '.join(map(str, report['blocks']))} blocks, attention {config.model.attention}, "
+        f"remat {config.remat.transformer}",
         f"  batch         {config.data.batch_size}, {samples} at a time",
         "  memory of a device, GiB",
     ]

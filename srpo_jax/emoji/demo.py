@@ -53,7 +53,7 @@ def prepare(out: pathlib.Path, config: ConfigDict) -> None:
         lines = [world.prompt(concept) + "\n" for concept in world.split(split)]
         (prompts / f"{split}.txt").write_text("".join(lines), encoding="utf-8")
     config.model.path = str(models / "pipeline")
-    config.reward.paths.clip = str(models / "reward")
+    config.reward.models.clip.path = str(models / "reward")
     config.data.prompts = str(prompts / "train.txt")
     config.sample.prompts = str(prompts / "holdout.txt")
 
@@ -82,8 +82,8 @@ def demonstrate(
     lap("convert pipeline, reward and judge")
     critic = judge.Judge(out / "models" / "judge")
     prompts = [world.prompt(concept) for concept in concepts]
-    painter = measure.Painter(config.model.path, prompts, config, seeds)
-    before = measure.measure(painter(painter.base), concepts, critic)
+    easel = measure.Easel(config.model.path, prompts, config, seeds)
+    before = measure.measure(easel(easel.base), concepts, critic)
     print(f"before: {before}", flush=True)
     lap("draw and judge before training")
 
@@ -98,7 +98,7 @@ def demonstrate(
         curves[run] = {0: before}
         for step in checkpoint.steps(workdir):
             params = jax.tree.map(np.asarray, checkpoint.load_params(workdir, step))
-            curves[run][step] = measure.measure(painter(params), concepts, critic)
+            curves[run][step] = measure.measure(easel(params), concepts, critic)
             print(f"{run}, update {step}: {curves[run][step]}", flush=True)
         records[run] = metrics.read(workdir)
         lap(f"draw and judge along: {run}")

@@ -10,6 +10,7 @@ from srpo_jax import text
 from srpo_jax.algorithm import flow
 from srpo_jax.emoji import pictures, tokenizers, world
 from srpo_jax.emoji.flow_networks import LENGTH
+from srpo_jax.families.flux import FLUX
 from srpo_jax.models.compute import bind
 from srpo_jax.weights import folder
 
@@ -60,7 +61,7 @@ def load_world(vae: pathlib.Path, tokenizer_folder: pathlib.Path) -> FlowData:
     @jax.jit
     def encode(images: jax.Array) -> jax.Array:
         model = bind(graphdef, params)
-        return flow.pack(model.scale_latents(model.encode(images)[0]))
+        return FLUX.pack(FLUX.encode(model, images))
 
     images = pictures.to_float(pictures.load(world.world()))
     return FlowData(

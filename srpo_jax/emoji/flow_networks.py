@@ -6,8 +6,8 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from srpo_jax.algorithm import flow
 from srpo_jax.emoji import pictures
+from srpo_jax.families.flux import image_ids, text_ids
 from srpo_jax.models.clip import ClipText, ClipTextConfig
 from srpo_jax.models.compute import Compute, Params, bind, build
 from srpo_jax.models.flux import Flux, FluxConfig
@@ -45,7 +45,7 @@ class FlowNetworks:
     def velocity(self, params: Params, x: jax.Array, sigma: jax.Array, guidance: jax.Array, encoded) -> jax.Array:
         """The transformer's velocity at packed latents [B, 16, 64], noise levels [B], guidances [B]."""
         flux = bind(self.graphdefs["transformer"], params["transformer"])
-        ids = flow.image_ids(SIDE, SIDE), flow.text_ids(LENGTH)
+        ids = image_ids(SIDE // 2, SIDE // 2), text_ids(LENGTH)
         return flux(x, *encoded, sigma, guidance, *ids).astype(jnp.float32)
 
 

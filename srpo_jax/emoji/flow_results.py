@@ -11,7 +11,8 @@ from srpo_jax import convert
 from srpo_jax.algorithm import flow
 from srpo_jax.emoji import pictures, world
 from srpo_jax.emoji.flow_data import FlowData
-from srpo_jax.emoji.flow_networks import SIDE, FlowNetworks
+from srpo_jax.emoji.flow_networks import FlowNetworks
+from srpo_jax.families.flux import FLUX, pipeline_schedule
 from srpo_jax.models.compute import Params, bind
 from srpo_jax.weights import folder
 
@@ -39,7 +40,7 @@ class SampleSheet:
         kinds = (len(world.STYLES), len(world.STYLES), *range(len(world.STYLES)))
         rows = jnp.asarray([kind * concepts + concept for concept in shown for kind in kinds])
         noise = jax.random.normal(jax.random.key(0), (len(rows), *data.tokens.shape[1:]))
-        sigmas = flow.pipeline_schedule(20, data.tokens.shape[1], SCHEDULER)
+        sigmas = pipeline_schedule(20, data.tokens.shape[1], SCHEDULER)
         self._columns = len(kinds)
 
         def sample(params: Params, guidance: float, distilled: bool) -> jax.Array:
@@ -55,8 +56,7 @@ class SampleSheet:
                 return unconditional + guidance * (networks.velocity(params, x, level, one, given) - unconditional)
 
             model = bind(graphdef, decoder)
-            latents = flow.unpack(flow.sample(velocity, noise, sigmas), SIDE, SIDE)
-            return model.decode(model.unscale_latents(latents))
+            return FLUX.decode(model, flow.sample(velocity, noise, sigmas), pictures.SIZE, pictures.SIZE)
 
         self._sample = jax.jit(sample, static_argnames=("guidance", "distilled"))
 

@@ -8,7 +8,7 @@ cache n      all blocks of the transformer run at every n-th step (config.rollou
              with "ends" the first double and the last single block (config.rollout.cache_ends)
 int8, float8 the blocks' matrix products in 8 bits (config.rollout.dtype)
 reuse n      a rollout serves n updates (config.rollout.reuse)
-offline      no rollout: the artists' pictures of the train split, encoded (config.data.rollout): of all three styles,
+offline      no rollout: the artists' pictures of the train split, encoded (config.data.images): of all three styles,
              as a collection that nobody has sorted, or of the wanted style alone
 
 All runs take as many updates, with names of the train split, and are judged as the demonstration is. OUT gets
@@ -28,8 +28,8 @@ from absl import logging
 from ml_collections import ConfigDict
 from PIL import Image
 
-from srpo_jax import checkpoint, command, encode, errors, metrics, program, train
-from srpo_jax.costs import flops
+from srpo_jax import architectures, checkpoint, command, encode, errors, metrics, train
+from srpo_jax.costs import work
 from srpo_jax.data import images
 from srpo_jax.emoji import demo, judge, measure, pictures, results, world
 from srpo_jax.errors import UserError
@@ -82,7 +82,7 @@ def run(out: pathlib.Path, config: ConfigDict, case: str) -> tuple[ConfigDict, p
     if styles:
         folder = out / "pictures" / name
         write_pictures(folder, styles)
-        own.data.encode, own.data.rollout = "stored", "offline"
+        own.data.encode, own.data.images = "stored", "stored"
         own.data.path = str(out / "pictures" / f"{name}_encoded")
         encode_pictures(folder, pathlib.Path(own.data.path), own)
     if train.train(own, workdir) is not None:
@@ -105,20 +105,20 @@ def compare(
     demo.prepare(out, config)
     critic = judge.Judge(out / "models" / "judge")
     prompts = [world.prompt(concept) for concept in concepts]
-    painter = measure.Painter(config.model.path, prompts, config, seeds)
-    moments = {"before": measure.measure(painter(painter.base), concepts, critic)}
+    easel = measure.Easel(config.model.path, prompts, config, seeds)
+    moments = {"before": measure.measure(easel(easel.base), concepts, critic)}
     rows: list[dict[str, Any]] = [{"case": "before"} | moments["before"].figures]
     for case in cases:
         own, workdir = run(out, config, case)
         params = jax.tree.map(np.asarray, checkpoint.load_params(workdir, own.steps))
-        moments[case] = measure.measure(painter(params), concepts, critic)
+        moments[case] = measure.measure(easel(params), concepts, critic)
         print(f"{case}, {own.steps} updates: {moments[case]}", flush=True)
-        work = flops.update(own, program.read_architecture(own))
+        spent = work.update(own, architectures.read(own))
         # The mean, since only every n-th update of "reuse n" makes a rollout.
         seconds = float(np.mean([record["step_seconds"] for record in metrics.read(workdir)]))
         rows.append({
             "case": case, "updates": own.steps, "seconds": seconds, "images_per_second": own.data.batch_size / seconds,
-            "tflop": sum(part.hardware for part in work.values()) / 1e12,
+            "tflop": sum(part.hardware for part in spent.values()) / 1e12,
         } | moments[case].figures)  # fmt: skip
         (out / "rollouts.json").write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
         (out / "rollouts.md").write_text(table(rows), encoding="utf-8")

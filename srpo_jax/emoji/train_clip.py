@@ -28,13 +28,13 @@ import optax
 from flax import nnx
 
 from srpo_jax import command, errors, text
-from srpo_jax.algorithm import rewards
 from srpo_jax.emoji import pictures, tokenizers, training, world
 from srpo_jax.emoji.clip_quality import Evaluation
 from srpo_jax.emoji.degrade import degrade
 from srpo_jax.emoji.pictures import SIZE
 from srpo_jax.models.clip import Clip, ClipConfig, ClipTextConfig, ClipVisionConfig
 from srpo_jax.models.compute import Compute, Params, bind, build
+from srpo_jax.rewards import clip as clip_rewards
 from srpo_jax.weights import clip as tables
 from srpo_jax.weights import engine, files
 
@@ -182,8 +182,8 @@ def make_clip_update(graphdef, tx: optax.GradientTransformation, recipe: Recipe,
 
         def loss(params: Params) -> tuple[jax.Array, training.Values]:
             model = bind(graphdef, params)
-            image = rewards.unit(model.encode_image(rewards.preprocess(batch, SIZE)))
-            similarity = image @ rewards.unit(model.encode_text(texts)).T
+            image = clip_rewards.unit(model.encode_image(clip_rewards.preprocess(batch, SIZE)))
+            similarity = image @ clip_rewards.unit(model.encode_text(texts)).T
             value = contrastive_loss(jnp.exp(params["logit_scale"]) * similarity, shares)
             return value, {"loss": value}
 
@@ -281,8 +281,8 @@ def write_clip(config: ClipConfig, params: Params, folder: pathlib.Path) -> None
         "do_center_crop": True,
         "crop_size": {"height": SIZE, "width": SIZE},
         "do_normalize": True,
-        "image_mean": list(rewards.MEAN),
-        "image_std": list(rewards.STD),
+        "image_mean": list(clip_rewards.MEAN),
+        "image_std": list(clip_rewards.STD),
     }
     (folder / "preprocessor_config.json").write_text(json.dumps(processor, indent=2) + "\n", encoding="utf-8")
     tensors = engine.from_params(tables.hf_rules(config), params)

@@ -3,6 +3,7 @@ guidance scale (dev) or none (schnell)."""
 
 import os
 import pathlib
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -112,6 +113,10 @@ class FluxFamily(Family):
         """CLIP-L and T5."""
         return FluxTextEncoders(path, compute, place)
 
+    def text_lengths(self, text: Mapping[str, Any], length: int) -> dict[str, int]:
+        """CLIP-L has a length of its own."""
+        return super().text_lengths(text, length) | {"text_encoder": text["text_encoder"].max_position_embeddings}
+
     def prepare(self, transformer: Flux, condition: Condition, time: jax.Array, guidance: jax.Array) -> Modulations:
         """Shifts, scales and gates of every block, which read the pooled text, the time and the guidance."""
         scale = guidance if transformer.config.guidance_embeds else None
@@ -215,7 +220,7 @@ def read_scheduler(path: str | os.PathLike) -> dict[str, Any]:
 
 
 def pipeline_schedule(steps: int, tokens: int, scheduler: dict[str, Any]) -> np.ndarray:
-    """The noise levels ``[steps + 1]`` that FLUX.1's inference pipeline uses for an image of ``tokens`` tokens, float32.
+    """The noise levels ``[steps + 1]`` of FLUX.1's inference pipeline for an image of ``tokens`` tokens, float32.
 
     Args:
       steps: Euler steps.

@@ -53,6 +53,11 @@ def of_parts(path: str | os.PathLike, networks: Iterable[str], tokenizers: Itera
     return found | {part: of_network(path / part) for part in networks}
 
 
+def joined(parts: Iterable[str]) -> str:
+    """One fingerprint of several, in their order."""
+    return hashlib.sha256(json.dumps(list(parts)).encode()).hexdigest()[:16]
+
+
 def _places(size: int) -> list[int]:
     """Where to read a tensor of ``size`` bytes: all of it, or ``BLOCKS`` places from its first to its last byte."""
     if size <= BLOCK * BLOCKS:

@@ -10,6 +10,7 @@ that the process may use.
 
 import json
 import os
+import pathlib
 import statistics
 import sys
 import time
@@ -23,7 +24,7 @@ import torch
 import torch_baseline
 from helpers import updates
 
-from srpo_jax import command, errors, program, sharding
+from srpo_jax import command, errors, program, sharding, validation
 from srpo_jax import config as config_lib
 from srpo_jax.algorithm import step
 from srpo_jax.algorithm.settings import Settings
@@ -182,7 +183,7 @@ def main(arguments: list[str] | None = None) -> None:
     preset = presets.PRESETS["small"]()
     config, values = command.parse_recipe(parser, arguments, lambda _: preset.config)
     config.data.batch_size = values.device_batch
-    config_lib.validate(config, paths=False)
+    validation.validate(config, paths=False)
     run(config, preset.architecture, values)
 
 

@@ -104,7 +104,7 @@ def test_attention_matrices_of_other_rollouts():
     """Real pictures have none; 9 of 25 steps that run all of 57 blocks leave 16 of 1 + 1; a second update halves it."""
     matrix, gradient = 24 * 2537**2, 57 * (24 + 14)
     for keys, blocks in (
-        ({"data.rollout": "offline"}, 0),
+        ({"data.images": "stored"}, 0),
         ({"rollout.cache": 3}, 9 * 57 + 16 * 2),
         ({"rollout.cache": 3, "rollout.cache_ends": (2, 5)}, 9 * 57 + 16 * 7),
         ({"rollout.cache": 3, "rollout.reuse": 2}, (9 * 57 + 16 * 2) / 2),

@@ -39,7 +39,7 @@ def test_everything_is_measured(config):
 
 
 def test_pictures_in_the_place_of_rollouts_have_no_rollout_to_measure(config):
-    config.data.rollout, config.data.encode, config.rollout.reuse = "offline", "stored", 1
+    config.data.images, config.data.encode, config.rollout.reuse = "stored", "stored", 1
     report = timing.benchmark(config, plans.ARCHITECTURE, 1, (*work.PARTS, "update"), lambda line: None)
     assert list(report["parts"]) == [name for name in (*work.PARTS, "update") if name != "rollout"]
     total = sum(part["model_flops"] for name, part in report["parts"].items() if name != "update")

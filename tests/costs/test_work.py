@@ -66,13 +66,13 @@ def test_the_recipe():
     assert parts["transformer"].model == pytest.approx(6 / 25 * parts["rollout"].model, rel=1e-3)
     assert parts["transformer"].hardware == pytest.approx(8 / 25 * parts["rollout"].model, rel=1e-3)
     assert work.text_encoders(text, 512).model == pytest.approx(2 * 4.6e9 * 512, rel=0.1)
-    config.data.rollout = "offline"
+    config.data.images = "stored"
     offline = work.sample(config, architecture)
     assert offline["rollout"] == flops.Work(0.0, 0.0)
     assert {name: offline[name] for name in parts if name != "rollout"} == {
         k: parts[k] for k in parts if k != "rollout"
     }
-    config.data.rollout = "online"
+    config.data.images = "rollout"
     config.align.branches = ("denoise",)
     half = work.sample(config, architecture)
     for part in ("transformer", "autoencoder", "reward"):

@@ -108,8 +108,8 @@ def config(path: pathlib.Path, **changes):
     c.data.prompts, c.data.batch_size, c.data.text_length = str(path / "train.txt"), 2, LENGTH
     c.data.height, c.data.width = 32, 48
     c.rollout.steps, c.rollout.noise = 2, "per_sample"
-    c.reward.weights.hps, c.reward.weights.clip = 0.0, 1.0
-    c.reward.paths.clip = str(path / "clip")
+    c.reward.models.hps.weight, c.reward.models.clip.weight = 0.0, 1.0
+    c.reward.models.clip.path = str(path / "clip")
     c.reward.positive, c.reward.negative = WORDS
     c.optim.learning_rate = 1e-3
     c.checkpoint.every = 2

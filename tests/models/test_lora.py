@@ -14,7 +14,7 @@ from helpers.factors import EVERYTHING, random_factors, write_file
 from helpers.parity import relative_error
 from PIL import Image
 
-from srpo_jax import architectures, checkpoint, metrics, program, sharding, train
+from srpo_jax import architectures, checkpoint, metrics, program, sharding, train, validation
 from srpo_jax import config as config_lib
 from srpo_jax.algorithm import flow, step
 from srpo_jax.algorithm.step import TrainState
@@ -295,5 +295,5 @@ def test_bad_values_are_named(key, value, message):
     config = config_lib.default()
     config.update_from_flattened_dict({key: value})
     with pytest.raises(UserError, match=message) as error:
-        config_lib.validate(config, paths=False)
+        validation.validate(config, paths=False)
     assert "\n" not in str(error.value)
