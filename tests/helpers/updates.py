@@ -8,14 +8,21 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from srpo_jax.algorithm import rewards, step
+from srpo_jax.algorithm import step
+from srpo_jax.algorithm.batch import Batch
+from srpo_jax.algorithm.methods import METHODS
+from srpo_jax.algorithm.networks import Frozen, Networks
+from srpo_jax.algorithm.rollout import rollout
 from srpo_jax.algorithm.settings import Settings
 from srpo_jax.config import default
+from srpo_jax.families import flux as families_flux
 from srpo_jax.models import autoencoder, clip, flux
 from srpo_jax.models.compute import build
 from srpo_jax.optim import Optimizer
+from srpo_jax.rewards.clip import ClipReward
 
 BATCH, TEXT = 4, 5
+TOKENS = 6, 64  # of a picture of 32x48
 FLUX = flux.FluxConfig(
     in_channels=64, out_channels=64, num_layers=1, num_single_layers=2, attention_head_dim=16, num_attention_heads=2,
     joint_attention_dim=24, pooled_projection_dim=20, guidance_embeds=True, axes_dims_rope=(4, 6, 6),
@@ -41,8 +48,8 @@ def make_networks(compute):
     flux_graph, params = build(lambda rngs: flux.Flux(FLUX, compute, rngs=rngs), seed=1)
     vae_graph, vae = build(lambda rngs: autoencoder.Autoencoder(VAE, compute, rngs=rngs), seed=2)
     clip_graph, clip_params = build(lambda rngs: clip.Clip(CLIP, compute, rngs=rngs), seed=3)
-    networks = step.Networks(flux_graph, True, vae_graph, {"clip": rewards.Reward(clip_graph, 32, "clip", 1.0)})
-    return networks, params, step.Frozen(vae, {"clip": clip_params})
+    networks = Networks(families_flux.FLUX, flux_graph, vae_graph, {"clip": ClipReward(CLIP, clip_graph)})
+    return networks, params, Frozen(vae, {"clip": clip_params})
 
 
 def make_batch():
@@ -50,12 +57,21 @@ def make_batch():
     keys = iter(jax.random.split(jax.random.key(7), 5))
     ids = {name: jax.random.randint(next(keys), (BATCH, 8), 0, 50) for name in ("positive", "negative", "caption")}
     text = jax.random.normal(next(keys), (BATCH, TEXT, 24))
-    return step.Batch(text, jax.random.normal(next(keys), (BATCH, 20)), {"clip": ids})
+    condition = {"text": text, "pooled": jax.random.normal(next(keys), (BATCH, 20))}
+    return Batch(condition, {"clip": ids})
 
 
-def roll_out(networks, settings, params, frozen, batch, draws):
-    """The batch with its latents, given or rolled out."""
-    return jax.jit(functools.partial(step.with_latents, networks, settings))(params, frozen, batch, draws)
+def draw(networks, settings, seed=0):
+    return step.draw(networks, settings, jax.random.key(seed), BATCH)
+
+
+def images_of(networks, settings, params, frozen, batch, draws):
+    """What is to be improved, given or rolled out."""
+    return jax.jit(functools.partial(step.images_of, networks, settings))(params, frozen, batch, draws)
+
+
+def make_terms(settings, images, draws):
+    return METHODS[settings.method].terms(settings, images, draws.own)
 
 
 def rolled_out_gradient(networks, settings):
@@ -63,8 +79,8 @@ def rolled_out_gradient(networks, settings):
 
     @jax.jit
     def run(params, frozen, batch, draws):
-        batch = step.with_latents(networks, settings, params, frozen, batch, draws)
-        return step.gradient(networks, settings, params, frozen, batch, draws)
+        images = step.images_of(networks, settings, params, frozen, batch, draws)
+        return step.gradient(networks, settings, params, frozen, batch, images, draws.own)
 
     return run
 
@@ -96,9 +112,10 @@ def run_update(tiny, settings, batch, key=0):
     return jax.jit(step.make_update(networks, settings, optimizer))(state, frozen, batch, jax.random.key(key))
 
 
-def assert_same_rollouts(networks, params, batch, recipes, stop=None):
-    noise = step.draw(recipes[0], jax.random.key(0), BATCH).noise
-    made = [
-        jax.jit(functools.partial(step.rollout, networks, recipe))(params, batch, noise, stop) for recipe in recipes
-    ]
-    np.testing.assert_allclose(*made, atol=1e-5)
+def assert_same_rollouts(networks, params, batch, recipes, keep=None):
+    """The same images, and the same states where ``keep`` names steps."""
+    noise = draw(networks, recipes[0]).noise
+    one, other = (
+        jax.jit(functools.partial(rollout, networks, recipe))(params, batch, noise, keep) for recipe in recipes
+    )
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), one, other)
