@@ -339,7 +339,7 @@ def parse(arguments: list[str] | None) -> tuple[ConfigDict, Architecture, argpar
     if values.config is None:
         architecture = PRESETS[values.preset]().architecture
         if set(program.used_rewards(config)) != set(architecture.rewards):
-            raise UserError(f"--preset={values['preset']} has the sizes of {', '.join(architecture.rewards)} only: "
+            raise UserError(f"--preset={values.preset} has the sizes of {', '.join(architecture.rewards)} only: "
                             "give other rewards no weight, or use --config")  # fmt: skip
     elif config.model.path:
         architecture = program.read_architecture(config)

@@ -37,6 +37,7 @@ def train(config: ConfigDict, workdir: str | os.PathLike) -> int | None:
     """
     # === Checks that need no device ===================================================================================
     config_lib.validate(config)
+    config_lib.check_files(config)
     checkpoint.check_workdir(workdir, config)
     workdir = storage.path(workdir)
     newest = distributed.largest(max(checkpoint.steps(workdir), default=0)) or None
