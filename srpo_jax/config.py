@@ -50,7 +50,7 @@ def default() -> ConfigDict:
     c = ConfigDict()
     c.method = "srpo"  # of algorithm/methods.py: srpo | direct_align | refl | draft_lv
     c.steps = 19  # updates; a resumed run may name more
-    c.seed = 0  # of everything random: noise, grid positions, the order of prompts
+    c.seed = 0  # of everything random: noise, grid positions, the order of prompts; 32 bits, as jax.random.key takes
     # Folder of compiled programs, kept between runs; "" compiles every time.
     c.compilation_cache = "~/.cache/srpo_jax/xla"
 

@@ -49,6 +49,7 @@ def train(config: ConfigDict, workdir: str | os.PathLike) -> int | None:
     """
     # === Checks that need no device ===================================================================================
     validation.validate(config)
+    validation.check_files(config)
     models = resume.fingerprints(config)
     checkpoint.check_workdir(workdir, config, models)
     workdir = storage.path(workdir)

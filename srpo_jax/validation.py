@@ -1,5 +1,7 @@
 """Checks of a configuration that need no file and no device: every message names the key, its value and the remedy."""
 
+import glob
+import os
 import re
 from typing import Any
 
@@ -109,6 +111,19 @@ def validate(config: ConfigDict, paths: bool = True) -> None:
         raise UserError("config.mesh: only one of data, fsdp and tensor can be -1 (the rest of the devices)")
 
 
+def check_files(config: ConfigDict) -> None:
+    """Raises UserError that names all files and folders of a run that are not there, if there are several of them.
+
+    One alone is left to whoever reads it and says more of it.
+    """
+    flat = flatten(config)
+    paths = {key: flat[key] for key in (*_needed_paths(flat), "lora.init") if flat[key]}
+    local = {key: path for key, path in paths.items() if "://" not in path and not path.startswith(values.TFDS)}
+    missing = [key for key, path in local.items() if not os.path.exists(path) and not glob.has_magic(path)]
+    if len(missing) > 1:
+        raise UserError(f"not there: {', '.join(f'config.{key}={local[key]}' for key in missing)}")
+
+
 def _check_keys(config: ConfigDict) -> None:
     given = dict(leaves(config))
     for key in given:
@@ -134,13 +149,16 @@ def _check_kinds(config: ConfigDict) -> None:
             raise UserError(f"config.{key}={value!r}: must be {wanted}")
 
 
-def _check_paths(flat: dict[str, Any]) -> None:
-    """All files and folders that a run reads are named."""
+def _needed_paths(flat: dict[str, Any]) -> list[str]:
+    """Keys of the files and folders that a run reads."""
     needed = ["model.path", "data.prompts" if flat["data.encode"] == "online" else "data.path"]
     names = [name for key in flat if (name := reward_of(key)) and key.endswith(".weight")]
     needed += [f"reward.models.{name}.path" for name in names if flat[f"reward.models.{name}.weight"] > 0]
-    needed += ["sample.prompts"] if flat["sample.every"] else []
-    if missing := [key for key in needed if not flat[key]]:
+    return needed + (["sample.prompts"] if flat["sample.every"] else [])
+
+
+def _check_paths(flat: dict[str, Any]) -> None:
+    if missing := [key for key in _needed_paths(flat) if not flat[key]]:
         held_out = "; config.sample.every=0 needs no sample.prompts" if "sample.prompts" in missing else ""
         flags = " ".join(f"--config.{key}=..." for key in missing)
         raise UserError(f"give {'a path' if len(missing) == 1 else 'paths'}: {flags}{held_out}")

@@ -112,9 +112,19 @@ def test_files_are_named_by_number_and_prompt(model, tmp_path, capsys):
     assert "2 images" in capsys.readouterr().out
 
 
+def test_a_column_of_the_prompts(model, tmp_path):
+    (tmp_path / "p.csv").write_text("en,de\nred apple,roter Apfel\n")
+    words = [f"--model={model}", f"--prompts={tmp_path / 'p.csv'}", f"--out={tmp_path / 'out'}", *WORDS]
+    with pytest.raises(UserError, match="name the column of the prompts; there are 'en', 'de'"):
+        generate.main(words)
+    generate.main([*words, "--column=de"])
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["0000-roter-Apfel.png"]
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
+        (["--column=de"], "--column=de is of --prompts; leave it out"),
         (["--height=40"], "--height=40: must be a positive multiple of 16"),
         (["--steps=0"], "--steps=0"),
         (["--ema"], "--step and --ema choose from a --checkpoint"),

@@ -230,6 +230,22 @@ def test_bad_input_leaves_no_workdir(recipe, tmp_path, changes, message):
     assert not (tmp_path / "run").exists()
 
 
+def test_all_paths_that_lead_nowhere_are_named_at_once(recipe, tmp_path):
+    changes = {"model__path": "nothing", "data__prompts": "none.txt", "sample__prompts": "data/*.csv"}
+    with pytest.raises(UserError, match="^not there: config.model.path=nothing, config.data.prompts=none.txt$"):
+        train.train(recipe(sample__every=1, **changes), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_column_of_the_held_out_prompts(recipe, tmp_path):
+    (tmp_path / "p.csv").write_text("en,de\nred apple,roter Apfel\n")
+    changes = {"sample__every": 1, "sample__prompts": str(tmp_path / "p.csv")}
+    with pytest.raises(UserError, match="name the column of the prompts; there are 'en', 'de'"):
+        train.train(recipe(**changes), tmp_path / "run")
+    with pytest.raises(UserError, match="no column 'fr'; there are 'en', 'de'"):
+        train.train(recipe(sample__column="fr", **changes), tmp_path / "run")
+
+
 def test_a_reward_in_the_place_of_the_transformer(recipe, models, tmp_path):
     broken = tmp_path / "pipeline"
     broken.mkdir()
