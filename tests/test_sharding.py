@@ -90,7 +90,9 @@ def test_every_parameter_of_full_size_has_its_place(network, shape):
     if network == "autoencoder":  # small, and on every device
         assert share == 1
     else:
-        assert 0 <= share - 1 / (mesh.shape["fsdp"] * mesh.shape["tensor"]) < 0.005
+        # Tables of vocabularies, a third of CLIP-L's parameters, are not split along "tensor".
+        bound = 0.005 if mesh.shape["tensor"] == 1 else 0.02
+        assert 0 <= share - 1 / (mesh.shape["fsdp"] * mesh.shape["tensor"]) < bound
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 1), (2, 8, 1), (1, 16, 4), (1, 64, 1)])
