@@ -1,8 +1,9 @@
-"""Settings that hold for every test, made before JAX starts, and what tests of several files share."""
+"""Settings that hold for every test, made before JAX starts, and the tiny models that many tests read."""
 
 import importlib.util
 import os
 
+import pytest
 from helpers import xla
 
 # The tests compile hundreds of small programs and run each for milliseconds: code that compiles an order of magnitude
@@ -15,3 +16,48 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 if importlib.util.find_spec("torchvision"):
     from helpers import torchvision_operators  # noqa: F401
+
+
+# --- made once, and read by all: who changes a file changes a copy ----------------------------------------------------
+
+
+def _files(path):
+    return {file: (file.stat().st_size, file.stat().st_mtime_ns) for file in path.rglob("*")}
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory):
+    """The folder of ``tiny.write_all``."""
+    from helpers import tiny
+
+    path = tiny.write_all(tmp_path_factory.mktemp("tiny") / "models")
+    made = _files(path)
+    yield path
+    assert _files(path) == made, "a test changed the models that all share"
+
+
+@pytest.fixture(scope="session")
+def model(models):
+    """The pipeline's folder among ``models``."""
+    return models / "pipeline"
+
+
+@pytest.fixture(scope="session")
+def pipelines(tmp_path_factory):
+    """(a pipeline as diffusers saves it, the same imported by us)."""
+    from helpers import references
+
+    from srpo_jax import convert
+
+    path = tmp_path_factory.mktemp("pipelines")
+    references.flux_pipeline(path / "diffusers")
+    convert.import_folder(path / "diffusers", path / "ours")
+    made = _files(path)
+    yield path / "diffusers", path / "ours"
+    assert _files(path) == made, "a test changed the pipelines that all share"
+
+
+@pytest.fixture(scope="session")
+def compiled(tmp_path_factory):
+    """A folder for compiled programs (``config.compilation_cache``): recipes of one shape compile theirs once."""
+    return str(tmp_path_factory.mktemp("xla"))

@@ -5,7 +5,7 @@ import math
 import pytest
 from helpers import tiny
 
-from srpo_jax import architectures, program
+from srpo_jax import architectures
 from srpo_jax import config as config_lib
 from srpo_jax.errors import UserError
 from srpo_jax.models.clip import VIT_H_14
@@ -37,11 +37,12 @@ def test_published_sizes_cover_the_rewards_in_use():
     assert text.clip.hidden_size == architecture.transformer.pooled_projection_dim
 
 
-def test_sizes_of_folders(tmp_path):
-    config = tiny.config(tiny.write_all(tmp_path))
+def test_sizes_of_folders(models):
+    config = tiny.config(models)
     architecture, text = architectures.read(config)
-    assert architecture == program.read_architecture(config)
+    assert (architecture.transformer, architecture.autoencoder) == (tiny.FLUX, tiny.VAE)
+    assert {name: sizes.projection_dim for name, sizes in architecture.rewards.items()} == {"clip": 16}
     assert (text.clip.hidden_size, text.t5.d_model) == (16, 32)
-    config.model.path = str(tmp_path / "clip")
+    config.model.path = str(models / "clip")
     with pytest.raises(UserError, match="text_encoder is not a folder"):
         architectures.read(config)

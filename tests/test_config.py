@@ -171,7 +171,7 @@ def test_unknown_and_missing_keys():
         del config.optim.learning_rat, config.optim.b1
     with pytest.raises(UserError, match=r"config\.optim\.b1 is missing"):
         validation.validate(config)
-    with pytest.raises(AttributeError):
+    with pytest.raises(AttributeError, match="lr"):
         complete().optim.lr = 1.0
 
 
@@ -244,7 +244,7 @@ def test_overrides_in_any_order(recipe):
     config, workdir, *job = main.parse(words)
     assert (config.steps, config.optim.b1, config.reward.positive, workdir) == (7, 0.5, ("3D",), "w")
     assert job == [None, None, None]
-    with pytest.raises(AttributeError):
+    with pytest.raises(AttributeError, match="lr"):
         config.optim.lr = 1.0
 
 
@@ -330,10 +330,17 @@ def test_a_wrong_command_line_is_one_line(recipe, words, message):
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("content", ["def get_config(:", "x = 1", RECIPE.replace("c.steps", "c.optim.stepz")])
-def test_a_recipe_that_fails_is_one_line(tmp_path, content):
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("def get_config(:", r"broken\.py"),
+        ("x = 1", "no attribute 'get_config'"),
+        (RECIPE.replace("c.steps", "c.optim.stepz"), "stepz"),
+    ],
+)
+def test_a_recipe_that_fails_is_one_line(tmp_path, content, message):
     (tmp_path / "broken.py").write_text(content)
-    with pytest.raises(UserError) as error:
+    with pytest.raises(UserError, match=message) as error:
         main.parse([f"--config={tmp_path / 'broken.py'}", "--workdir=w"])
     assert "\n" not in str(error.value)
 

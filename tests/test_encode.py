@@ -17,14 +17,8 @@ from srpo_jax.data import stored
 from srpo_jax.errors import UserError
 from srpo_jax.models.compute import Compute
 from srpo_jax.weights import fingerprint, folder
-from srpo_jax.weights.files import SafetensorsFile
 
 TEXTS = [*tiny.PROMPTS, *tiny.HELD_OUT]  # ten
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return tiny.write_pipeline(tmp_path_factory.mktemp("models") / "pipeline")
 
 
 def run(model, out, **changes):
@@ -231,10 +225,16 @@ def test_fingerprints_sample_large_tensors_to_their_ends():
     assert fingerprint._places(3000) == [0, 1024, 2048]
 
 
-def test_parameters_without_axes_have_fingerprints(model):
-    """Scalars as CLIP's temperature are read too."""
-    source = SafetensorsFile(model / "text_encoder" / "weights.safetensors")
-    assert source.specs and len(fingerprint.of_network(model / "text_encoder")) == 16
+def test_parameters_without_axes_have_fingerprints(models, tmp_path):
+    """CLIP's temperature is a scalar; another one is another network."""
+    _, config, source = folder.open_weights(models / "clip")
+    assert source.specs["logit_scale"].shape == ()
+    _, _, params = folder.load(models / "clip")
+    found = []
+    for name, change in (("same", 0.0), ("other", 0.25)):
+        folder.save(tmp_path / name, "clip", config, params | {"logit_scale": params["logit_scale"] + change})
+        found.append(fingerprint.of_network(tmp_path / name))
+    assert found[0] == fingerprint.of_network(models / "clip") != found[1]
 
 
 # --- the command ------------------------------------------------------------------------------------------------------

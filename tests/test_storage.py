@@ -96,9 +96,8 @@ def test_checkpoints_in_a_bucket(server):
     jax.tree.map(np.testing.assert_array_equal, state, make_state(2))
 
 
-def test_a_run_in_a_bucket_goes_on_with_the_numbers_of_a_local_one(server, tmp_path):
-    models = tiny.write_all(tmp_path / "models")
-    changes = dict(checkpoint__every=1, compilation_cache=str(tmp_path / "cache"))
+def test_a_run_in_a_bucket_goes_on_with_the_numbers_of_a_local_one(server, models, compiled, tmp_path):
+    changes = dict(checkpoint__every=1, compilation_cache=compiled)
     workdir, local = storage.path("gs://bucket/runs/a"), storage.path(tmp_path / "local")
     train.train(tiny.config(models, steps=1, **changes), workdir)
     train.train(tiny.config(models, steps=2, **changes), workdir)

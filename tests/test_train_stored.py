@@ -19,23 +19,18 @@ from srpo_jax.weights import folder
 
 
 @pytest.fixture(scope="module")
-def models(tmp_path_factory):
-    return tiny.write_all(tmp_path_factory.mktemp("models"))
-
-
-@pytest.fixture(scope="module")
-def data(models):
+def data(models, tmp_path_factory):
     """The training prompts of the tiny models, encoded."""
+    out = tmp_path_factory.mktemp("encoded") / "data"
     mesh, options = sharding.make_mesh(tiny.config(models).mesh), dict(text_length=tiny.LENGTH, dtype="float32")
-    encode.encode_prompts(models / "pipeline", tiny.PROMPTS, models / "data", mesh=mesh, shard_size=3, **options)
-    return models / "data"
+    encode.encode_prompts(models / "pipeline", tiny.PROMPTS, out, mesh=mesh, shard_size=3, **options)
+    return out
 
 
 @pytest.fixture(scope="module")
-def recipe(models, data, tmp_path_factory):
-    """A function from changes to a config that reads the data set; its programs are compiled once."""
-    cache = str(tmp_path_factory.mktemp("xla"))
-    usual = {"compilation_cache": cache, "data__encode": "stored", "data__path": str(data), "data__prompts": None}
+def recipe(models, data, compiled):
+    """A function from changes to a config that reads the data set."""
+    usual = {"compilation_cache": compiled, "data__encode": "stored", "data__path": str(data), "data__prompts": None}
     return lambda **changes: tiny.config(models, **usual | changes)
 
 
@@ -146,10 +141,11 @@ def test_features_for_another_transformer(recipe, models, tmp_path):
 
 
 @pytest.fixture(scope="module")
-def pictures(models):
+def pictures(models, tmp_path_factory):
     """Seven pictures of the training prompts, encoded; a data set."""
-    encode_pictures(models, write_folder(models / "photos"), models / "pictures")
-    return models / "pictures"
+    path = tmp_path_factory.mktemp("pictures")
+    encode_pictures(models, write_folder(path / "photos"), path / "data")
+    return path / "data"
 
 
 def encode_pictures(models, photos, out):

@@ -103,10 +103,9 @@ def test_noise_is_shared_or_per_sample(tiny):
     assert not (own == own[:1]).all(axis=(1, 2))[1:].any()
 
 
-def test_keys_give_other_numbers_and_the_same_key_the_same(tiny):
-    first, again, other = (draw(tiny[0], settings(), seed) for seed in (0, 0, 1))
-    assert (first.noise == again.noise).all() and (first.own == again.own).all()
-    assert not (first.noise == other.noise).any()
+def test_keys_give_other_numbers(tiny):
+    first, other = (draw(tiny[0], settings(), seed) for seed in (0, 1))
+    assert not (first.noise == other.noise).any() and not (first.own == other.own).all()
 
 
 @pytest.mark.parametrize("method", ["srpo", "direct_align", "refl", "draft_lv"])

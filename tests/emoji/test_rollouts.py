@@ -61,7 +61,10 @@ def test_cases_are_cheaper_rollouts(case, monkeypatch, tmp_path):
     assert {key.split(".")[0] for key in here if here[key] != there[key]} == {"rollout", "sample"}
     architecture = program.read_architecture(recipe)
     cost = [work.sample(c, architecture)["rollout"].model for c in (own, recipe)]
-    assert cost[0] < 0.7 * cost[1] or (cost[0] == cost[1] and own.rollout.dtype == case)
+    if case in ("int8", "float8"):
+        assert cost[0] == cost[1] and own.rollout.dtype == case
+    else:
+        assert cost[0] < 0.7 * cost[1]
     assert workdir.parent == tmp_path / "runs"
 
 

@@ -50,9 +50,9 @@ def test_nothing_stays_nothing():
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_rollout(kind, tmp_path):
+def test_a_rollout(kind, models):
     """The latents of two steps, relative to what the steps changed; the modulations' kernels stay as they are."""
-    config = tiny.config(tiny.write_all(tmp_path / "models"), rollout__dtype=kind)
+    config = tiny.config(models, rollout__dtype=kind)
     built = program.build(config, sharding.make_mesh(config.mesh), program.read_architecture(config))
     params = program.initial_state(config, built).params
     rng = np.random.default_rng(0)

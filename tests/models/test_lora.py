@@ -204,14 +204,8 @@ def test_how_a_batch_passes_changes_nothing(adapted, batch):
 
 
 @pytest.fixture(scope="module")
-def models(tmp_path_factory):
-    return tiny.write_all(tmp_path_factory.mktemp("models"))
-
-
-@pytest.fixture(scope="module")
-def recipe(models, tmp_path_factory):
-    cache = str(tmp_path_factory.mktemp("xla"))
-    every = dict(compilation_cache=cache, lora__rank=2, lora__quantize="int8", optim__ema_decay=0.5, sample__every=2)
+def recipe(models, compiled):
+    every = dict(compilation_cache=compiled, lora__rank=2, lora__quantize="int8", optim__ema_decay=0.5, sample__every=2)
     return lambda **changes: tiny.config(models, **every | changes)
 
 
