@@ -61,18 +61,6 @@ class Sizes:
         self.data, self.fsdp, self.tensor = data, fsdp, tensor
 
 
-# --- the mesh ---------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("sizes", "message"),
-    [((2, -1, 1), "2 does not divide them"), ((1, 2, 1), "needs 2 devices, here are 1; -1 takes the rest")],
-)
-def test_sizes_that_do_not_fit(sizes, message):
-    with pytest.raises(UserError, match=message):
-        sharding.make_mesh(Sizes(*sizes), jax.devices()[:1])
-
-
 # --- the table --------------------------------------------------------------------------------------------------------
 
 
