@@ -97,6 +97,25 @@ def test_a_mesh_goes_from_slice_to_slice_along_data(count, asked, shape):
     assert [row.flat[0] for row in index] == sorted(list(range(count)) * (shape[0] // count))
 
 
+def test_a_single_slice_without_a_number():
+    """As libtpu 0.0.42 describes one."""
+    found = [Unnumbered(**{k: v for k, v in vars(chip).items() if k != "slice_index"}) for chip in chips(1)]
+    mesh = sharding.make_mesh(sizes(1, -1, 2), found)
+    assert mesh.shape == {"data": 1, "fsdp": 8, "tensor": 2}
+
+
+@dataclasses.dataclass(frozen=True)
+class Unnumbered:
+    """As ``Chip``, without ``slice_index``."""
+
+    id: int
+    coords: tuple[int, int, int]
+    platform: str
+    device_kind: str
+    core_on_chip: int
+    process_index: int
+
+
 @pytest.mark.parametrize("asked", [(1, -1, 1), (3, -1, 1), (1, 36, 2)])
 def test_other_axes_do_not_leave_a_slice(asked):
     with pytest.raises(UserError, match="the devices are 2 slices, .* set data to 2 or a multiple"):
