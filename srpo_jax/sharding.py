@@ -77,7 +77,10 @@ def make_mesh(sizes: Any, devices: Sequence[jax.Device] | None = None) -> Mesh:
 
 def _slices(devices: Sequence[Any]) -> int:
     """How many TPU slices the devices are of. (JAX numbers the hosts of GPUs likewise, which need no such care.)"""
-    return len({device.slice_index for device in devices}) if devices[0].platform == "tpu" else 1
+    if devices[0].platform != "tpu":
+        return 1
+    # Devices of a single slice may have no such attribute.
+    return len({getattr(device, "slice_index", 0) for device in devices})
 
 
 # --- parameters -------------------------------------------------------------------------------------------------------

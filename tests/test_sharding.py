@@ -50,30 +50,6 @@ class Sizes:
         self.data, self.fsdp, self.tensor = data, fsdp, tensor
 
 
-# --- the mesh ---------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("sizes", "message"),
-    [((2, -1, 1), "2 does not divide them"), ((1, 2, 1), "needs 2 devices, here are 1; -1 takes the rest")],
-)
-def test_sizes_that_do_not_fit(sizes, message):
-    with pytest.raises(UserError, match=message):
-        sharding.make_mesh(Sizes(*sizes), jax.devices()[:1])
-
-
-def test_a_batch_that_the_mesh_does_not_divide(models):
-    config = tiny.config(models, data__batch_size=6, optim__accumulation=2)
-    with pytest.raises(UserError, match=r"= 3 must be a multiple of the 8 devices"):
-        program.build(config, AbstractMesh((2, 4, 1), sharding.AXES), program.read_architecture(config))
-
-
-def test_blocks_that_the_transformer_lacks(models):
-    config = tiny.config(models, rollout__cache=2, rollout__cache_ends=(1, 3))
-    with pytest.raises(UserError, match=r"cache_ends=\(1, 3\): this transformer has 1 double and 2 single blocks"):
-        program.build(config, sharding.make_mesh(config.mesh), program.read_architecture(config))
-
-
 # --- the table --------------------------------------------------------------------------------------------------------
 
 

@@ -213,7 +213,7 @@ def test_a_step_that_is_not_finite_ends_the_run_before_it_is_saved(recipe, tmp_p
         ({"model__path": "nothing"}, "nothing/transformer is not a folder"),
         ({"reward__models__clip__path": "nothing"}, "nothing is not a folder"),
         ({"optim__accumulation": 3}, "optim.accumulation=3"),
-        ({"mesh__fsdp": 3}, "config.mesh: data=1, fsdp=3, tensor=1 needs 3 devices, here are 1"),
+        ({"mesh__fsdp": 3}, "mesh: data=1, fsdp=3, tensor=1 needs 3 devices, here are 1"),
         ({"data__height": 40}, "data.height=40"),
     ],
 )

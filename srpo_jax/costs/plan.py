@@ -104,9 +104,10 @@ def check(candidate: Candidate) -> dict[str, Any]:
     seconds = time.perf_counter() - started
     memory = _memory(candidate, compiled, refused)
     found = hlo.Collectives((), ()) if compiled is None else hlo.collectives(compiled.as_text(), len(devices))
+    places = [topologies.place(target, device) for device in devices] if found.found else []
     moved = roofline.optimizer_traffic(built.state.params, built.state.opt_state)
     away = roofline.shard_bytes(built.state.opt_state, host=True)
-    time_of = roofline.estimate(config, candidate.architecture, parts, moved, away, found.found, target, devices)
+    time_of = roofline.estimate(config, candidate.architecture, parts, moved, away, found.found, target, places)
     return {
         "topology": target.name,
         "device": target.chip.name,
@@ -121,7 +122,7 @@ def check(candidate: Candidate) -> dict[str, Any]:
         "memory": memory,
         "model_flops": {name: part.model for name, part in parts.items()},
         "hardware_flops": {name: part.hardware for name, part in parts.items()},
-        "collectives": _traffic(found.found),
+        "collectives": _traffic(found.found, target, places),
         "loops_of_unknown_length": list(found.unknown),
         "seconds": {
             **time_of._asdict(),
@@ -181,11 +182,13 @@ def _memory(candidate: Candidate, compiled: Any, refused: tuple[str, float] | No
     return memory
 
 
-def _traffic(found: tuple[hlo.Collective, ...]) -> dict[str, dict[str, float]]:
+def _traffic(
+    found: tuple[hlo.Collective, ...], target: Target, places: list[tuple[int, ...]]
+) -> dict[str, dict[str, float]]:
     """By kind: how many instructions, how often they run, and the bytes that a device gets."""
     table = {}
     for item in found:
-        row = table.setdefault(item.kind, {"instructions": 0, "runs": 0, "bytes": 0.0})
+        row = table.setdefault(roofline.kind(item, target, places), {"instructions": 0, "runs": 0, "bytes": 0.0})
         row["instructions"] += 1
         row["runs"] += item.runs
         row["bytes"] += item.runs * item.traffic

@@ -6,7 +6,8 @@
                    use them) and reads and writes weights and state; and, where attention is not fused, its matrix,
                    which passes through memory between the products on both sides of it; and moments that stay in the
                    hosts' memory (optim.offload), which come and go through the device's link to its host
-    interconnect   the collectives of the compiled program, each on the links between the devices of its groups
+    interconnect   the collectives of the compiled program, each on the links between the devices of its groups; what
+                   goes between TPU slices or hosts of GPUs, on their share of the data-centre network
 
 Compute and memory follow each other, the interconnect may work beside both. Elementwise work, the reading of weights
 and the activations of convolutions count as hidden behind products: FLUX's, of 2,537 tokens and more, are bound by
@@ -78,7 +79,7 @@ def estimate(
     host_bytes: float,
     collectives: Sequence[Collective],
     target: Target,
-    devices: Sequence[Any],
+    places: Sequence[tuple[int, ...]],
 ) -> Estimate:
     """Estimates an update.
 
@@ -90,9 +91,9 @@ def estimate(
       host_bytes: of its state that lie in the host's memory, for a device.
       collectives: of the compiled update.
       target: what it was compiled for.
-      devices: those, in the program's order.
+      places: of its devices, in the program's order (``topologies.place``); not read without collectives.
     """
-    chip, count = target.chip, len(devices)
+    chip, count = target.chip, target.count
     # The optimiser's few FLOPs are not of matrix products.
     compute = {name: part.hardware / count / chip.flops for name, part in parts.items() if name != "optimizer"}
     memory = {"optimizer": optimizer_bytes / chip.bandwidth}
@@ -101,11 +102,18 @@ def estimate(
     if config.model.attention not in flops.FUSED_ATTENTION:
         memory["attention"] = attention_traffic(config, architecture) / count / chip.bandwidth
     interconnect: dict[str, float] = {}
-    places = [topologies.place(target, device) for device in devices] if collectives else []
     for item in collectives:
         seconds = item.runs * duration(item, target, places)
-        interconnect[item.kind] = interconnect.get(item.kind, 0.0) + seconds
+        name = kind(item, target, places)
+        interconnect[name] = interconnect.get(name, 0.0) + seconds
     return Estimate(compute, memory, interconnect)
+
+
+def kind(item: Collective, target: Target, places: Sequence[tuple[int, ...]]) -> str:
+    """What a collective is called: "all-reduce", or "all-reduce between slices" (GPUs: hosts) where it leaves one."""
+    if all(len({places[member][0] for member in group}) == 1 for group in item.groups):
+        return item.kind
+    return f"{item.kind} between {'slices' if target.platform == 'tpu' else 'hosts'}"
 
 
 def duration(item: Collective, target: Target, places: Sequence[tuple[int, ...]]) -> float:

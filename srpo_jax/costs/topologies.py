@@ -298,5 +298,6 @@ def bandwidth(target: Target, places: Sequence[tuple[int, ...]]) -> float:
 def place(target: Target, device: Any) -> tuple[int, ...]:
     """Where a device of ``devices`` lies: (slice, place in its torus), or (host, GPU)."""
     if target.platform == "tpu":
-        return device.slice_index, *device.coords[: len(target.shape)]
+        # Devices of a single slice have no such attribute.
+        return getattr(device, "slice_index", 0), *device.coords[: len(target.shape)]
     return divmod(device.id, target.shape[1])

@@ -34,8 +34,9 @@ def describe(candidate: Candidate, report: dict[str, Any]) -> str:
     lines.append(f"    headroom    {memory['headroom'] / GIB:8.2f}  of {memory['capacity'] / GIB:.2f}")
     model, hardware = (sum(report[name].values()) for name in ("model_flops", "hardware_flops"))
     lines.append(f"  TFLOP         {model / 1e12:.4g} of the model, {hardware / 1e12:.4g} of the hardware, an update")
+    width = max(18, *map(len, report["collectives"])) if report["collectives"] else 0
     for kind, row in report["collectives"].items():
-        lines.append(f"  {kind:<18} {row['bytes'] / 1e9:9.2f} GB a device in {row['runs']} runs")
+        lines.append(f"  {kind:<{width}} {row['bytes'] / 1e9:9.2f} GB a device in {row['runs']} runs")
     if report["loops_of_unknown_length"]:
         lines.append(f"  counted once, for their length is unknown: {', '.join(report['loops_of_unknown_length'])}")
     parts = ", ".join(f"{name} {sum(seconds[name].values()):.3g}" for name in ("compute", "memory", "interconnect"))

@@ -143,6 +143,36 @@ def test_dialects():
     assert found[0].traffic == 7 / 8 * 64 * 128 * 2
 
 
+# What libtpu 0.0.42 writes for two slices of 2x2: a sum of each chip's array with the other slice's, by the hosts.
+SLICES = """HloModule jit_f, is_scheduled=true
+
+ENTRY %main (x: f32[256,2048]) -> f32[512,8,128] {
+  %x = f32[256,2048]{1,0:T(8,128)} parameter(0)
+  %bitcast.1 = f32[512,8,128]{2,1,0:T(8,128)} bitcast(%x)
+  %after-all = token[] after-all(), frontend_attributes={MegascaleRendezvousKeyName="all-reduce.1_0"}
+  %send = (f32[512,8,128]{2,1,0:T(8,128)}, u32[], token[]) send(%bitcast.1, %after-all), channel_id=2, is_host_transfer=true, frontend_attributes={_xla_host_transfer_handler_name="xla_megascale_runtime",_xla_host_transfer_rendezvous="all-reduce.1_0",_xla_megascale_reduce_operation="SUM",_xla_megascale_target="{1,2}x{0:3}",_xla_megascale_transfer_type="ALL_REDUCE"}
+  %send-done = token[] send-done(%send), channel_id=2, is_host_transfer=true, frontend_attributes={_xla_host_transfer_handler_name="xla_megascale_runtime"}
+  %recv = (f32[512,8,128]{2,1,0:T(8,128)}, u32[], token[]) recv(%after-all), channel_id=1, is_host_transfer=true, frontend_attributes={_xla_host_transfer_handler_name="xla_megascale_runtime",_xla_host_transfer_rendezvous="all-reduce.1_0",_xla_megascale_reduce_operation="SUM",_xla_megascale_target="{1,2}x{0:3}",_xla_megascale_transfer_type="ALL_REDUCE"}
+  %recv-done = (f32[512,8,128]{2,1,0:T(8,128)}, token[]) recv-done(%recv), channel_id=1, is_host_transfer=true, frontend_attributes={_xla_host_transfer_handler_name="xla_megascale_runtime"}
+  ROOT %get-tuple-element.2 = f32[512,8,128]{2,1,0:T(8,128)} get-tuple-element(%recv-done), index=0
+}
+"""  # noqa: E501
+
+
+def test_transfers_between_slices():
+    found, unknown = hlo.collectives(SLICES, 8)
+    pairs = ((0, 4), (1, 5), (2, 6), (3, 7))
+    assert found == (hlo.Collective("all-reduce", "send", 256 * 2048 * 4, pairs, 1),) and not unknown
+    assert found[0].traffic == 256 * 2048 * 4
+    four = SLICES.replace("{1,2}x{0:3}", "{1:4}x{0,1}")
+    assert hlo.collectives(four, 8).found[0].groups == ((0, 2, 4, 6), (1, 3, 5, 7))
+    # Other transfers to the host are none of it.
+    assert hlo.collectives(SLICES.replace("_xla_megascale_transfer_type", "_xla_other"), 8).found == ()
+    for wrong in (("ALL_REDUCE", "NEWS"), ("{1,2}x{0:3}", "all")):
+        with pytest.raises(ValueError, match="between slices not understood"):
+            hlo.collectives(SLICES.replace(*wrong), 8)
+
+
 def test_a_loop_of_unknown_length_is_named():
     text = DIALECTS.replace("%limit = s32[]{:T(128)} constant(11)", "%limit = s32[]{:T(128)} parameter(1)")
     found, unknown = hlo.collectives(text, 8)

@@ -1,7 +1,5 @@
 """The roofline against hand-computed cases."""
 
-import types
-
 import jax
 import jax.numpy as jnp
 import optax
@@ -53,6 +51,19 @@ def test_collectives_between_slices():
     assert seconds("all-gather", 1e9, ((0, 1, 2, 3), (4, 5, 6, 7))) == pytest.approx(3 / 100)
 
 
+def test_what_leaves_a_slice_is_told_apart():
+    places = [(s, i, j) for s in range(2) for j in range(2) for i in range(2)]
+    within = hlo.Collective("all-reduce", "a", 10**9, ((0, 1, 2, 3), (4, 5, 6, 7)), 2)
+    between = hlo.Collective("all-reduce", "b", 10**9, tuple((i, i + 4) for i in range(4)), 3)
+    c, target = config.default(), topologies.parse("v5e:2x2*2")
+    c.model.attention = "splash"
+    found = roofline.estimate(c, architectures.FLUX_DEV, {}, 0, 0, [within, between], target, places).interconnect
+    seconds = {"all-reduce": 2 * 1.5 / 100, "all-reduce between slices": 3 / 3.125}
+    assert found == {name: pytest.approx(value) for name, value in seconds.items()}
+    hosts = [divmod(i, 4) for i in range(8)]
+    assert roofline.kind(between, topologies.parse("h100:2x4"), hosts) == "all-reduce between hosts"
+
+
 def test_collectives_between_hosts():
     seconds = clock("h100:2x8", [divmod(i, 8) for i in range(16)])
     everybody = (tuple(range(16)),)
@@ -73,17 +84,16 @@ def test_estimate():
         hlo.Collective("all-reduce", "c", 8e9, GROUP, 1),
     ]
     sizes = architectures.FLUX_DEV
-    cube = [types.SimpleNamespace(slice_index=s, coords=at) for s, *at in CUBE]
-    got = roofline.estimate(c, sizes, work, 2765e9 / 4, 0, found, target, cube)
+    got = roofline.estimate(c, sizes, work, 2765e9 / 4, 0, found, target, CUBE)
     assert got.compute == {"rollout": pytest.approx(1.0), "reward": pytest.approx(0.5)}
     assert got.memory == {"optimizer": pytest.approx(0.25)}
     assert got.interconnect == {"all-gather": pytest.approx(7 * 630e9 / 300e9), "all-reduce": pytest.approx(14 / 300)}
     assert got.bound == "interconnect" and got.best == got.expected == pytest.approx(14.7 + 14 / 300)
-    alone = roofline.estimate(c, sizes, work, 2765e9 / 4, 0, [], target, cube)
+    alone = roofline.estimate(c, sizes, work, 2765e9 / 4, 0, [], target, CUBE)
     assert alone.bound == "compute" and alone.best == pytest.approx(1.75)
     assert alone.expected == pytest.approx(1.5 / 0.6 + 0.25)
     c.model.attention = "xla"
-    plain = roofline.estimate(c, sizes, work, 0, 64e9, [], target, cube)
+    plain = roofline.estimate(c, sizes, work, 0, 64e9, [], target, CUBE)
     assert plain.memory["host"] == pytest.approx(2.0) and "host" not in alone.memory
     # 32 samples, 57 blocks of 24 heads, 2537 tokens; 25 steps of 12 bytes an entry and two gradients of 38.
     entries = 32 * 57 * 24 * 2537**2 * (25 * 12 + 2 * 38)

@@ -13,6 +13,8 @@ def torus(target):
     """Stand-ins for the devices of TPU slices, in order."""
     x, y, z = (*target.shape, 1)[:3]
     coords = [(i, j, k) for k in range(z) for j in range(y) for i in range(x)]
+    if target.slices == 1:
+        return [types.SimpleNamespace(coords=at) for at in coords]  # as libtpu has them, without slice_index
     return [types.SimpleNamespace(coords=at, slice_index=s) for s in range(target.slices) for at in coords]
 
 
