@@ -106,7 +106,7 @@ def demonstrate(
     found = results.Results(config, concepts, curves, records, laps)
     (out / "metrics.json").write_text(json.dumps(found.content(), indent=2) + "\n", encoding="utf-8")
     (out / "report.html").write_text(report.render(results.page(found)), encoding="utf-8")
-    results.sheet(found).save(out / "before_after.png")
+    results.before_after_sheet(found).save(out / "before_after.png")
     return found
 
 

@@ -24,7 +24,7 @@ SHOWN = 24  # concepts in the open gallery; the others are folded
 
 
 @dataclasses.dataclass(frozen=True)
-class Target:
+class Goal:
     """A figure that was to be reached."""
 
     name: str
@@ -61,18 +61,18 @@ class Results:
         """The last moment of a run."""
         return self.curves[run][max(self.curves[run])]
 
-    def targets(self) -> tuple[Target, ...]:
+    def targets(self) -> tuple[Goal, ...]:
         """What SRPO was to do, and whether it did."""
         first, last = self.curves[GUARDED][0].figures, self.end(GUARDED).figures
         share, accuracy = (first[WANTED], last[WANTED]), (first["accuracy"], last["accuracy"])
         return (
-            Target(
+            Goal(
                 f"Judged {WANTED}",
                 f"the share at least doubles or reaches {SHARE_WANTED:.0%}",
                 *share,
                 reached=share[1] >= SHARE_WANTED or share[1] >= 2 * share[0] > 0,
             ),
-            Target(
+            Goal(
                 "Concept right",
                 f"the share falls by at most {100 * FALL_ALLOWED:.0f} points",
                 *accuracy,
@@ -188,12 +188,12 @@ def galleries(results: Results) -> Iterator[report.Gallery]:
             yield report.Gallery(title, text, tuple(moments), members, folded=not open_)
 
 
-def sheet(results: Results) -> Image.Image:
+def before_after_sheet(results: Results) -> Image.Image:
     """Before and after SRPO on one sheet."""
-    return compare({"before": results.curves[GUARDED][0], "after": results.end(GUARDED)}, results.concepts)
+    return moments_sheet({"before": results.curves[GUARDED][0], "after": results.end(GUARDED)}, results.concepts)
 
 
-def compare(moments: dict[str, Measured], concepts: Sequence[world.Concept], columns: int = 14) -> Image.Image:
+def moments_sheet(moments: dict[str, Measured], concepts: Sequence[world.Concept], columns: int = 14) -> Image.Image:
     """Two seeds of some concepts at each moment on one white sheet, for places that show no HTML."""
     chosen = np.linspace(0, len(concepts) - 1, min(columns, len(concepts))).round().astype(int)
     first = next(iter(moments.values())).images

@@ -122,7 +122,7 @@ def compare(
         } | moments[case].figures)  # fmt: skip
         (out / "rollouts.json").write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
         (out / "rollouts.md").write_text(table(rows), encoding="utf-8")
-        results.compare(moments, concepts).save(out / "rollouts.png")
+        results.moments_sheet(moments, concepts).save(out / "rollouts.png")
     return rows
 
 
