@@ -17,7 +17,7 @@ import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
 
-from srpo_jax import checkpoint, conditions, distributed, metrics, program, sampling, sharding, storage
+from srpo_jax import checkpoint, conditions, distributed, metrics, program, pulse, sampling, sharding, storage
 from srpo_jax import config as config_lib
 from srpo_jax.algorithm import flow
 from srpo_jax.algorithm.step import Frozen, TrainState
@@ -62,7 +62,7 @@ def train(config: ConfigDict, workdir: str | os.PathLike) -> int | None:
 
     # === State: new, or of the newest checkpoint; from here on the workdir belongs to this run ========================
     checkpoint.write_config(workdir, config)
-    checkpoints = checkpoint.Checkpoints(workdir, config.checkpoint.keep)
+    checkpoints = checkpoint.Checkpoints(workdir, config.checkpoint.keep, checkpoint.deadline_of(built.state))
     rows = sharding.local_rows(mesh, config.data.batch_size)
     stream = loading.batches(source, config.data.batch_size, config.seed, rows)
     if newest is not None:
@@ -82,13 +82,15 @@ def train(config: ConfigDict, workdir: str | os.PathLike) -> int | None:
         report.say(f"compiled the update in {time.perf_counter() - started:.1f} s")
 
         # === Loop =====================================================================================================
-        with Interruption() as interruption, jax.transfer_guard("disallow"):
+        bound = pulse.bounded(distributed.PATIENCE, "an update with its samples")
+        with Interruption() as interruption, jax.transfer_guard("disallow"), bound as renew:
             if samples and step % config.sample.every == 0 and samples.lacks(step):
                 samples.draw(step, state, frozen)
             position, examples = stream.get_state(), next(stream)
             batch = conditioner.batch(examples, step + 1)
             started = time.perf_counter()
             while step < config.steps:
+                renew()
                 step += 1
                 state, values = update(state, frozen, batch)
                 # The next batch is prepared while the devices are busy with this one. Updates that share a rollout
