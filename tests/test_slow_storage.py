@@ -1,6 +1,7 @@
 """Storage that is slower than a deadline: what is said, and how long a save may take."""
 
 import asyncio
+import threading
 
 import jax
 import jax.numpy as jnp
@@ -28,13 +29,15 @@ def test_a_slow_save_is_not_called_a_lost_process(tmp_path, monkeypatch):
         await write(*args, **options)
 
     monkeypatch.setattr(serialization, "async_serialize_from_host", write_slowly)
-    params = {"kernel": jnp.ones(3)}
+    params, before = {"kernel": jnp.ones(3)}, set(threading.enumerate())
     checkpoints = checkpoint.Checkpoints(tmp_path, keep=1, deadline=1)
     checkpoints.save(1, TrainState(jax.device_put(np.int32(1)), params, params), {})
     with pytest.raises(UserError, match=r"was not written into .*checkpoints within 0 minutes.*the storage is") as slow:
         checkpoints.close()
     assert "\n" not in str(slow.value) and not distributed.is_loss(slow.value)
     assert checkpoint.steps(tmp_path) == []
+    for thread in set(threading.enumerate()) - before:  # the writer, which goes on
+        thread.join(timeout=6)
 
 
 def test_a_barrier_that_ran_out_of_time_is_slow_storage_too(tmp_path, monkeypatch):
