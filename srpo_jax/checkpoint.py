@@ -10,8 +10,11 @@ Arrays are written by every process, each its shards, while training goes on; a 
 when all of it is there. They can be restored onto any mesh.
 """
 
+import contextlib
 import json
+import math
 import os
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -22,7 +25,7 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from srpo_jax import config as config_lib
-from srpo_jax import resume, storage
+from srpo_jax import distributed, pulse, resume, storage
 from srpo_jax.algorithm.step import TrainState
 from srpo_jax.errors import UserError
 from srpo_jax.models.compute import Params
@@ -33,6 +36,8 @@ COMMITTED = "_CHECKPOINT_METADATA"  # the file that Orbax puts into a checkpoint
 # The last file of a checkpoint in a bucket. On a disk, a checkpoint is complete when its folder has its final name.
 COMMITTED_IN_BUCKET = "commit_success.txt"
 ARRAYS = ("params", "opt_state", "ema", "rollout")
+# Storage that takes less than so many bytes a second of a job counts as broken, after so many seconds at the least.
+SLOWEST, LEAST_DEADLINE = 20e6, 1200.0
 
 
 # --- the workdir ------------------------------------------------------------------------------------------------------
@@ -93,15 +98,22 @@ def _complete(path: epath.Path) -> bool:
 # --- training ---------------------------------------------------------------------------------------------------------
 
 
+def deadline_of(state: TrainState) -> float:
+    """Seconds in which a checkpoint of a state (``ShapeDtypeStruct`` leaves will do) has to be written."""
+    size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
+    return LEAST_DEADLINE + size / SLOWEST
+
+
 class Checkpoints:
     """The checkpoints of a run that is being trained.
 
     Args:
       workdir: of the run; its folder of checkpoints is made.
       keep: how many of the newest stay.
+      deadline: seconds in which one has to be written or read, see ``deadline_of``.
     """
 
-    def __init__(self, workdir: str | os.PathLike, keep: int):
+    def __init__(self, workdir: str | os.PathLike, keep: int, deadline: float = LEAST_DEADLINE):
         folder = storage.absolute(storage.path(workdir)) / CHECKPOINTS
         if not storage.in_bucket(folder):
             folder.mkdir(parents=True, exist_ok=True)
@@ -112,17 +124,22 @@ class Checkpoints:
                 if path.name.isdecimal() and not _complete(path):
                     path.rename(path.with_name(f"{path.name}.incomplete"))
         self._folder = folder
-        self._workdir = workdir
+        self._workdir, self._deadline = workdir, deadline
         self._manager = ocp.CheckpointManager(
             folder,
-            options=ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True),
+            options=ocp.CheckpointManagerOptions(
+                max_to_keep=keep,
+                cleanup_tmp_directories=True,
+                async_options=ocp.options.AsyncOptions(timeout_secs=math.ceil(deadline)),
+            ),
             item_handlers={name: ocp.StandardCheckpointHandler() for name in ARRAYS}
             | {"run": ocp.JsonCheckpointHandler()},
         )
 
     def latest(self) -> int | None:
-        """The step of the newest checkpoint; waits until what is being written is complete."""
-        self._manager.wait_until_finished()
+        """The step of the newest checkpoint; waits until what is being written is complete. Raises as ``save``."""
+        with self._in_time():
+            self._manager.wait_until_finished()
         return max(steps(self._workdir), default=None)
 
     def restore(self, step: int, like: TrainState) -> tuple[TrainState, dict[str, Any]]:
@@ -141,7 +158,8 @@ class Checkpoints:
                 # Orbax casts to the dtype that is asked for and says nothing.
                 _check_same(path / name, stored[name].tree, tree)
             args = {name: ocp.args.StandardRestore(tree) for name, tree in wanted.items()}
-            found = self._manager.restore(step, args=ocp.args.Composite(**args, run=ocp.args.JsonRestore()))
+            with pulse.bounded(self._deadline + distributed.PATIENCE, f"reading {path}"):
+                found = self._manager.restore(step, args=ocp.args.Composite(**args, run=ocp.args.JsonRestore()))
         except (ValueError, KeyError, OSError, AttributeError) as error:
             raise UserError(
                 f"{path} cannot be read ({str(error).splitlines()[0]}); delete it to go on from an earlier checkpoint"
@@ -152,7 +170,8 @@ class Checkpoints:
     def save(self, step: int, state: TrainState, run: dict[str, Any]) -> None:
         """Starts to write the state and a JSON-able dictionary; returns when training may change the state.
 
-        ``run["step"]`` is set to ``step``. A step that is already saved is left as it is.
+        ``run["step"]`` is set to ``step``. A step that is already saved is left as it is. Waits for the save before
+        this one; raises UserError if storage is too slow for it.
         """
         if step in self._manager.all_steps():
             return
@@ -161,15 +180,33 @@ class Checkpoints:
         run = ocp.args.JsonSave(run | {"step": step})
         # Orbax copies to the host, and tells the processes apart, in ways that a transfer guard would not let pass on
         # accelerators.
-        with jax.transfer_guard("allow"):
+        with jax.transfer_guard("allow"), self._in_time():
             saved = self._manager.save(step, args=ocp.args.Composite(**args, run=run), force=True)
         if not saved:
             raise RuntimeError(f"the checkpoint of step {step} was not written")
 
     def close(self) -> None:
-        """Waits until everything is written."""
-        self._manager.wait_until_finished()
-        self._manager.close()
+        """Waits until everything is written. Raises as ``save``."""
+        with self._in_time():
+            self._manager.wait_until_finished()
+            self._manager.close()
+
+    @contextlib.contextmanager
+    def _in_time(self) -> Iterator[None]:
+        """For a block that waits until a checkpoint is written. Raises UserError if that takes too long.
+
+        A process that is lost is noticed by other means and sooner (``pulse``): who gets here has slow storage.
+        """
+        try:
+            with pulse.bounded(self._deadline + distributed.PATIENCE, f"saving into {self._folder}"):
+                yield
+        except (TimeoutError, jax.errors.JaxRuntimeError) as error:
+            if not isinstance(error, TimeoutError) and "DEADLINE_EXCEEDED" not in str(error):
+                raise
+            raise UserError(
+                f"a checkpoint was not written into {self._folder} within {self._deadline / 60:.0f} minutes, with no "
+                "process of the job lost: the storage is too slow or does not answer; choose a faster one for --workdir"
+            ) from error
 
 
 def _check_same(path: epath.Path, stored: Any, wanted: Any) -> None:

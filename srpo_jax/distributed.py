@@ -11,19 +11,20 @@ from collections.abc import Iterator
 
 import jax
 import numpy as np
+from jax._src import distributed as internals  # the service's client has no public name
 from jax.experimental import multihost_utils
 
+from srpo_jax import pulse
 from srpo_jax.errors import UserError
 
 # What SLURM's srun gives to each of its tasks; a shell inside an allocation has some of them.
 SLURM = ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID")
 
-# Seconds without a sign of life after which a process counts as lost, and JAX aborts those that are left. The sign
-# comes from a thread of its own, however busy the others are.
+# Seconds without a sign of life after which a process counts as lost, and those that are left end (see ``pulse``). JAX
+# has signs of its own, and aborts with many words: it gets twice the time.
 HEARTBEAT = 60
-# Exit code of a process that notices by itself that another one is lost: 128 + SIGABRT, since JAX aborts when it
-# notices. XPK starts a job again for codes from 127.
-LOST = 134
+# Seconds in which what all processes do together, as an update, has to come to its end.
+PATIENCE = 1800
 # What the libraries say of it: transports (Gloo between CPUs, NCCL between GPUs), JAX's coordination service, and the
 # codes that gRPC has for the failures of others.
 SIGNS_OF_LOSS = (
@@ -36,12 +37,13 @@ def job(coordinator: str | None = None, process_id: int | None = None, process_c
     """Joins this process to its job, as ``start`` does, for a block that works in step with the others.
 
     A process of a job whose block fails says why and is gone: the usual end would wait for the other processes, which
-    wait for this one. So they notice at once, or after ``HEARTBEAT`` seconds, and end too. Exit codes: ``LOST`` if
-    another process was lost, else 1.
+    wait for this one. So they notice at once, or after ``HEARTBEAT`` seconds, and end too. Exit codes: ``pulse.LOST``
+    if another process was lost, else 1.
     """
     start(coordinator, process_id, process_count)
     try:
-        yield
+        with _signs_of_life():
+            yield
     except BaseException as error:
         if not jax.distributed.is_initialized():
             raise
@@ -49,13 +51,7 @@ def job(coordinator: str | None = None, process_id: int | None = None, process_c
         if isinstance(error, UserError):
             print(f"error: {error}", file=sys.stderr)
         elif is_loss(error):
-            reason = str(error).splitlines()[0]
-            print(
-                f"error: another process of this job is lost ({reason}); its own log may say why. The same command in "
-                "all processes goes on from what was saved",
-                file=sys.stderr,
-            )
-            code = LOST
+            return pulse.end(str(error).splitlines()[0])
         else:
             traceback.print_exc()
         sys.stdout.flush()
@@ -86,11 +82,25 @@ def start(coordinator: str | None = None, process_id: int | None = None, process
     if not missing:
         if not 0 <= process_id < process_count:
             raise UserError(f"--process-id={process_id} must be from 0 to --process-count={process_count} less one")
-        jax.distributed.initialize(coordinator, process_count, process_id, heartbeat_timeout_seconds=HEARTBEAT)
+        _initialize(coordinator, process_count, process_id)
     elif len(missing) < len(given):
         raise UserError(f"{', '.join(missing)} is missing: give all of {', '.join(given)}, or none of them")
     elif _tpu() or (all(name in os.environ for name in SLURM) and int(os.environ["SLURM_NTASKS"]) > 1):
-        jax.distributed.initialize(heartbeat_timeout_seconds=HEARTBEAT)
+        _initialize()
+
+
+def _initialize(*place: str | int) -> None:
+    # Between CPUs, Gloo tells messages apart by their order alone. Programs that are started without waiting for the
+    # one before, as the text encoders beside an update, send theirs in an order that differs from process to process.
+    jax.config.update("jax_cpu_enable_async_dispatch", False)
+    jax.distributed.initialize(*place, heartbeat_timeout_seconds=2 * HEARTBEAT)
+
+
+def _signs_of_life() -> contextlib.AbstractContextManager[None]:
+    state = internals.global_state
+    if state.client is None or state.num_processes == 1:
+        return contextlib.nullcontext()
+    return pulse.of_job(state.client, state.process_id, state.num_processes, HEARTBEAT)
 
 
 def _tpu() -> bool:
@@ -105,5 +115,5 @@ def largest(value: int) -> int:
     if jax.process_count() == 1:
         return value
     # A few bytes a step, which the library moves in ways that a transfer guard would not let pass.
-    with jax.transfer_guard("allow"):
+    with jax.transfer_guard("allow"), pulse.bounded(PATIENCE, "agreeing with the other processes"):
         return int(np.max(multihost_utils.process_allgather(np.int32(value))))

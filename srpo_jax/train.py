@@ -24,6 +24,7 @@ from srpo_jax import (
     distributed,
     metrics,
     program,
+    pulse,
     resume,
     sampling,
     sharding,
@@ -76,7 +77,7 @@ def train(config: ConfigDict, workdir: str | os.PathLike) -> int | None:
 
     # === State: new, or of the newest checkpoint; from here on the workdir belongs to this run ========================
     checkpoint.write_config(workdir, config, models)
-    checkpoints = checkpoint.Checkpoints(workdir, config.checkpoint.keep)
+    checkpoints = checkpoint.Checkpoints(workdir, config.checkpoint.keep, checkpoint.deadline_of(built.state))
     rows = sharding.local_rows(mesh, config.data.batch_size)
     stream = loading.batches(source, config.data.batch_size, config.seed, rows)
     if newest is not None:
@@ -96,13 +97,15 @@ def train(config: ConfigDict, workdir: str | os.PathLike) -> int | None:
         report.say(f"compiled the update in {time.perf_counter() - started:.1f} s")
 
         # === Loop =====================================================================================================
-        with Interruption() as interruption, jax.transfer_guard("disallow"):
+        bound = pulse.bounded(distributed.PATIENCE, "an update with its samples")
+        with Interruption() as interruption, jax.transfer_guard("disallow"), bound as renew:
             if samples and step % config.sample.every == 0 and samples.lacks(step):
                 samples.draw(step, state, frozen)
             position, examples = stream.get_state(), next(stream)
             batch = conditioner.batch(examples, step + 1)
             started = time.perf_counter()
             while step < config.steps:
+                renew()
                 step += 1
                 state, values = update(state, frozen, batch)
                 # The next batch is prepared while the devices are busy with this one. Updates that share a rollout

@@ -13,7 +13,7 @@ from helpers import children, tiny
 from helpers.runs import arrays, assert_same, numbers
 from PIL import Image
 
-from srpo_jax import checkpoint, distributed, metrics, train
+from srpo_jax import checkpoint, distributed, metrics, pulse, train
 from srpo_jax.errors import UserError
 
 # What happens to a process by its own hand: {"step": 2, "process": 1, "where": "update" | "save", "signal": 9}.
@@ -102,14 +102,14 @@ def test_two_processes_lose_one_twice_resume_stop_and_one_goes_on(models, tmp_pa
     # === The second process is killed while the first goes on to the next update ======================================
     event = {"step": 2, "process": 1, "where": "update", "signal": signal.SIGKILL}
     (first, second) = start_two(models, lost, changes, event)
-    assert (first[0], second[0]) == (distributed.LOST, -signal.SIGKILL), (first, second)
+    assert (first[0], second[0]) == (pulse.LOST, -signal.SIGKILL), (first, second)
     assert first[2].splitlines()[-1].startswith("error: another process of this job is lost (")
 
     # === Both again; the first is killed when a checkpoint is written but not committed ===============================
     event = {"step": 3, "process": 0, "where": "save", "signal": signal.SIGKILL}
     (first, second) = start_two(models, lost, changes, event)
     assert first[0] == -signal.SIGKILL and "from update 1 to 5" in first[2], first
-    assert second[0] in (distributed.LOST, -signal.SIGABRT), second  # by itself, or by JAX: the first coordinates
+    assert second[0] in (pulse.LOST, -signal.SIGABRT), second  # by itself, or by JAX: the first coordinates
     assert list((lost / "checkpoints").glob("3.*tmp*")) and checkpoint.steps(lost)[-1] == 2
 
     # === Both again; one is told to stop, and both do =================================================================
@@ -135,8 +135,8 @@ def test_two_processes_lose_one_twice_resume_stop_and_one_goes_on(models, tmp_pa
     ("error", "code", "told"),
     [
         (UserError("no such file"), 1, "error: no such file\n"),
-        (jax.errors.JaxRuntimeError("UNKNOWN: Gloo AllGather failed: Connection closed"), distributed.LOST, "is lost"),
-        (jax.errors.JaxRuntimeError("UNAVAILABLE: Task 1 heartbeat timeout."), distributed.LOST, "is lost"),
+        (jax.errors.JaxRuntimeError("UNKNOWN: Gloo AllGather failed: Connection closed"), pulse.LOST, "is lost"),
+        (jax.errors.JaxRuntimeError("UNAVAILABLE: Task 1 heartbeat timeout."), pulse.LOST, "is lost"),
         (jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory"), 1, "RESOURCE_EXHAUSTED: Out of memory\n"),
     ],
 )

@@ -23,6 +23,7 @@ from srpo_jax.models.flux_layers import (
     HeadNorm,
     Linear,
     Mlp,
+    add_gated,
     modulate,
     parts_of,
     rotary_table,
@@ -176,10 +177,10 @@ class DoubleBlock(nnx.Module):
         out = joint_attention(*joint, table, self.compute)
         txt_out, img_out = jnp.split(out, [txt.shape[1]], axis=1)
 
-        img = img + img_gate1 * self.img_attn.proj(img_out)
-        img = img + img_gate2 * self.img_mlp(modulate(img, img_shift2, img_scale2))
-        txt = txt + txt_gate1 * self.txt_attn.proj(txt_out)
-        txt = txt + txt_gate2 * self.txt_mlp(modulate(txt, txt_shift2, txt_scale2))
+        img = add_gated(img, img_gate1, self.img_attn.proj(img_out))
+        img = add_gated(img, img_gate2, self.img_mlp(modulate(img, img_shift2, img_scale2)))
+        txt = add_gated(txt, txt_gate1, self.txt_attn.proj(txt_out))
+        txt = add_gated(txt, txt_gate2, self.txt_mlp(modulate(txt, txt_shift2, txt_scale2)))
         return img, txt
 
 
@@ -203,7 +204,7 @@ class SingleBlock(nnx.Module):
         query, key, value = parts_of(self.qkv(normed))
         attended = joint_attention(self.query_norm(query), self.key_norm(key), value, table, self.compute)
         hidden = gelu(self.mlp_in(normed))
-        return x + gate * self.out(jnp.concatenate([attended, hidden], axis=-1))
+        return add_gated(x, gate, self.out(jnp.concatenate([attended, hidden], axis=-1)))
 
 
 # --- the network ---

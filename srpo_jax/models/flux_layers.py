@@ -21,6 +21,50 @@ EPSILON = 1e-6  # of every norm
 MLP_RATIO = 4
 
 
+# --- sums over tokens -------------------------------------------------------------------------------------------------
+# What every token is added to or scaled with gets a gradient that is summed over all of them. Left to itself it is
+# summed in the tokens' dtype, on GPUs in bfloat16, where thousands of tokens leave two digits. These sum in float32,
+# as PyTorch does; forward, and to the tokens, they are the plain formula.
+
+
+@jax.custom_vjp
+def add_bias(x: jax.Array, bias: jax.Array) -> jax.Array:
+    """x [..., *features] plus a bias [*features], in the dtype of x."""
+    return x + bias.astype(x.dtype)
+
+
+def _add_bias_backward(bias: jax.Array, cotangent: jax.Array) -> tuple[jax.Array, jax.Array]:
+    axes = tuple(range(cotangent.ndim - bias.ndim))
+    return cotangent, jnp.sum(cotangent, axes, dtype=_wide(cotangent)).astype(bias.dtype)
+
+
+add_bias.defvjp(lambda x, bias: (add_bias(x, bias), bias), _add_bias_backward)
+
+
+@jax.custom_vjp
+def add_gated(x: jax.Array, gate: jax.Array, change: jax.Array) -> jax.Array:
+    """Tokens x [B, T, D] plus a change of them, scaled by a gate [B, 1, D]; all of one dtype."""
+    return x + gate * change
+
+
+def _add_gated_backward(
+    kept: tuple[jax.Array, jax.Array], cotangent: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    gate, change = kept
+    product = cotangent.astype(_wide(cotangent)) * change.astype(_wide(change))
+    return cotangent, product.sum(axis=1, keepdims=True).astype(gate.dtype), cotangent * gate
+
+
+add_gated.defvjp(lambda x, gate, change: (add_gated(x, gate, change), (gate, change)), _add_gated_backward)
+
+
+def _wide(x: jax.Array) -> jnp.dtype:
+    return jnp.promote_types(x.dtype, jnp.float32)
+
+
+# --- layers -----------------------------------------------------------------------------------------------------------
+
+
 class Linear(nnx.Module):
     """y = x W + b, where the output may have several axes: [..., features_in] -> [..., *features_out]."""
 
@@ -37,7 +81,7 @@ class Linear(nnx.Module):
             y = self.kernel.product(x, self.dtype)
         else:
             y = jnp.tensordot(x.astype(self.dtype), self.kernel[...].astype(self.dtype), axes=1)
-        return y + self.bias[...].astype(self.dtype)
+        return add_bias(y, self.bias[...])
 
 
 class Embedder(nnx.Module):
