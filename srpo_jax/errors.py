@@ -1,5 +1,6 @@
 """One kind of error for everything a user can put right: bad files, keys, flags and prompts."""
 
+import os
 import sys
 from collections.abc import Callable
 
@@ -9,10 +10,29 @@ class UserError(Exception):
 
 
 def run(main: Callable[[], None]) -> int:
-    """Calls ``main`` and returns a process exit code: 0, or 1 after printing a ``UserError`` as one line on stderr."""
+    """Calls ``main`` and returns a process exit code: 0, or 1 after printing a ``UserError`` as one line on stderr.
+
+    Where nobody reads what is printed any more (``... | head``), it is 141, as a shell has it of a closed pipe.
+    """
     try:
         main()
+        sys.stdout.flush()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    except BrokenPipeError:
+        if not _nobody_reads():
+            raise  # another pipe's, as a connection's
+        # Python flushes once more at its end, and would print a traceback then.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
     return 0
+
+
+def _nobody_reads() -> bool:
+    """Whether stdout is a pipe whose other end is closed. What could not be written is still to be flushed."""
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        return True
+    return False

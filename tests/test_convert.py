@@ -23,8 +23,9 @@ import transformers
 from diffusers.loaders import single_file_utils
 from helpers import references
 
-from srpo_jax import checkpoint, convert
+from srpo_jax import checkpoint, convert, importing
 from srpo_jax.algorithm.step import TrainState
+from srpo_jax.emoji import tokenizers
 from srpo_jax.errors import UserError
 from srpo_jax.weights import engine, files, folder, formats
 from srpo_jax.weights.files import SafetensorsFile
@@ -84,7 +85,7 @@ def test_import_keeps_the_dtype_and_takes_along_what_is_no_network(pipeline, our
     assert len(list((pipeline / "transformer").glob("*.safetensors"))) > 1
     for part in COMPONENTS:
         assert sorted(os.listdir(ours / part)) == [folder.CONFIG, folder.WEIGHTS]
-        assert folder.read_config(ours / part)[0] == convert.COMPONENTS[part]
+        assert folder.read_config(ours / part)[0] == importing.COMPONENTS[part]
         assert {spec.dtype.name for spec in SafetensorsFile(ours / part / folder.WEIGHTS).specs.values()} == {dtype}
     for name in ("tokenizer", "tokenizer_2", "scheduler"):
         assert same_files(pipeline / name, ours / name)
@@ -220,10 +221,10 @@ def test_casting(pipeline, ours, tmp_path, dtype):
 @pytest.mark.parametrize("dtype", ["bfloat16"], indirect=True)
 def test_pipeline_put_together_by_hand_exports(ours, pipeline, tmp_path):
     shutil.copytree(ours, tmp_path / "ours")
-    (tmp_path / "ours" / convert.INDEX).unlink()
+    (tmp_path / "ours" / importing.INDEX).unlink()
     convert.export_folder(tmp_path / "ours", tmp_path / "out", "diffusers")
-    index = json.loads((tmp_path / "out" / convert.INDEX).read_text())
-    expected = json.loads((pipeline / convert.INDEX).read_text())
+    index = json.loads((tmp_path / "out" / importing.INDEX).read_text())
+    expected = json.loads((pipeline / importing.INDEX).read_text())
     assert index == {name: value for name, value in expected.items() if name in index}
     assert set(COMPONENTS) < set(index)
 
@@ -274,6 +275,18 @@ def clip(tmp_path_factory):
     return path
 
 
+def write_words(path, size=64):
+    """A CLIP tokenizer of ``size`` ids, the last of which ends a text."""
+    path.mkdir(exist_ok=True)
+    tokens = [chr(33 + number) for number in range(size - 2)] + [tokenizers.START, tokenizers.END]
+    specials = {"bos_token": tokenizers.START, "eos_token": tokenizers.END, "pad_token": tokenizers.END}
+    config = {"tokenizer_class": "CLIPTokenizer", "model_max_length": 77, "unk_token": tokenizers.END} | specials
+    (path / "vocab.json").write_text(json.dumps({token: number for number, token in enumerate(tokens)}))
+    (path / "merges.txt").write_text("#version: 0.2\n")
+    (path / "tokenizer_config.json").write_text(json.dumps(config))
+    return path
+
+
 OPEN_CLIP = {
     "embed_dim": 12,
     "vision_cfg": {"image_size": 28, "layers": 3, "width": 24, "head_width": 12, "patch_size": 14},
@@ -315,9 +328,8 @@ def test_hps_pickle_with_a_tokenizer_from_elsewhere(clip, tmp_path):
     convert.import_folder(clip, tmp_path / "ours")
     torch.save({"epoch": 1, "state_dict": open_clip_tensors(tmp_path / "ours")}, tmp_path / "HPS.pt")
     (tmp_path / "config.json").write_text(json.dumps(OPEN_CLIP))
-    (tmp_path / "words").mkdir()
-    for name in ("vocab.json", "merges.txt", "unrelated.txt"):
-        (tmp_path / "words" / name).write_text(name)
+    write_words(tmp_path / "words")
+    (tmp_path / "words" / "unrelated.txt").write_text("unrelated")
     convert.import_folder(
         tmp_path / "HPS.pt",
         tmp_path / "hps",
@@ -326,7 +338,7 @@ def test_hps_pickle_with_a_tokenizer_from_elsewhere(clip, tmp_path):
         tokenizer=tmp_path / "words",
     )
     assert (tmp_path / "hps" / folder.WEIGHTS).read_bytes() == (tmp_path / "ours" / folder.WEIGHTS).read_bytes()
-    assert sorted(os.listdir(tmp_path / "hps" / "tokenizer")) == ["merges.txt", "vocab.json"]
+    assert sorted(os.listdir(tmp_path / "hps" / "tokenizer")) == ["merges.txt", "tokenizer_config.json", "vocab.json"]
     # Without a config it is taken for ViT-H-14, as HPS-v2.1 is, which this small one is not.
     with pytest.raises(
         UserError,
@@ -343,7 +355,7 @@ def test_hps_pickle_with_a_tokenizer_from_elsewhere(clip, tmp_path):
 
 def test_folder_with_the_same_network_twice(clip, tmp_path):
     shutil.copytree(clip, tmp_path / "hub")
-    (tmp_path / "hub" / "tokenizer.json").write_text("{}")
+    write_words(tmp_path / "hub")
     convert.import_folder(clip, tmp_path / "ours")
     torch.save(open_clip_tensors(tmp_path / "ours"), tmp_path / "hub" / "open_clip_pytorch_model.bin")
     (tmp_path / "hub" / "open_clip_config.json").write_text(json.dumps({"model_cfg": OPEN_CLIP}))
@@ -351,7 +363,48 @@ def test_folder_with_the_same_network_twice(clip, tmp_path):
         convert.import_folder(tmp_path / "hub", tmp_path / f"ours {name}", format=name)
         weights = (tmp_path / f"ours {name}" / folder.WEIGHTS).read_bytes()
         assert weights == (tmp_path / "ours" / folder.WEIGHTS).read_bytes()
-        assert os.listdir(tmp_path / f"ours {name}" / "tokenizer") == ["tokenizer.json"]
+        assert "vocab.json" in os.listdir(tmp_path / f"ours {name}" / "tokenizer")
+
+
+def test_a_rewards_tokenizer_is_the_networks(clip, tmp_path, capsys):
+    """One of another network is refused before anything is written; that there is none, or another goes, is said."""
+    shutil.copytree(clip, tmp_path / "hub")
+    convert.import_folder(tmp_path / "hub", tmp_path / "bare")
+    assert "note: no tokenizer went along; a run wants it in " in (said := capsys.readouterr().out)
+    assert str(tmp_path / "bare" / "tokenizer") in said
+    write_words(tmp_path / "hub")
+    convert.import_folder(tmp_path / "hub", tmp_path / "beside")
+    same = write_words(tmp_path / "same")
+    convert.import_folder(tmp_path / "hub", tmp_path / "equal", tokenizer=same)
+    assert capsys.readouterr().out == ""
+    other = write_words(tmp_path / "other")
+    (other / "merges.txt").write_text("#version: 0.2\nA B\n")
+    vocabulary = json.loads((other / "vocab.json").read_text())
+    vocabulary["AB"] = vocabulary.pop("!")
+    (other / "vocab.json").write_text(json.dumps(vocabulary))
+    convert.import_folder(tmp_path / "hub", tmp_path / "replaced", tokenizer=other)
+    assert f"note: the tokenizer of {other} went along, in place of the one beside" in capsys.readouterr().out
+    assert (tmp_path / "replaced" / "tokenizer" / "merges.txt").read_text().endswith("A B\n")
+    for size, words in ((65, "its ids reach 64, the network's end at 63"), (63, "it ends a text with 62, the network")):
+        wrong = write_words(tmp_path / f"words {size}", size)
+        with pytest.raises(UserError, match=f"words {size} is not this network's tokenizer: {words}"):
+            convert.import_folder(tmp_path / "hub", tmp_path / "no", tokenizer=wrong)
+        write_words(tmp_path / "hub", size)
+        with pytest.raises(UserError, match=f"hub is not this network's tokenizer: {words}"):
+            convert.import_folder(tmp_path / "hub", tmp_path / "no")
+    assert not (tmp_path / "no").exists()
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16"], indirect=True)
+def test_tokenizers_of_a_pipeline_are_its_encoders(pipeline, tmp_path):
+    """Exchanged, they are refused before anything is written."""
+    shutil.copytree(pipeline, tmp_path / "in")
+    (tmp_path / "in" / "tokenizer").rename(tmp_path / "in" / "other")
+    (tmp_path / "in" / "tokenizer_2").rename(tmp_path / "in" / "tokenizer")
+    (tmp_path / "in" / "other").rename(tmp_path / "in" / "tokenizer_2")
+    with pytest.raises(UserError, match="in/tokenizer is not this network's tokenizer"):
+        convert.import_folder(tmp_path / "in", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 # --- files without a config ---
@@ -397,11 +450,8 @@ LOOKS = {
     "transformer_blocks.0.attn.to_q.lora_A.weight": "a LoRA",
     "lora_unet_double_blocks_0_img_attn_proj.lora_down.weight": "a LoRA",
     "model.diffusion_model.input_blocks.0.0.weight": "an all-in-one checkpoint",
-    "down_blocks.0.resnets.0.conv1.weight": "a U-Net",
-    "joint_blocks.0.context_block.attn.qkv.weight": "a Stable Diffusion 3",
     "double_blocks.0.img_attn.qkv.scale_weight": "a quantised checkpoint",
     "decoder.block.0.layer.0.SelfAttention.q.weight": "a T5 with its decoder",
-    "single_transformer_blocks.3.attn.to_q.weight": "a part of a FLUX transformer",
     "model.layers.0.self_attn.q_proj.weight": "a language model",
     "something.weight": "no network that is known here \\(2 tensors, as ",
 }
@@ -440,13 +490,13 @@ def test_wrong_network_config_and_pipeline(pipeline, clip, ours, tmp_path):
     (tmp_path / "mixed" / "config.json").write_text(json.dumps(config | {"act_fn": "relu"}))
     with pytest.raises(UserError, match="act_fn"):
         convert.import_folder(tmp_path / "mixed", out)
-    index = json.loads((pipeline / convert.INDEX).read_text())
+    index = json.loads((pipeline / importing.INDEX).read_text())
     (tmp_path / "pipe").mkdir()
     for content, words in (
         (index | {"_class_name": "StableDiffusionXLPipeline"}, "describes a StableDiffusionXLPipeline"),
         (index, "lacks the folders transformer, vae, text_encoder, text_encoder_2, tokenizer"),
     ):
-        (tmp_path / "pipe" / convert.INDEX).write_text(json.dumps(content))
+        (tmp_path / "pipe" / importing.INDEX).write_text(json.dumps(content))
         with pytest.raises(UserError, match=words):
             convert.import_folder(tmp_path / "pipe", out)
     for source in (pipeline, tmp_path / "none", clip):
