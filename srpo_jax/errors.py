@@ -1,6 +1,7 @@
 """One kind of error for everything a user can put right: bad files, keys, flags and prompts."""
 
 import os
+import select
 import sys
 from collections.abc import Callable
 
@@ -30,9 +31,10 @@ def run(main: Callable[[], None]) -> int:
 
 
 def _nobody_reads() -> bool:
-    """Whether stdout is a pipe whose other end is closed. What could not be written is still to be flushed."""
+    """Whether stdout is a pipe whose other end is closed."""
     try:
-        sys.stdout.flush()
-    except BrokenPipeError:
-        return True
-    return False
+        poll = select.poll()
+        poll.register(sys.stdout.fileno(), 0)  # errors are always reported
+        return bool(poll.poll(0))
+    except OSError:  # no file
+        return False

@@ -1,5 +1,6 @@
 """What a command leaves behind when it cannot go on."""
 
+import os
 import subprocess
 import sys
 
@@ -18,15 +19,21 @@ def test_exit_codes(capsys):
     assert capsys.readouterr().err == "error: name the remedy\n"
 
 
+@pytest.mark.parametrize("unbuffered", ["", "1"])
 @pytest.mark.parametrize("lines", [1, 100_000])  # less than Python's buffer, and more than a pipe's
-def test_a_reader_that_went_away_is_no_fault(lines):
+def test_a_reader_that_went_away_is_no_fault(lines, unbuffered):
     """``command | head``: no traceback, neither from a print nor from Python's own flush at the end."""
     code = (
         "import sys; from srpo_jax import errors; sys.stdin.read(1); "
         f"sys.exit(errors.run(lambda: print('line\\n' * {lines})))"
     )
     process = subprocess.Popen(
-        [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [sys.executable, "-c", code],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"PYTHONUNBUFFERED": unbuffered},
     )
     process.stdout.close()
     process.stdin.write("go")
