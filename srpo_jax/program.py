@@ -34,9 +34,7 @@ from srpo_jax.models.compute import Compute, Params
 from srpo_jax.models.lora import Lora
 from srpo_jax.optim import Optimizer
 from srpo_jax.rewards import REWARDS
-from srpo_jax.weights import engine, folder, quantized
-from srpo_jax.weights import lora as weights_lora
-from srpo_jax.weights.files import SafetensorsFile
+from srpo_jax.weights import adapters, engine, folder, quantized
 
 
 class Computes(NamedTuple):
@@ -277,11 +275,11 @@ def _initial_factors(config: ConfigDict, program: Program, shardings: Any) -> Pa
     """New factors, or those of ``config.lora.init``."""
     if not config.lora.init:
         return jax.jit(lambda: lora.initial(program.state.params, config.seed), out_shardings=shardings)()
-    if not pathlib.Path(config.lora.init).is_file():
-        raise UserError(f"config.lora.init={config.lora.init!r} is not a file; name a LoRA's safetensors file")
+    if not pathlib.Path(config.lora.init).exists():
+        raise UserError(f"config.lora.init={config.lora.init!r} does not exist; name a LoRA's file or folder")
     family, where = program.networks.family, pathlib.Path(config.model.path) / TRANSFORMER
-    file, sizes = SafetensorsFile(config.lora.init), folder.read_config(where, family.network)[1]
-    arrays = weights_lora.imported(sizes, file, Lora.from_config(config.lora), file.metadata)
+    sizes = folder.read_config(where, family.network)[1]
+    arrays = adapters.read(config.lora.init, sizes, Lora.from_config(config.lora))
     return jax.tree.map(
         lambda array, where: jax.make_array_from_callback(array.shape, where, lambda index: array[index]),
         engine.unflatten(arrays, program.state.params),

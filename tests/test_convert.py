@@ -19,8 +19,9 @@ from diffusers.loaders import single_file_utils
 from helpers import references
 from helpers.folders import same_files, tensors
 
-from srpo_jax import checkpoint, convert
+from srpo_jax import checkpoint, convert, importing
 from srpo_jax.algorithm.step import TrainState
+from srpo_jax.emoji import tokenizers
 from srpo_jax.errors import UserError
 from srpo_jax.weights import engine, folder, formats
 from srpo_jax.weights.files import SafetensorsFile
@@ -62,7 +63,7 @@ def test_import_keeps_the_dtype_and_takes_along_what_is_no_network(pipeline, our
     assert len(list((pipeline / "transformer").glob("*.safetensors"))) > 1
     for part in COMPONENTS:
         assert sorted(os.listdir(ours / part)) == [folder.CONFIG, folder.WEIGHTS]
-        assert folder.read_config(ours / part)[0] == convert.COMPONENTS[part]
+        assert folder.read_config(ours / part)[0] == importing.COMPONENTS[part]
         assert {spec.dtype.name for spec in SafetensorsFile(ours / part / folder.WEIGHTS).specs.values()} == {dtype}
     for name in ("tokenizer", "tokenizer_2", "scheduler"):
         assert same_files(pipeline / name, ours / name)
@@ -198,10 +199,10 @@ def test_casting(pipeline, ours, tmp_path, dtype):
 @pytest.mark.parametrize("dtype", ["bfloat16"], indirect=True)
 def test_pipeline_put_together_by_hand_exports(ours, pipeline, tmp_path):
     shutil.copytree(ours, tmp_path / "ours")
-    (tmp_path / "ours" / convert.INDEX).unlink()
+    (tmp_path / "ours" / importing.INDEX).unlink()
     convert.export_folder(tmp_path / "ours", tmp_path / "out", "diffusers")
-    index = json.loads((tmp_path / "out" / convert.INDEX).read_text())
-    expected = json.loads((pipeline / convert.INDEX).read_text())
+    index = json.loads((tmp_path / "out" / importing.INDEX).read_text())
+    expected = json.loads((pipeline / importing.INDEX).read_text())
     assert index == {name: value for name, value in expected.items() if name in index}
     assert set(COMPONENTS) < set(index)
 
@@ -246,6 +247,18 @@ def clip(tmp_path_factory):
     return references.save_clip(tmp_path_factory.mktemp("clip") / "hf")
 
 
+def write_words(path, size=64):
+    """A CLIP tokenizer of ``size`` ids, the last of which ends a text."""
+    path.mkdir(exist_ok=True)
+    tokens = [chr(33 + number) for number in range(size - 2)] + [tokenizers.START, tokenizers.END]
+    specials = {"bos_token": tokenizers.START, "eos_token": tokenizers.END, "pad_token": tokenizers.END}
+    config = {"tokenizer_class": "CLIPTokenizer", "model_max_length": 77, "unk_token": tokenizers.END} | specials
+    (path / "vocab.json").write_text(json.dumps({token: number for number, token in enumerate(tokens)}))
+    (path / "merges.txt").write_text("#version: 0.2\n")
+    (path / "tokenizer_config.json").write_text(json.dumps(config))
+    return path
+
+
 OPEN_CLIP = {
     "embed_dim": 12,
     "vision_cfg": {"image_size": 28, "layers": 3, "width": 24, "head_width": 12, "patch_size": 14},
@@ -287,9 +300,8 @@ def test_hps_pickle_with_a_tokenizer_from_elsewhere(clip, tmp_path):
     convert.import_folder(clip, tmp_path / "ours")
     torch.save({"epoch": 1, "state_dict": open_clip_tensors(tmp_path / "ours")}, tmp_path / "HPS.pt")
     (tmp_path / "config.json").write_text(json.dumps(OPEN_CLIP))
-    (tmp_path / "words").mkdir()
-    for name in ("vocab.json", "merges.txt", "unrelated.txt"):
-        (tmp_path / "words" / name).write_text(name)
+    write_words(tmp_path / "words")
+    (tmp_path / "words" / "unrelated.txt").write_text("unrelated")
     convert.import_folder(
         tmp_path / "HPS.pt",
         tmp_path / "hps",
@@ -298,7 +310,7 @@ def test_hps_pickle_with_a_tokenizer_from_elsewhere(clip, tmp_path):
         tokenizer=tmp_path / "words",
     )
     assert (tmp_path / "hps" / folder.WEIGHTS).read_bytes() == (tmp_path / "ours" / folder.WEIGHTS).read_bytes()
-    assert sorted(os.listdir(tmp_path / "hps" / "tokenizer")) == ["merges.txt", "vocab.json"]
+    assert sorted(os.listdir(tmp_path / "hps" / "tokenizer")) == ["merges.txt", "tokenizer_config.json", "vocab.json"]
     # Without a config it is taken for ViT-H-14, as HPS-v2.1 is, which this small one is not.
     with pytest.raises(
         UserError,
@@ -315,7 +327,7 @@ def test_hps_pickle_with_a_tokenizer_from_elsewhere(clip, tmp_path):
 
 def test_folder_with_the_same_network_twice(clip, tmp_path):
     shutil.copytree(clip, tmp_path / "hub")
-    (tmp_path / "hub" / "tokenizer.json").write_text("{}")
+    write_words(tmp_path / "hub")
     convert.import_folder(clip, tmp_path / "ours")
     torch.save(open_clip_tensors(tmp_path / "ours"), tmp_path / "hub" / "open_clip_pytorch_model.bin")
     (tmp_path / "hub" / "open_clip_config.json").write_text(json.dumps({"model_cfg": OPEN_CLIP}))
@@ -323,7 +335,48 @@ def test_folder_with_the_same_network_twice(clip, tmp_path):
         convert.import_folder(tmp_path / "hub", tmp_path / f"ours {name}", format=name)
         weights = (tmp_path / f"ours {name}" / folder.WEIGHTS).read_bytes()
         assert weights == (tmp_path / "ours" / folder.WEIGHTS).read_bytes()
-        assert os.listdir(tmp_path / f"ours {name}" / "tokenizer") == ["tokenizer.json"]
+        assert "vocab.json" in os.listdir(tmp_path / f"ours {name}" / "tokenizer")
+
+
+def test_a_rewards_tokenizer_is_the_networks(clip, tmp_path, capsys):
+    """One of another network is refused before anything is written; that there is none, or another goes, is said."""
+    shutil.copytree(clip, tmp_path / "hub")
+    convert.import_folder(tmp_path / "hub", tmp_path / "bare")
+    assert "note: no tokenizer went along; a run wants it in " in (said := capsys.readouterr().out)
+    assert str(tmp_path / "bare" / "tokenizer") in said
+    write_words(tmp_path / "hub")
+    convert.import_folder(tmp_path / "hub", tmp_path / "beside")
+    same = write_words(tmp_path / "same")
+    convert.import_folder(tmp_path / "hub", tmp_path / "equal", tokenizer=same)
+    assert capsys.readouterr().out == ""
+    other = write_words(tmp_path / "other")
+    (other / "merges.txt").write_text("#version: 0.2\nA B\n")
+    vocabulary = json.loads((other / "vocab.json").read_text())
+    vocabulary["AB"] = vocabulary.pop("!")
+    (other / "vocab.json").write_text(json.dumps(vocabulary))
+    convert.import_folder(tmp_path / "hub", tmp_path / "replaced", tokenizer=other)
+    assert f"note: the tokenizer of {other} went along, in place of the one beside" in capsys.readouterr().out
+    assert (tmp_path / "replaced" / "tokenizer" / "merges.txt").read_text().endswith("A B\n")
+    for size, words in ((65, "its ids reach 64, the network's end at 63"), (63, "it ends a text with 62, the network")):
+        wrong = write_words(tmp_path / f"words {size}", size)
+        with pytest.raises(UserError, match=f"words {size} is not this network's tokenizer: {words}"):
+            convert.import_folder(tmp_path / "hub", tmp_path / "no", tokenizer=wrong)
+        write_words(tmp_path / "hub", size)
+        with pytest.raises(UserError, match=f"hub is not this network's tokenizer: {words}"):
+            convert.import_folder(tmp_path / "hub", tmp_path / "no")
+    assert not (tmp_path / "no").exists()
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16"], indirect=True)
+def test_tokenizers_of_a_pipeline_are_its_encoders(pipeline, tmp_path):
+    """Exchanged, they are refused before anything is written."""
+    shutil.copytree(pipeline, tmp_path / "in")
+    (tmp_path / "in" / "tokenizer").rename(tmp_path / "in" / "other")
+    (tmp_path / "in" / "tokenizer_2").rename(tmp_path / "in" / "tokenizer")
+    (tmp_path / "in" / "other").rename(tmp_path / "in" / "tokenizer_2")
+    with pytest.raises(UserError, match="in/tokenizer is not this network's tokenizer"):
+        convert.import_folder(tmp_path / "in", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 # --- files without a config ---

@@ -6,11 +6,10 @@ import math
 import jax
 import jax.numpy as jnp
 import pytest
-from helpers import tiny
 from jax.sharding import AbstractMesh
 from jax.sharding import PartitionSpec as P
 
-from srpo_jax import optim, program, sharding
+from srpo_jax import optim, sharding
 from srpo_jax.config import default
 from srpo_jax.errors import UserError
 from srpo_jax.models import lora

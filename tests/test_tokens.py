@@ -3,6 +3,8 @@
 import gzip
 import json
 import random
+import shutil
+import types
 import unicodedata
 
 import numpy as np
@@ -11,7 +13,8 @@ import transformers
 from helpers import tiny
 from open_clip import tokenizer as open_clip
 
-from srpo_jax import text, tokens
+from srpo_jax import conditions, program, sharding, text, tokens
+from srpo_jax.data import loading
 from srpo_jax.emoji import tokenizers
 from srpo_jax.errors import UserError
 from srpo_jax.models.clip import LEGACY_EOS_TOKEN_ID, VIT_H_14, ClipTextConfig
@@ -175,3 +178,38 @@ def test_rows_are_cut_before_their_end(folder):
     (row,) = text.tokenize(tokenizer, ["a b c d"], 4)
     np.testing.assert_array_equal(row, [49406, 320, 321, 49407])
     assert tokenizer(["a b c d"], False, 4)["input_ids"] == [[49406, 320, 321, 322, 323, 49407]]
+
+
+# --- training ---
+
+
+def conditioner(models, **changes):
+    """The batches of a run on tiny networks, whose examples come with their features."""
+    settings = tiny.config(models, **changes)
+    architecture = program.read_architecture(settings)
+    mesh = sharding.make_mesh(types.SimpleNamespace(data=1, fsdp=-1, tensor=1))
+    return conditions.Conditioner(settings, types.SimpleNamespace(mesh=mesh), architecture, None)
+
+
+def test_a_run_reads_captions_as_its_rewards_do(tmp_path):
+    """HPS's are cleaned, the others' are not; a tokenizer of another network is refused before anything is compiled."""
+    models = tiny.write_all(tmp_path)
+    both = {"reward__weights__hps": 1.0, "reward__weights__clip": 1.0, "reward__paths__hps": str(models / "hps")}
+    features = {"text": np.zeros((2, 1, 1), np.float32), "pooled": np.zeros((2, 1), np.float32)}
+    ids = {}
+    for captions in (["RED&amp;amp;blue “ｃａｒ”", "ﬂy"], ['red&blue "car"', "fly"]):
+        examples = loading.Examples(captions, features)
+        batch = conditioner(models, **both).batch(examples, 1)
+        ids[captions[1]] = {name: np.asarray(rows["caption"]) for name, rows in batch.reward_ids.items()}
+    np.testing.assert_array_equal(ids["ﬂy"]["hps"], ids["fly"]["hps"])
+    assert (ids["ﬂy"]["clip"] != ids["fly"]["clip"]).any()
+    shutil.rmtree(models / "clip" / "tokenizer")
+    size = tokenizers.train_clip_tokenizer(["short"], models / "clip" / "tokenizer", tiny.LENGTH)
+    with pytest.raises(
+        UserError, match=f"clip/tokenizer is not this network's tokenizer: it ends a text with {size - 1}"
+    ):
+        conditioner(models)
+    shutil.rmtree(models / "pipeline" / "tokenizer_2")
+    shutil.copytree(models / "hps" / "tokenizer", models / "pipeline" / "tokenizer_2")
+    with pytest.raises(UserError, match="tokenizer_2 is not this network's tokenizer: its ids reach"):
+        text.TextEncoders(models / "pipeline")

@@ -90,6 +90,12 @@ class FluxConfig:
         if missing:
             raise ValueError(f"the transformer's config lacks {', '.join(missing)}")
         values = {name: config[name] for name in names}
+        taken, given = values["in_channels"], values["out_channels"]
+        if taken != given:
+            what = {384: "FLUX.1 Fill", 128: "FLUX.1 Canny or Depth"}.get(
+                taken, "a FLUX.1 with more inputs than latents"
+            )
+            raise ValueError(f"in_channels {taken} and out_channels {given} are {what}'s, which is not supported")
         return cls(**{**values, "axes_dims_rope": tuple(values["axes_dims_rope"])})
 
 
