@@ -23,10 +23,11 @@ from collections.abc import Callable, Iterator
 import ml_dtypes
 import numpy as np
 
-from srpo_jax import command, errors
+from srpo_jax import command, errors, families
 from srpo_jax.errors import UserError
 from srpo_jax.exporting import FLOAT8, MAX_SHARD_SIZE, STYLES, export_folder, export_lora
-from srpo_jax.importing import COMPONENTS, INDEX, import_folder, parts_of_ours, pipeline_parts
+from srpo_jax.families.base import INDEX, TRANSFORMER
+from srpo_jax.importing import import_folder, parts_of_ours, pipeline_parts
 from srpo_jax.weights import engine, folder, formats
 from srpo_jax.weights import lora as weights_lora
 
@@ -40,11 +41,12 @@ EXPORT_DTYPES = DTYPES | {"float16": np.dtype(np.float16), "float8": FLOAT8}
 def describe(path: str | os.PathLike) -> Iterator[str]:
     """Lines about a file or folder: what it is, how many parameters, which dtypes and shapes. Raises UserError."""
     path = pathlib.Path(path)
-    ours = folder.is_ours(path / "transformer")
+    ours = folder.is_ours(path / TRANSFORMER)
     if ours or (path / INDEX).is_file():
-        yield f"{path}: FLUX pipeline, {'our format' if ours else 'diffusers folder'}"
-        for part in parts_of_ours(path) if ours else pipeline_parts(path):
-            if part in COMPONENTS:
+        family = families.of_pipeline(path) if ours else families.of_index(path)
+        yield f"{path}: {family.name} pipeline, {'our format' if ours else 'diffusers folder'}"
+        for part in parts_of_ours(path, family) if ours else pipeline_parts(path, family):
+            if part in family.components:
                 yield f"{part}:"
                 yield from ("  " + line for line in describe(path / part))
         return

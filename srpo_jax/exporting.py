@@ -14,33 +14,19 @@ import ml_dtypes
 import numpy as np
 import tqdm
 
+from srpo_jax import families
 from srpo_jax.errors import UserError
-from srpo_jax.importing import COMPONENTS, COPIED, INDEX, byte_bar, parts_of_ours
+from srpo_jax.families.base import INDEX, SCHEDULER, TRANSFORMER, Family
+from srpo_jax.importing import byte_bar, parts_of_ours
 from srpo_jax.models.compute import Params
 from srpo_jax.models.lora import Lora
 from srpo_jax.weights import engine, folder, formats
 from srpo_jax.weights import lora as weights_lora
 from srpo_jax.weights.files import SafetensorsWriter, Spec, new_folder, read_json
 
-CLASSES = {
-    "transformer": ["diffusers", "FluxTransformer2DModel"],
-    "vae": ["diffusers", "AutoencoderKL"],
-    "text_encoder": ["transformers", "CLIPTextModel"],
-    "text_encoder_2": ["transformers", "T5EncoderModel"],
-}
 STYLES = ("diffusers", "bfl", "comfyui")
-# Where a style puts a network's weights: folder and file name without suffix.
-PLACES = {
-    ("bfl", "flux"): ("", "flux1"),
-    ("bfl", "autoencoder"): ("", "ae"),
-    ("comfyui", "flux"): ("diffusion_models", "flux1"),
-    ("comfyui", "autoencoder"): ("vae", "ae"),
-    ("comfyui", "clip_text"): ("text_encoders", "clip_l"),
-    ("comfyui", "t5"): ("text_encoders", "t5xxl"),
-}
 MAX_SHARD_SIZE = 10 * 1000**3  # bytes, diffusers' own
 FLOAT8, HALF = np.dtype(ml_dtypes.float8_e4m3fn), np.dtype(ml_dtypes.bfloat16)
-EIGHT_BIT = ("flux", "t5")  # networks whose matrices FLOAT8 makes smaller; the others are a hundredth of the whole
 
 
 def export_folder(
@@ -75,39 +61,43 @@ def export_folder(
     if dtype == FLOAT8 and format == "diffusers":
         raise UserError("--dtype float8 is for --format comfyui and bfl: diffusers computes in the dtype of the files")
     whole = not folder.is_ours(source)
-    if whole and not folder.is_ours(source / "transformer"):
+    if whole and not folder.is_ours(source / TRANSFORMER):
         raise UserError(f"{source} is not a folder made by `python -m srpo_jax.convert import`")
-    parts = parts_of_ours(source) if whole else [""]
+    family = families.of_pipeline(source) if whole else None
+    parts = parts_of_ours(source, family) if whole else [""]
     if not whole and formats.written_as(folder.read_config(source)[0], format) is None:
         raise UserError(f"{format} has no place for {source}; use --format diffusers")
     with new_folder(target) as out:
         for part in parts:
-            network, config, weights = folder.open_weights(source / part, COMPONENTS.get(part))
-            if transformer is not None and network == "flux":
+            expected = family.components[part].network if whole else None
+            network, config, weights = folder.open_weights(source / part, expected)
+            if transformer is not None and network in families.FAMILIES:
                 weights = _trained(transformer, weights) if lora is None else _merged(transformer, lora, weights)
             elif transformer is not None and not whole:
                 raise UserError(f"{source} is a {network} network: a checkpoint has none to put there")
             _export_network(network, config, weights, out, part, format, dtype, max_shard_size)
         if whole and format == "diffusers":
-            for name in COPIED:
+            for name in family.copied:
                 if (source / name).is_dir():
                     shutil.copytree(source / name, out / name)
-            (out / INDEX).write_text(json.dumps(_index(source, parts), indent=2) + "\n")
+            (out / INDEX).write_text(json.dumps(_index(source, family, parts), indent=2) + "\n")
         elif format == "diffusers" and (source / "tokenizer").is_dir():
             for file in (source / "tokenizer").iterdir():
                 shutil.copy(file, out / file.name)
 
 
-def _index(source: pathlib.Path, parts: list[str]) -> dict[str, Any]:
+def _index(source: pathlib.Path, family: Family, parts: list[str]) -> dict[str, Any]:
     """The pipeline's ``model_index.json``: as imported, or made for a folder that was put together by hand."""
     if (source / INDEX).is_file():
         return read_json(source / INDEX)
-    index: dict[str, Any] = {"_class_name": "FluxPipeline"} | {part: CLASSES[part] for part in parts}
-    for name in ("tokenizer", "tokenizer_2"):
+    index: dict[str, Any] = {"_class_name": family.pipeline}
+    for part in parts:
+        index[part] = [family.components[part].library, family.components[part].published]
+    for name in family.tokenizers:
         if (source / name).is_dir():
             index[name] = ["transformers", read_json(source / name / "tokenizer_config.json")["tokenizer_class"]]
-    if (source / "scheduler").is_dir():
-        index["scheduler"] = ["diffusers", "FlowMatchEulerDiscreteScheduler"]
+    if (source / SCHEDULER).is_dir():
+        index[SCHEDULER] = ["diffusers", family.scheduler]
     return index
 
 
@@ -146,8 +136,8 @@ def export_lora(
     if dtype == FLOAT8:
         raise UserError(f"--dtype float8 is for whole weights; --format {format} takes float32, bfloat16 or float16")
     source = pathlib.Path(source)
-    path = source if folder.is_ours(source) else source / "transformer"
-    _, config, weights = folder.open_weights(path, "flux")
+    path = source if folder.is_ours(source) else source / TRANSFORMER
+    _, config, weights = folder.open_weights(path, families.of_transformer(path).network)
     leaves = engine.flatten(factors)
     weights_lora.check(weights.specs, leaves, lora, weights.path)
     tensors = dict(weights_lora.exported(config, leaves, lora, format))
@@ -176,16 +166,16 @@ def _export_network(
     form = formats.written_as(network, style)
     if form is None:  # of a pipeline; what is asked for by itself was refused before
         return
-    table = form.table(config)
+    table, component = form.table(config), families.component_of(network)
     specs = engine.exported_specs(table, weights.specs, HALF if dtype == FLOAT8 else dtype)
-    if dtype == FLOAT8 and network in EIGHT_BIT:
+    if dtype == FLOAT8 and component.matrices:
         specs = {name: Spec(spec.shape, FLOAT8) if len(spec.shape) > 1 else spec for name, spec in specs.items()}
     if style == "diffusers":
         place, stem = out / part, form.weights
         place.mkdir(exist_ok=True)
         (place / "config.json").write_text(json.dumps(formats.foreign_config(network, config), indent=2) + "\n")
     else:
-        subfolder, stem = PLACES[style, network]
+        subfolder, stem = component.places[style]
         place = out / subfolder
         place.mkdir(exist_ok=True)
         max_shard_size = sys.maxsize

@@ -9,17 +9,13 @@ from typing import Any, NamedTuple
 import numpy as np
 import tqdm
 
-from srpo_jax import text, tokens
+from srpo_jax import families, text, tokens
 from srpo_jax.errors import UserError
+from srpo_jax.families.base import INDEX, TRANSFORMER, Family
 from srpo_jax.weights import engine, folder, formats
 from srpo_jax.weights.files import Spec, new_folder, read_json
 from srpo_jax.weights.rules import Table
 
-# A pipeline folder's networks by their subfolder, and what goes along as it is.
-COMPONENTS = {"transformer": "flux", "vae": "autoencoder", "text_encoder": "clip_text", "text_encoder_2": "t5"}
-COPIED = ("tokenizer", "tokenizer_2", "scheduler")
-TOKENIZERS = {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2"}
-INDEX = "model_index.json"
 TOKENIZER = "tokenizer"  # of a reward's folder
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -65,7 +61,7 @@ def import_folder(
     tokenizer is of another network.
     """
     source = pathlib.Path(source)
-    if folder.is_ours(source) or (source / "transformer").is_dir() and folder.is_ours(source / "transformer"):
+    if folder.is_ours(source) or (source / TRANSFORMER).is_dir() and folder.is_ours(source / TRANSFORMER):
         raise UserError(f"{source} is in our format already")
     if not (source / INDEX).is_file():
         with new_folder(target) as out:
@@ -86,12 +82,15 @@ def import_folder(
     for value, flag in ((network, "--network"), (format, "--format"), (config, "--config"), (tokenizer, "--tokenizer")):
         if value is not None:
             raise UserError(f"{source} is a whole pipeline, for which {flag} has no meaning; give one of its folders")
-    parts = pipeline_parts(source)
+    family = families.of_index(source)
+    parts, components = pipeline_parts(source, family), family.components
     with new_folder(target) as out:
-        networks = {part: _open(source / part, COMPONENTS[part], None, None) for part in parts if part in COMPONENTS}
-        for part, name in TOKENIZERS.items():
-            if part in networks and name in parts:
-                tokens.check(text.load_tokenizer(source / name), networks[part].config, source / name)
+        networks = {
+            part: _open(source / part, components[part].network, None, None) for part in parts if part in components
+        }
+        for name, tokenizer in family.tokenizers.items():
+            if tokenizer.encoder in networks and name in parts:
+                tokens.check(text.load_tokenizer(source / name), networks[tokenizer.encoder].config, source / name)
         for part in parts:
             if part in networks:
                 (out / part).mkdir()
@@ -101,20 +100,18 @@ def import_folder(
         shutil.copy(source / INDEX, out / INDEX)
 
 
-def pipeline_parts(source: pathlib.Path) -> list[str]:
-    """The subfolders of a pipeline that matter. Raises UserError if it is not FLUX's or is incomplete."""
+def pipeline_parts(source: pathlib.Path, family: Family) -> list[str]:
+    """The subfolders of a diffusers pipeline that matter. Raises UserError if it is incomplete."""
     index = read_json(source / INDEX)
-    if index.get("_class_name") != "FluxPipeline":
-        raise UserError(f"{source / INDEX} describes a {index.get('_class_name')}; expected a FluxPipeline")
-    parts = [name for name in (*COMPONENTS, *COPIED) if (index.get(name) or [None])[0] is not None]
+    parts = [name for name in (*family.components, *family.copied) if (index.get(name) or [None])[0] is not None]
     if missing := [name for name in parts if not (source / name).is_dir()]:
         raise UserError(f"{source} lacks the folders {', '.join(missing)} that its {INDEX} names")
     return parts
 
 
-def parts_of_ours(source: pathlib.Path) -> list[str]:
+def parts_of_ours(source: pathlib.Path, family: Family) -> list[str]:
     """The subfolders of a pipeline of ours that are networks."""
-    return [part for part in COMPONENTS if (source / part).is_dir()]
+    return [part for part in family.components if (source / part).is_dir()]
 
 
 class _Opened(NamedTuple):

@@ -71,9 +71,9 @@ def write_pipeline(
 ) -> None:
     """Writes the pipeline in our format to ``workdir/ours`` and as a diffusers folder, in bfloat16, to ``target``."""
     ours = workdir / "ours"
-    for name, kind in convert.COMPONENTS.items():
+    for name, component in FLUX.components.items():
         if name in params:
-            folder.save(ours / name, kind, networks.configs[name], params[name])
+            folder.save(ours / name, component.network, networks.configs[name], params[name])
     shutil.copytree(vae, ours / "vae", dirs_exist_ok=True)
     for name in ("tokenizer", "tokenizer_2"):
         shutil.copytree(workdir / name, ours / name, dirs_exist_ok=True)

@@ -23,27 +23,36 @@ from srpo_jax.errors import UserError
 from srpo_jax.models.compute import Compute
 from srpo_jax.models.lora import Lora
 
-# Folders of every pipeline, as diffusers lays them out.
-TRANSFORMER, AUTOENCODER, SCHEDULER = "transformer", "vae", "scheduler"
+# Folders of every pipeline and the file that lists them, as diffusers lays them out.
+TRANSFORMER, AUTOENCODER, SCHEDULER, INDEX = "transformer", "vae", "scheduler", "model_index.json"
 
 Condition = dict[str, jax.Array]  # arrays by name, [B, ...]: what the transformer reads beside latents, time, guidance
 PlaceOf = Callable[[str], Callable[[str, tuple[int, ...]], jax.sharding.Sharding]]
 
 
 class Component(NamedTuple):
-    """A network of a pipeline: its name in ``weights.folder.NETWORKS``, and the library and class that a
-    ``model_index.json`` names."""
+    """A network of a pipeline.
+
+    Attributes:
+      network: its name in ``weights.folder.NETWORKS``.
+      library, published: what a ``model_index.json`` names, as "diffusers", "AutoencoderKL".
+      places: by style of export, the folder and the name without suffix of its single file.
+      matrices: whether most of it are matrices, which files of 8 bits halve.
+    """
 
     network: str
     library: str
     published: str
+    places: Mapping[str, tuple[str, str]]
+    matrices: bool = False
 
 
 class Tokenizer(NamedTuple):
-    """A tokenizer of a pipeline: what its tokens are called, and the array of a condition that has one row a token
-    (None for a vector a prompt)."""
+    """A tokenizer of a pipeline: what its tokens are called, the folder of the text encoder that reads them, and the
+    array of a condition that has one row a token (None for a vector a prompt)."""
 
     label: str
+    encoder: str
     array: str | None
 
 
@@ -77,6 +86,7 @@ class Family(abc.ABC):
       components: by folder of the pipeline; ``TRANSFORMER`` and ``AUTOENCODER`` are among them, the others are text
         encoders.
       tokenizers: by folder of the pipeline.
+      scheduler: class of its scheduler in diffusers.
       published: sizes by a short name, for work without weights (preflight, benchmark).
       factor: pixels of a picture for each latent position, along a side.
       channels: of a latent position.
@@ -88,6 +98,7 @@ class Family(abc.ABC):
     pipeline: str
     components: Mapping[str, Component]
     tokenizers: Mapping[str, Tokenizer]
+    scheduler: str
     published: Mapping[str, Sizes]
     factor: int
     channels: int
@@ -105,6 +116,11 @@ class Family(abc.ABC):
     def decoder(self) -> str:
         """The autoencoder's name in ``weights.folder.NETWORKS``."""
         return self.components[AUTOENCODER].network
+
+    @property
+    def copied(self) -> tuple[str, ...]:
+        """The folders of a pipeline that go along as they are."""
+        return (*self.tokenizers, SCHEDULER)
 
     @property
     def text_folders(self) -> tuple[str, ...]:

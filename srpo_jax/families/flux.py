@@ -80,12 +80,28 @@ class FluxFamily(Family):
     name = "FLUX.1"
     pipeline = "FluxPipeline"
     components = {
-        TRANSFORMER: Component("flux", "diffusers", "FluxTransformer2DModel"),
-        AUTOENCODER: Component("autoencoder", "diffusers", "AutoencoderKL"),
-        "text_encoder": Component("clip_text", "transformers", "CLIPTextModel"),
-        "text_encoder_2": Component("t5", "transformers", "T5EncoderModel"),
+        TRANSFORMER: Component(
+            "flux",
+            "diffusers",
+            "FluxTransformer2DModel",
+            {"bfl": ("", "flux1"), "comfyui": ("diffusion_models", "flux1")},
+            matrices=True,
+        ),
+        AUTOENCODER: Component(
+            "autoencoder", "diffusers", "AutoencoderKL", {"bfl": ("", "ae"), "comfyui": ("vae", "ae")}
+        ),
+        "text_encoder": Component(
+            "clip_text", "transformers", "CLIPTextModel", {"comfyui": ("text_encoders", "clip_l")}
+        ),
+        "text_encoder_2": Component(
+            "t5", "transformers", "T5EncoderModel", {"comfyui": ("text_encoders", "t5xxl")}, matrices=True
+        ),
     }
-    tokenizers = {"tokenizer_2": Tokenizer("T5", "text"), "tokenizer": Tokenizer("CLIP", None)}
+    tokenizers = {
+        "tokenizer_2": Tokenizer("T5", "text_encoder_2", "text"),
+        "tokenizer": Tokenizer("CLIP", "text_encoder", None),
+    }
+    scheduler = SCHEDULER_CLASS
     published = {"flux-dev": DEV}
     factor, channels, patch = 8, 16, 2
     text_length = 512

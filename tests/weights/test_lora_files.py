@@ -19,6 +19,7 @@ from srpo_jax import checkpoint, convert, generate
 from srpo_jax import config as config_lib
 from srpo_jax.algorithm.step import TrainState
 from srpo_jax.errors import UserError
+from srpo_jax.families.flux import DEV
 from srpo_jax.models import lora
 from srpo_jax.weights import adapters, engine, folder
 from srpo_jax.weights import lora as weights_lora
@@ -136,7 +137,7 @@ def test_the_file_for_comfyui_adds_what_was_trained(pipelines, run, tmp_path):
 @pytest.mark.parametrize("targets", [("single_blocks.*",), ("single_blocks.qkv",), (r"single_blocks\.mlp_in",)])
 def test_fused_layers_of_full_width_are_what_diffusers_takes_apart(targets):
     """Its conversion knows FLUX.1's widths alone."""
-    config = dataclasses.replace(FLUX_DEV, num_layers=0, num_single_layers=1)
+    config = dataclasses.replace(DEV.transformer, num_layers=0, num_single_layers=1)
     settings = lora.Lora(2, 6.0, targets)
     factors = {}
     for name, shape in folder.shapes("flux", config).items():
