@@ -6,7 +6,8 @@ import types
 import numpy as np
 import pytest
 
-from srpo_jax import architectures, benchmark, errors, program
+from srpo_jax import benchmark, errors, program
+from srpo_jax.families.flux import DEV
 
 
 def test_presets_and_flags(tmp_path):
@@ -17,10 +18,10 @@ def test_presets_and_flags(tmp_path):
     )
     assert config.data.batch_size == 6 and config.data.height == 720
     assert architecture.transformer.num_single_layers == 2
-    assert architecture.transformer.width == architectures.FLUX_DEV.width
+    assert architecture.transformer.width == DEV.transformer.width
     recipe = ["--config=configs/flux_dev_pickscore.py"]
     config, architecture, _ = benchmark.parse(recipe)
-    assert config.rollout.guidance == 2 and architecture.transformer == architectures.FLUX_DEV
+    assert config.rollout.guidance == 2 and architecture.transformer == DEV.transformer
     assert set(architecture.rewards) == {"pickscore"} and config.data.batch_size == 1
 
 

@@ -10,11 +10,12 @@ import types
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import children, tiny
+from helpers import children, encoders, tiny
 
-from srpo_jax import encode, sharding, text
+from srpo_jax import encode, sharding
 from srpo_jax.data import stored
 from srpo_jax.errors import UserError
+from srpo_jax.families.flux_text import FluxTextEncoders
 from srpo_jax.models.compute import Compute
 from srpo_jax.weights import fingerprint, folder
 
@@ -49,14 +50,14 @@ def shards(path):
 
 def test_features_are_those_of_the_text_encoders(model, whole):
     prompts, arrays = read(whole)
-    encoders = text.TextEncoders(model, Compute(dtype=jnp.bfloat16, param_dtype=jnp.bfloat16))
-    expected = dict(zip(("text", "pooled"), encoders.encode(TEXTS, tiny.LENGTH, batch=4), strict=True))
+    given = FluxTextEncoders(model, Compute(dtype=jnp.bfloat16, param_dtype=jnp.bfloat16))
+    expected = encoders.features(given, TEXTS, tiny.LENGTH, batch=4)
     assert prompts == TEXTS and arrays.keys() == expected.keys()
     for name, array in expected.items():
         assert arrays[name].dtype == jnp.bfloat16 and arrays[name].tobytes() == np.asarray(array).tobytes()
     manifest = stored.read_manifest(whole)
     assert manifest.arrays["text"].shape == (tiny.LENGTH, 32) and manifest.arrays["pooled"].shape == (16,)
-    assert manifest.encoders == fingerprint.of_text_encoders(model)
+    assert manifest.encoders == encoders.fingerprints(model)
 
 
 KILLED = """
@@ -104,7 +105,7 @@ def test_a_killed_run_goes_on_where_it_stopped(model, whole, tmp_path, monkeypat
         np.testing.assert_array_equal(read(tmp_path / "data")[1][name], array)
 
     # What is complete is left alone, and no encoder is loaded for it.
-    monkeypatch.setattr("srpo_jax.conditions.TextEncoders", lambda *args: pytest.fail("there is nothing to encode"))
+    monkeypatch.setattr("srpo_jax.conditions.PromptEncoder", lambda *args: pytest.fail("there is nothing to encode"))
     before = shards(tmp_path / "data")
     run(model, tmp_path / "data")
     assert shards(tmp_path / "data") == before
@@ -207,14 +208,14 @@ def test_processes_are_grouped_by_what_they_hold():
 
 def test_fingerprints_tell_encoders_apart(model, tmp_path):
     shutil.copytree(model, tmp_path / "copy")
-    expected = fingerprint.of_text_encoders(model)
-    assert fingerprint.of_text_encoders(tmp_path / "copy") == expected and len(set(expected.values())) == 4
+    expected = encoders.fingerprints(model)
+    assert encoders.fingerprints(tmp_path / "copy") == expected and len(set(expected.values())) == 4
     weights = tmp_path / "copy" / "text_encoder_2" / "weights.safetensors"
     content = bytearray(weights.read_bytes())
     content[-1] ^= 1
     weights.write_bytes(content)
     (tmp_path / "copy" / "tokenizer" / "vocab.json").write_text("{}")
-    found = fingerprint.of_text_encoders(tmp_path / "copy")
+    found = encoders.fingerprints(tmp_path / "copy")
     assert {part for part in found if found[part] != expected[part]} == {"text_encoder_2", "tokenizer"}
 
 

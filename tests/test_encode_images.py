@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import re
+import shutil
 import subprocess
 import sys
 import types
@@ -10,14 +11,15 @@ import types
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import children, tiny
+from helpers import children, encoders, tiny
 from helpers.photos import picture, write_folder
 from PIL import Image
 
-from srpo_jax import encode, inspect_data, latents, sharding
+from srpo_jax import architectures, encode, inspect_data, latents, sharding
 from srpo_jax.algorithm.settings import LATENT_FACTOR
 from srpo_jax.data import images, stored
 from srpo_jax.errors import UserError
+from srpo_jax.families.flux import FLUX
 from srpo_jax.models.compute import bind
 from srpo_jax.weights import fingerprint, folder
 
@@ -64,7 +66,7 @@ def test_latents_are_the_scaled_means_of_the_posterior(model, photos, whole):
         expected = (np.asarray(mean[0]) - sizes.shift_factor) * sizes.scaling_factor
         assert example["latents"].dtype == np.float32 and example["latents"].shape == (HEIGHT // 8, WIDTH // 8, 16)
         np.testing.assert_allclose(example["latents"], expected, atol=1e-5)
-    assert manifest.encoders == fingerprint.of_text_encoders(model) | {"vae": fingerprint.of_network(model / "vae")}
+    assert manifest.encoders == encoders.fingerprints(model) | {"vae": fingerprint.of_network(model / "vae")}
     assert manifest.source == f"{photos}: 7 pictures" and manifest.count == 7
 
 
@@ -85,17 +87,20 @@ def test_latents_decode_to_the_picture_they_were_made_from(tmp_path):
 
     convert.import_folder(demo.SHIPPED / "pipeline" / "vae", tmp_path / "vae")
     shown = pictures.load(world.split("train")[:4], ["3D"])[0]
-    encoder = latents.Encoder(tmp_path, sharding.make_mesh(types.SimpleNamespace(data=1, fsdp=-1, tensor=1)))
+    encoder = latents.LatentEncoder(
+        tmp_path, FLUX, sharding.make_mesh(types.SimpleNamespace(data=1, fsdp=-1, tensor=1))
+    )
     encoded = np.asarray(encoder(shown, 4))
     assert 0.7 < encoded.std() < 1.3
     decoded = pictures.to_float(latents.decode(tmp_path, encoded))
     assert pictures.psnr(decoded, pictures.to_float(shown)).min() > 25
 
 
-def test_latents_that_training_cannot_use(tmp_path):
+def test_latents_that_training_cannot_use(model, tmp_path):
+    shutil.copytree(model, tmp_path, dirs_exist_ok=True)
     tiny.save_random(tmp_path / "vae", "autoencoder", dataclasses.replace(tiny.VAE, latent_channels=4), 0)
-    with pytest.raises(UserError, match="vae has 4 channels of latents at 1/8 of a picture's sides; FLUX takes 16"):
-        latents.read_config(tmp_path)
+    with pytest.raises(UserError, match="vae has 4 channels of latents at 1/8 of a picture's sides; FLUX.1 takes 16"):
+        architectures.read_pipeline(tmp_path)
 
 
 def test_an_interrupted_command_goes_on_where_it_stopped(model, photos, whole, tmp_path, monkeypatch):
@@ -184,8 +189,8 @@ def test_nothing_but_broken_pictures(model, tmp_path):
 
 def test_a_picture_that_breaks_while_encoding(model, tmp_path, monkeypatch):
     root = write_folder(tmp_path / "photos")
-    begin = encode.Work.begin
-    monkeypatch.setattr(encode.Work, "begin", lambda *args: ((root / "6.png").write_bytes(b"x"), begin(*args)))
+    begin = encode.MissingShards.begin
+    monkeypatch.setattr(encode.MissingShards, "begin", lambda *args: ((root / "6.png").write_bytes(b"x"), begin(*args)))
     with pytest.raises(UserError, match="6.png cannot be decoded .*, and was whole when encoding began"):
         run(model, root, tmp_path / "data")
     assert len(stored.missing_shards(tmp_path / "data", stored.read_manifest(tmp_path / "data"))) == 2

@@ -13,6 +13,7 @@ from PIL import Image
 from srpo_jax import checkpoint, generate, sampling
 from srpo_jax.algorithm.step import TrainState
 from srpo_jax.errors import UserError
+from srpo_jax.families.flux import read_scheduler
 from srpo_jax.weights import folder
 
 PROMPTS = ["a red bird", "the big house, not drawn"]
@@ -160,7 +161,7 @@ def test_other_schedules_are_refused(tmp_path, change):
     (tmp_path / "scheduler").mkdir()
     (tmp_path / "scheduler" / "scheduler_config.json").write_text(json.dumps(tiny.SCHEDULER | change))
     with pytest.raises(UserError, match="is not supported; FLUX.1 has"):
-        sampling.read_scheduler(tmp_path)
+        read_scheduler(tmp_path)
 
 
 def test_grid():

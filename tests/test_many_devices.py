@@ -16,8 +16,10 @@ from helpers import children, tiny
 
 from srpo_jax import architectures, checkpoint, conditions, program, sharding
 from srpo_jax.algorithm import step
+from srpo_jax.algorithm.rollout import rollout
 from srpo_jax.costs import hlo
 from srpo_jax.data.loading import Examples
+from srpo_jax.families.flux import DEV
 from srpo_jax.models.compute import join
 from srpo_jax.weights import engine, folder
 
@@ -33,7 +35,7 @@ def update_on_every_mesh(models, out):
             rollout__noise="shared", mesh__data=shape[0], mesh__fsdp=shape[1], mesh__tensor=shape[2],
         )  # fmt: skip
         mesh = sharding.make_mesh(config.mesh, jax.devices()[: int(np.prod(shape))])
-        architecture = program.read_architecture(config)
+        architecture = architectures.read(config)
         built = program.build(config, mesh, architecture)
         encode = conditions.text_encoders(config, built, architecture)
         prompts = [tiny.PROMPTS[i % 7] for i in sharding.local_rows(mesh, 16)]
@@ -41,8 +43,8 @@ def update_on_every_mesh(models, out):
         state, frozen = program.initial_state(config, built), program.load_frozen(config, built)
         # Before the update, which takes the state's memory; its second step runs one block of each kind.
         recipe = dataclasses.replace(built.settings, cache=2, cache_ends=(1, 1))
-        noise = jax.device_put(step.draw(recipe, jax.random.key(0), 16).noise, sharding.of_batch(mesh))
-        cached = jax.jit(functools.partial(step.rollout, built.networks, recipe))(state.params, batch, noise)
+        noise = jax.device_put(step.draw(built.networks, recipe, jax.random.key(0), 16).noise, sharding.of_batch(mesh))
+        cached = jax.jit(functools.partial(rollout, built.networks, recipe))(state.params, batch, noise)[0]
         compiled = built.lower().compile()
         state, metrics = compiled(state, frozen, batch)
         report[name] = {key: float(value) for key, value in metrics.items()}
@@ -66,14 +68,14 @@ def lora_on_every_mesh(models):
             optim__learning_rate=10.0, mesh__data=shape[0], mesh__fsdp=shape[1], mesh__tensor=shape[2],
         )  # fmt: skip
         mesh = sharding.make_mesh(config.mesh, jax.devices()[: int(np.prod(shape))])
-        architecture = program.read_architecture(config)
+        architecture = architectures.read(config)
         built = program.build(config, mesh, architecture)
         encode = conditions.text_encoders(config, built, architecture)
         conditioner = conditions.Conditioner(config, built, architecture, encode)
         prompts = [tiny.PROMPTS[i % 7] for i in sharding.local_rows(mesh, 8)]
         state, frozen = program.initial_state(config, built), program.load_frozen(config, built)
         path = pathlib.Path(models) / "pipeline" / "transformer"
-        four_bits = program.load_transformer(path, built.computes.transformer, mesh, "nf4")
+        four_bits = program.load_transformer(path, "flux", built.computes.transformer, mesh, "nf4")
         for leaf, like in zip(jax.tree.leaves(frozen.base), jax.tree.leaves(built.frozen.base), strict=True):
             assert leaf.sharding.is_equivalent_to(like.sharding, leaf.ndim) and leaf.dtype == like.dtype
         weights.append(jax.device_get((state.params, frozen.base, four_bits)))
@@ -99,7 +101,7 @@ def move_between_meshes(models, out):
             mesh__data=data, mesh__fsdp=fsdp, mesh__tensor=tensor,
         )  # fmt: skip
         mesh = sharding.make_mesh(config.mesh, jax.devices()[: data * fsdp * tensor])
-        built = program.build(config, mesh, program.read_architecture(config))
+        built = program.build(config, mesh, architectures.read(config))
         checkpoints = checkpoint.Checkpoints(pathlib.Path(out) / name, keep=1)
         state, _ = checkpoints.restore(1, built.state)
         checkpoints.close()
@@ -161,15 +163,15 @@ def gather_for_rollouts(models):
             optim__accumulation=2, **more,
         )  # fmt: skip
         mesh = sharding.make_mesh(config.mesh)
-        built = program.build(config, mesh, program.read_architecture(config))
+        built = program.build(config, mesh, architectures.read(config))
         rng = np.random.default_rng(0)
         batch = jax.tree.map(
             lambda leaf, rng=rng: jax.device_put(rng.normal(size=leaf.shape).astype(leaf.dtype), leaf.sharding),
             built.batch,
         )
-        noise = rng.normal(size=(16, built.settings.tokens, 64)).astype(np.float32)
+        noise = rng.normal(size=(16, *built.networks.tokens(built.settings))).astype(np.float32)
         noise = jax.device_put(noise, sharding.of_batch(mesh))
-        roll = jax.jit(functools.partial(step.rollout, built.networks, built.settings))
+        roll = jax.jit(functools.partial(rollout, built.networks, built.settings))
         params = join(program.initial_state(config, built).params, program.load_frozen(config, built).base)
         compiled = roll.lower(params, batch, noise).compile()
         found = hlo.collectives(compiled.as_text(), 8).found
@@ -238,7 +240,7 @@ def test_loading_takes_the_memory_of_the_shards(tmp_path):
     LOADING_BLOCKS=35 measures it with a billion parameters.
     """
     blocks = int(os.environ.get("LOADING_BLOCKS", 2))
-    config = dataclasses.replace(architectures.FLUX_DEV, num_layers=1, num_single_layers=blocks, num_attention_heads=12)
+    config = dataclasses.replace(DEV.transformer, num_layers=1, num_single_layers=blocks, num_attention_heads=12)
     rng = np.random.default_rng(0)
     params = folder.abstract("flux", config)[1]
     params = jax.tree.map(lambda leaf: np.broadcast_to(rng.normal(size=leaf.shape[-1]), leaf.shape), params)

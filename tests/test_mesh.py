@@ -1,7 +1,6 @@
 """The mesh: sizes that fit, several TPU slices, and attention heads that its axis "tensor" does not divide."""
 
 import dataclasses
-import functools
 import json
 import os
 import pathlib
@@ -16,8 +15,8 @@ from helpers import tiny
 from jax.sharding import AbstractMesh
 from jax.sharding import PartitionSpec as P
 
-from srpo_jax import conditions, generate, program, sharding
-from srpo_jax.algorithm import rewards, step
+from srpo_jax import architectures, conditions, generate, program, sharding
+from srpo_jax.algorithm import rewards
 from srpo_jax.data.loading import Examples
 from srpo_jax.errors import UserError
 from srpo_jax.models import clip
@@ -158,13 +157,15 @@ def encode_with_odd_heads(models):
             pathlib.Path(models), data__batch_size=4, mesh__data=data, mesh__fsdp=fsdp, mesh__tensor=tensor
         )
         mesh = sharding.make_mesh(config.mesh, jax.devices()[: data * fsdp * tensor])
-        architecture = program.read_architecture(config)
+        architecture = architectures.read(config)
         built = program.build(config, mesh, architecture)
         encode = conditions.text_encoders(config, built, architecture)
         prompts = [tiny.PROMPTS[i] for i in sharding.local_rows(mesh, 4)]
         batch = conditions.Conditioner(config, built, architecture, encode).batch(Examples(prompts, {}), 1)
         frozen, names = program.load_frozen(config, built), built.networks.rewards
-        captions = jax.jit(functools.partial(step.embed_captions, built.networks))(frozen, batch)
+        captions = jax.jit(lambda frozen, batch: prepare(built.networks.rewards, frozen.rewards, batch.reward_tokens))(
+            frozen, batch
+        )
         pictures = np.random.default_rng(0).uniform(size=(4, 32, 48, 3)).astype(np.float32)
 
         def total(images, frozen=frozen, captions=captions, names=names):

@@ -13,7 +13,7 @@ import transformers
 from helpers import tiny
 from open_clip import tokenizer as open_clip
 
-from srpo_jax import conditions, program, sharding, text, tokens
+from srpo_jax import architectures, conditions, sharding, text, tokens
 from srpo_jax.data import loading
 from srpo_jax.emoji import tokenizers
 from srpo_jax.errors import UserError
@@ -186,7 +186,7 @@ def test_rows_are_cut_before_their_end(folder):
 def conditioner(models, **changes):
     """The batches of a run on tiny networks, whose examples come with their features."""
     settings = tiny.config(models, **changes)
-    architecture = program.read_architecture(settings)
+    architecture = architectures.read(settings)
     mesh = sharding.make_mesh(types.SimpleNamespace(data=1, fsdp=-1, tensor=1))
     return conditions.Conditioner(settings, types.SimpleNamespace(mesh=mesh), architecture, None)
 

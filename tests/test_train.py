@@ -15,7 +15,7 @@ from helpers.runs import arrays, assert_same, numbers
 from ml_collections import ConfigDict
 from PIL import Image
 
-from srpo_jax import checkpoint, conditions, config, encode, metrics, optim, program, sharding, train
+from srpo_jax import architectures, checkpoint, conditions, config, encode, metrics, optim, program, sharding, train
 from srpo_jax.data import loading
 from srpo_jax.errors import UserError
 from srpo_jax.weights import folder
@@ -131,7 +131,7 @@ def test_moments_in_the_hosts_memory_are_the_same(whole, recipe, tmp_path, monke
     monkeypatch.setattr(optim, "LARGEST", 1000)  # stacks go layer by layer
     train.train(recipe(steps=2, optim__ema_decay=0.5, sample__every=2), tmp_path / "run")
     offloaded = recipe(steps=4, optim__ema_decay=0.5, sample__every=2, optim__offload=True)
-    kinds = program.build(offloaded, sharding.make_mesh(offloaded.mesh), program.read_architecture(offloaded)).state
+    kinds = program.build(offloaded, sharding.make_mesh(offloaded.mesh), architectures.read(offloaded)).state
     assert {leaf.sharding.memory_kind for leaf in jax.tree.leaves(kinds.opt_state.mean)} == {"pinned_host"}
     train.train(offloaded, tmp_path / "run")
     assert_same(arrays(whole, 4), arrays(tmp_path / "run", 4), configs=False)
@@ -303,7 +303,7 @@ def test_every_key_is_read(recipe, tmp_path, monkeypatch):
     mesh, options = sharding.make_mesh(plain.mesh), dict(text_length=plain.data.text_length, dtype=plain.model.dtype)
     encode.encode_prompts(plain.model.path, tiny.PROMPTS, data, mesh=mesh, **options)
     recorded.data.encode, recorded.data.path = "stored", str(data)
-    assert len(loading.open_source(recorded, tiny.FLUX)) == len(tiny.PROMPTS)
+    assert len(loading.open_examples(recorded, architectures.read(recorded))) == len(tiny.PROMPTS)
     # Where no factors are trained, but the transformer itself.
     recorded.lora.rank = 0
     assert program.computes(recorded, mesh).transformer.param_dtype == plain.optim.weights

@@ -11,7 +11,7 @@ from helpers import tiny
 from helpers.photos import write_folder
 from helpers.runs import arrays, assert_same, numbers
 
-from srpo_jax import conditions, encode, program, sharding, train
+from srpo_jax import architectures, conditions, encode, program, sharding, train
 from srpo_jax.algorithm import step
 from srpo_jax.data import loading, stored
 from srpo_jax.errors import UserError
@@ -57,7 +57,7 @@ def checkpoint_source(workdir, step):
 def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(whole, recipe, tmp_path, monkeypatch):
     """And, without samples to draw, needs no text encoders."""
     train.train(recipe(steps=1, sample__every=0), tmp_path / "run")
-    monkeypatch.setattr(conditions, "TextEncoders", lambda *args: pytest.fail("the features are stored"))
+    monkeypatch.setattr(conditions, "PromptEncoder", lambda *args: pytest.fail("the features are stored"))
     (tmp_path / "run" / "config.json").write_text((whole / "config.json").read_text())
     resumed = recipe(steps=4, sample__every=0)
     train.train(resumed, tmp_path / "run")
@@ -71,14 +71,14 @@ def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(whole, recipe, t
 
 def test_the_encoders_leave_memory_before_anything_is_loaded(recipe, tmp_path, monkeypatch):
     """They are there for the samples alone."""
-    made, load, events = conditions.TextEncoders.__init__, train.program.load_frozen, []
+    made, load, events = conditions.PromptEncoder.__init__, train.program.load_frozen, []
 
     def make(self, *args):
         made(self, *args)
         events.append("loaded")
         weakref.finalize(self, events.append, "freed")
 
-    monkeypatch.setattr(conditions.TextEncoders, "__init__", make)
+    monkeypatch.setattr(conditions.PromptEncoder, "__init__", make)
     monkeypatch.setattr(train.program, "load_frozen", lambda *args: (events.append("training"), load(*args))[1])
     train.train(recipe(steps=1, sample__every=1, sample__count=1), tmp_path / "run")
     assert events == ["loaded", "freed", "training"]
@@ -162,7 +162,7 @@ def offline(recipe, pictures):
 
 def test_an_offline_run_resumes_bit_for_bit_and_makes_no_rollout(offline, tmp_path, monkeypatch):
     monkeypatch.setattr(step, "rollout", lambda *args: pytest.fail("real pictures take the place of rollouts"))
-    monkeypatch.setattr(conditions, "TextEncoders", lambda *args: pytest.fail("the features are stored"))
+    monkeypatch.setattr(conditions, "PromptEncoder", lambda *args: pytest.fail("the features are stored"))
     train.train(offline(steps=4), tmp_path / "whole")
     train.train(offline(steps=3), tmp_path / "run")
     train.train(offline(steps=4), tmp_path / "run")
@@ -175,11 +175,11 @@ def test_an_offline_run_resumes_bit_for_bit_and_makes_no_rollout(offline, tmp_pa
 def test_a_batch_has_each_captions_own_picture(offline, pictures, models):
     """Packed as the transformer takes them: token (row, column) holds that 2x2 square of every channel."""
     config = offline(data__batch_size=3)
-    architecture = program.read_architecture(config)
+    architecture = architectures.read(config)
     built = program.build(config, sharding.make_mesh(config.mesh), architecture)
-    conditioner = conditions.Conditioner(config, built, architecture, None)
+    conditioner = conditions.Conditioner(config, built, None)
     stored_ = {example["prompt"]: example["latents"] for example in stored.DataSet(pictures).read(range(7))}
-    stream = loading.batches(loading.open_source(config, architecture.transformer), 3, seed=0)
+    stream = loading.batches(loading.open_examples(config, architecture), 3, seed=0)
     for update in (1, 2):
         examples = next(stream)
         batch = conditioner.batch(examples, update)

@@ -30,12 +30,15 @@ def test_euler_sampling_of_a_straight_flow_ends_at_the_image():
     np.testing.assert_allclose(out, x0, atol=1e-5)
 
 
-def test_stopped_samples_stay_at_their_noise_level():
-    x0, noise = jax.random.normal(jax.random.key(0), (2, 3, 6, 64))
+def test_states_are_kept_at_the_start_of_their_steps():
     sigmas = flow.shifted_schedule(7, 3.0)
-    stop = jnp.array([0, 4, 7])
-    out = flow.sample(lambda x, sigma: noise - x0, noise, sigmas, stop)
-    np.testing.assert_allclose(out, flow.add_noise(x0, noise, jnp.asarray(sigmas)[stop]), atol=1e-5)
+    x0, noise = (jax.random.normal(jax.random.key(i), (3, 2, 4)) for i in (0, 1))
+    keep = jnp.array([[0, 6], [3, 3], [5, 1]])
+    last, kept = flow.sample(lambda x, sigma: noise - x0, noise, sigmas, keep)
+    np.testing.assert_allclose(last, x0, atol=1e-5)
+    for place in (0, 1):
+        expected = flow.add_noise(x0, noise, jnp.asarray(sigmas)[keep[:, place]])
+        np.testing.assert_allclose(kept[:, place], expected, atol=1e-5)
 
 
 @pytest.mark.parametrize(("solver", "order"), [("euler", 1), ("ab2", 2)])
@@ -54,31 +57,3 @@ def test_order_of_a_solver(solver, order):
 def test_unknown_solver():
     with pytest.raises(ValueError, match="solver='heun'"):
         flow.sample(lambda x, s: x, jnp.ones((1, 2)), flow.shifted_schedule(2, 3.0), None, "heun")
-
-
-def test_packing_is_that_of_flux_and_inverts():
-    latents = np.random.default_rng(0).normal(size=(2, 4, 6, 16)).astype(np.float32)
-    nchw = torch.tensor(latents).permute(0, 3, 1, 2)
-    expected = nchw.view(2, 16, 2, 2, 3, 2).permute(0, 2, 4, 1, 3, 5).reshape(2, 6, 64).numpy()
-    packed = flow.pack(jnp.asarray(latents))
-    np.testing.assert_array_equal(packed, expected)
-    np.testing.assert_array_equal(flow.unpack(packed, 4, 6), latents)
-
-
-def test_image_ids_are_row_and_column():
-    ids = flow.image_ids(4, 6).reshape(2, 3, 3)
-    assert (ids[1, 2] == [0, 1, 2]).all()
-    assert flow.image_ids(4, 6).shape == (6, 3)
-
-
-@pytest.mark.parametrize("dynamic", [True, False])
-@pytest.mark.parametrize(("steps", "tokens"), [(4, 16), (28, 2025), (50, 4096)])
-def test_pipeline_schedule_is_diffusers(steps, tokens, dynamic):
-    from diffusers import FlowMatchEulerDiscreteScheduler
-    from diffusers.pipelines.flux.pipeline_flux import calculate_shift
-
-    scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=dynamic, base_shift=0.5, max_shift=1.15)
-    config = dict(scheduler.config)
-    mu = calculate_shift(tokens, config["base_image_seq_len"], config["max_image_seq_len"], 0.5, 1.15)
-    scheduler.set_timesteps(sigmas=np.linspace(1.0, 1 / steps, steps), mu=mu)
-    np.testing.assert_allclose(flow.pipeline_schedule(steps, tokens, config), scheduler.sigmas.numpy(), rtol=3e-7)

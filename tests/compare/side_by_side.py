@@ -26,8 +26,12 @@ from helpers import updates
 
 from srpo_jax import command, errors, program, sharding, validation
 from srpo_jax import config as config_lib
-from srpo_jax.algorithm import step
-from srpo_jax.algorithm.settings import Settings
+from srpo_jax.algorithm import preference, step
+from srpo_jax.algorithm.batch import Batch, Draws
+from srpo_jax.algorithm.methods import METHODS
+from srpo_jax.algorithm.networks import Frozen
+from srpo_jax.algorithm.preference import VARIANTS
+from srpo_jax.architectures import Architecture
 from srpo_jax.costs import parts, presets, timing, work
 from srpo_jax.models import compute
 from srpo_jax.models.compute import Compute
@@ -47,20 +51,21 @@ def random_params(network: str, config, seed: int):
     )
 
 
-def same_inputs(architecture: program.Architecture, settings: Settings, count: int, length: int):
+def same_inputs(architecture: Architecture, built: program.Program, count: int, length: int):
     """A random batch of ours and its draws."""
     generator = np.random.default_rng(0)
     ids = {}
     for name, sizes in architecture.rewards.items():
         text = sizes.text_config
         shape = (count, text.max_position_embeddings)
-        ids[name] = {key: generator.integers(1, text.eos_token_id, shape, np.int32) for key in program.CAPTIONS}
+        ids[name] = {key: generator.integers(1, text.eos_token_id, shape, np.int32) for key in VARIANTS}
         for row in ids[name].values():
             row[:, -1] = text.eos_token_id
     transformer = architecture.transformer
     text = generator.standard_normal((count, length, transformer.joint_attention_dim), np.float32)
     pooled = generator.standard_normal((count, transformer.pooled_projection_dim), np.float32)
-    return step.Batch(text, pooled, ids), step.draw(settings, jax.random.key(1), count)
+    draws = step.draw(built.networks, built.settings, jax.random.key(1), count)
+    return Batch({"text": text, "pooled": pooled}, ids), draws
 
 
 # Pixels are clipped to 0 .. 1, and the gradient of one that is clipped is 0. Rounding, up to 4e-6 in a pixel here,
@@ -68,17 +73,17 @@ def same_inputs(architecture: program.Architecture, settings: Settings, count: i
 BORDER = 2e-5
 
 
-def clear_of_the_border(built, params, frozen, batch, draws) -> step.Draws:
+def clear_of_the_border(built, params, frozen, batch, draws) -> Draws:
     """The draws with other noise for the samples of which a pixel lies within ``BORDER`` of being clipped."""
     networks, settings = built.networks, built.settings
 
     @jax.jit
     def touches(draws):
-        made = step.with_latents(networks, settings, params, frozen, batch, draws)
-        terms = step.make_terms(settings, made, draws, step.embed_captions(networks, frozen, batch))
-        decoded = jax.lax.map(
-            lambda term: step.run_term(networks, settings, params, frozen, batch, term).decoded, terms
-        )
+        images = step.images_of(networks, settings, params, frozen, batch, draws)
+        terms = METHODS[settings.method].terms(settings, images, draws.own)
+        prepared = preference.prepare(networks.rewards, frozen.rewards, batch.reward_tokens)
+        given = networks, settings, params, frozen, batch.condition
+        decoded = jax.lax.map(lambda term: step.run_term(*given, term, prepared).decoded, terms)
         pixels = decoded / 2 + 0.5
         return (jnp.minimum(jnp.abs(pixels), jnp.abs(pixels - 1)) < BORDER).any((0, 2, 3, 4))
 
@@ -195,10 +200,8 @@ def run(config, architecture, values) -> dict:
     built = program.build(config, sharding.make_mesh(config.mesh), architecture)
     params = random_params("flux", architecture.transformer, 1)
     ((name, towers),) = architecture.rewards.items()
-    frozen = step.Frozen(
-        random_params("autoencoder", architecture.autoencoder, 2), {name: random_params("clip", towers, 3)}
-    )
-    batch, draws = same_inputs(architecture, built.settings, count, config.data.text_length)
+    frozen = Frozen(random_params("autoencoder", architecture.autoencoder, 2), {name: random_params("clip", towers, 3)})
+    batch, draws = same_inputs(architecture, built, count, config.data.text_length)
     inputs = torch_baseline.inputs_of(batch, draws)
 
     def baseline():

@@ -7,19 +7,21 @@ import jax.numpy as jnp
 import pytest
 from helpers.counting import CLIP, FLUX, IMAGE, TEXT, VAE, array, counted, network, run_flux
 
-from srpo_jax import architectures
 from srpo_jax.config import default
 from srpo_jax.costs import flops
+from srpo_jax.families import flux_costs
+from srpo_jax.families.flux import DEV
 from srpo_jax.models import lora
 from srpo_jax.models.compute import Compute, bind, join
+from srpo_jax.weights import folder
 
 
 def test_transformer():
     graphdef, params = network("flux", FLUX)
     run, inputs = run_flux(graphdef)
-    work = flops.transformer(FLUX, IMAGE, TEXT)
+    work = flux_costs.transformer(FLUX, IMAGE, TEXT)
     assert work.total == pytest.approx(counted(run, params, *inputs), rel=0.01)
-    assert flops.parameters(FLUX) == sum(leaf.size for leaf in jax.tree.leaves(params))
+    assert folder.parameters("flux", FLUX) == sum(leaf.size for leaf in jax.tree.leaves(params))
 
 
 @pytest.mark.parametrize("remat", ["none", "dots", "full"])
@@ -27,7 +29,7 @@ def test_transformer_gradient(remat):
     graphdef, params = network("flux", FLUX, remat=remat)
     run, inputs = run_flux(graphdef)
     found = counted(jax.grad(lambda params, *inputs: run(params, *inputs).sum()), params, *inputs)
-    work = flops.transformer(FLUX, IMAGE, TEXT).gradient(trained=True, remat=remat, attention="xla")
+    work = flux_costs.transformer(FLUX, IMAGE, TEXT).gradient(trained=True, remat=remat, attention="xla")
     assert work.hardware == pytest.approx(found, rel=0.01)
     assert (work.model == work.hardware) == (remat == "none")
 
@@ -37,7 +39,7 @@ def test_transformer_gradient(remat):
 def test_transformer_gradient_of_factors(remat, targets):
     """The frozen kernels' gradients, two thirds of a backward pass's weights, are not in the program."""
     settings = lora.Lora(16, 16.0, targets)
-    graphdef, params = lora.abstract(FLUX, Compute(scan_unroll=100, remat=remat), settings)
+    graphdef, params = lora.abstract(folder.constructor("flux", FLUX, Compute(scan_unroll=100, remat=remat)), settings)
     run, inputs = run_flux(graphdef)
     factors, base = lora.split(params)
 
@@ -45,13 +47,13 @@ def test_transformer_gradient_of_factors(remat, targets):
         return jax.grad(lambda factors: run(join(factors, base), *inputs).sum())(factors)
 
     found = counted(gradient, factors, base, *inputs)
-    work = flops.adapted(FLUX, settings, IMAGE, TEXT, remat=remat, attention="xla")
+    work = flux_costs.adapted(FLUX, settings, IMAGE, TEXT, remat=remat, attention="xla")
     assert work.hardware == pytest.approx(found, rel=0.01)
     assert (work.model == work.hardware) == (remat == "none")
-    low = flops.factors(FLUX, settings, IMAGE, TEXT)
+    low = flux_costs.factors(FLUX, settings, IMAGE, TEXT)
     assert low.parameters == sum(leaf.size for leaf in jax.tree.leaves(factors))
     forward = counted(lambda factors, base, *inputs: run(join(factors, base), *inputs), factors, base, *inputs)
-    assert flops.transformer(FLUX, IMAGE, TEXT).total + low.products == pytest.approx(forward, rel=0.01)
+    assert flux_costs.transformer(FLUX, IMAGE, TEXT).total + low.products == pytest.approx(forward, rel=0.01)
 
 
 @pytest.mark.parametrize("remat", ["none", "dots", "full"])
@@ -93,7 +95,7 @@ def test_text_encoders():
     graphdef, params = network("clip", CLIP)
     found = counted(lambda params, ids: bind(graphdef, params).encode_text(ids), params, ids)
     assert flops.text_tower(CLIP.text_config, CLIP.projection_dim).total == pytest.approx(found, rel=0.02)
-    config = dataclasses.replace(architectures.T5_XXL, num_layers=1)
+    config = dataclasses.replace(DEV.text["text_encoder_2"], num_layers=1)
     graphdef, params = network("t5", config)
     found = counted(lambda params, ids: bind(graphdef, params)(ids), params, ids)
     assert flops.t5(config, 77).total == pytest.approx(found, rel=0.01)

@@ -7,6 +7,7 @@ import pytest
 
 from srpo_jax import architectures, config
 from srpo_jax.costs import flops, hlo, roofline, topologies
+from srpo_jax.families.flux import DEV
 
 GROUP = (tuple(range(8)),)
 
@@ -57,7 +58,7 @@ def test_what_leaves_a_slice_is_told_apart():
     between = hlo.Collective("all-reduce", "b", 10**9, tuple((i, i + 4) for i in range(4)), 3)
     c, target = config.default(), topologies.parse("v5e:2x2*2")
     c.model.attention = "splash"
-    found = roofline.estimate(c, architectures.FLUX_DEV, {}, 0, 0, [within, between], target, places).interconnect
+    found = roofline.estimate(c, DEV.transformer, {}, 0, 0, [within, between], target, places).interconnect
     seconds = {"all-reduce": 2 * 1.5 / 100, "all-reduce between slices": 3 / 3.125}
     assert found == {name: pytest.approx(value) for name, value in seconds.items()}
     hosts = [divmod(i, 4) for i in range(8)]
@@ -83,7 +84,7 @@ def test_estimate():
         hlo.Collective("all-gather", "b", 10e9, GROUP, 3),
         hlo.Collective("all-reduce", "c", 8e9, GROUP, 1),
     ]
-    sizes = architectures.FLUX_DEV
+    sizes = DEV.transformer
     got = roofline.estimate(c, sizes, work, 2765e9 / 4, 0, found, target, CUBE)
     assert got.compute == {"rollout": pytest.approx(1.0), "reward": pytest.approx(0.5)}
     assert got.memory == {"optimizer": pytest.approx(0.25)}
@@ -104,10 +105,10 @@ def test_attention_matrices():
     """57 blocks of 24 heads on 2025 + 512 tokens: 25 rollouts of 12 bytes an entry, two gradients of 38."""
     c = config.default()
     c.data.batch_size = 3
-    entries = 57 * 24 * 2537**2
-    assert roofline.attention_traffic(c, architectures.FLUX_DEV) == 3 * entries * (25 * 12 + 2 * (24 + 14))
+    entries, published = 57 * 24 * 2537**2, architectures.published(c, "flux-dev")
+    assert roofline.attention_traffic(c, published) == 3 * entries * (25 * 12 + 2 * (24 + 14))
     c.remat.transformer = "none"
-    assert roofline.attention_traffic(c, architectures.FLUX_DEV) == 3 * entries * (25 * 12 + 2 * (12 + 14))
+    assert roofline.attention_traffic(c, published) == 3 * entries * (25 * 12 + 2 * (12 + 14))
 
 
 def test_attention_matrices_of_other_rollouts():
@@ -122,7 +123,7 @@ def test_attention_matrices_of_other_rollouts():
         changed = config.default()
         changed.data.batch_size, changed.method = 1, "direct_align"
         changed.update_from_flattened_dict(keys)
-        found = roofline.attention_traffic(changed, architectures.FLUX_DEV)
+        found = roofline.attention_traffic(changed, architectures.published(changed, "flux-dev"))
         assert found == matrix * (12 * blocks + gradient), keys
 
 

@@ -8,8 +8,12 @@ import pytest
 from helpers.counting import CLIP, FLUX, IMAGE, TEXT, VAE, array, counted, network, run_flux
 
 from srpo_jax import architectures, optim, program, sharding
+from srpo_jax.architectures import Architecture
 from srpo_jax.config import default
 from srpo_jax.costs import flops, work
+from srpo_jax.families import flux_costs
+from srpo_jax.families.flux import FLUX as FAMILY
+from srpo_jax.models import block_cache
 from srpo_jax.models.compute import bind
 
 
@@ -18,8 +22,8 @@ def test_rollout_with_kept_blocks(monkeypatch):
     config = default()
     config.data.text_length, config.rollout.steps = TEXT, 7
     config.data.height, config.data.width = 16, 16 * IMAGE
-    whole = flops.transformer(FLUX, IMAGE, TEXT).total
-    assert work.rollout(config, FLUX).model == pytest.approx(7 * whole)
+    whole, sizes = flux_costs.transformer(FLUX, IMAGE, TEXT).total, Architecture(FAMILY, FLUX, VAE, {}, {})
+    assert work.rollout(config, sizes).model == pytest.approx(7 * whole)
     config.rollout.cache, config.rollout.cache_ends = 3, (0, 1)
     monkeypatch.setattr("jax.lax.cond", lambda renew, run, keep, *operands: keep(*operands))
     graphdef, params = network("flux", FLUX)
@@ -29,10 +33,10 @@ def test_rollout_with_kept_blocks(monkeypatch):
     def run(params, change, *inputs):
         network, (latents, text, *vectors) = bind(graphdef, params), inputs
         values = latents, text, network.modulations(*vectors), *map(jnp.asarray, ids)
-        return network.through_cache(values, change, False, (0, 1))[0]
+        return block_cache.velocity(network, values, change, False, (0, 1))[0]
 
     kept = counted(run, params, array(1, IMAGE + TEXT, FLUX.width), *inputs)
-    assert work.rollout(config, FLUX).model == pytest.approx(3 * whole + 4 * kept, rel=0.01)
+    assert work.rollout(config, sizes).model == pytest.approx(3 * whole + 4 * kept, rel=0.01)
     assert kept < 0.45 * whole
 
 
@@ -43,7 +47,7 @@ def test_a_whole_update(monkeypatch):
     config.method, config.rollout.steps = "direct_align", 1
     config.data.batch_size, config.data.height, config.data.width, config.data.text_length = 1, 96, 192, 24
     config.model.scan_unroll = 100
-    few = program.Architecture(FLUX, VAE, {"hps": CLIP})
+    few = Architecture(FAMILY, FLUX, VAE, {}, {"hps": CLIP})
     built = program.build(config, sharding.make_mesh(config.mesh), few)
     parts = work.update(config, few)
     assert tuple(parts) == work.PARTS
@@ -60,12 +64,11 @@ def test_a_whole_update(monkeypatch):
 def test_the_recipe():
     """25 steps of rollout and two gradients of the transformer are 31 forward passes, 1155 TFLOP."""
     config = default()
-    architecture, text = architectures.published(config, "flux-dev")
+    architecture = architectures.published(config, "flux-dev")
     parts = work.sample(config, architecture)
     assert parts["rollout"].model + parts["transformer"].model == pytest.approx(1155e12, rel=1e-3)
     assert parts["transformer"].model == pytest.approx(6 / 25 * parts["rollout"].model, rel=1e-3)
     assert parts["transformer"].hardware == pytest.approx(8 / 25 * parts["rollout"].model, rel=1e-3)
-    assert work.text_encoders(text, 512).model == pytest.approx(2 * 4.6e9 * 512, rel=0.1)
     config.data.images = "stored"
     offline = work.sample(config, architecture)
     assert offline["rollout"] == flops.Work(0.0, 0.0)

@@ -8,11 +8,11 @@ import pytest
 from helpers import tiny
 
 from srpo_jax import convert, text
-from srpo_jax.algorithm import rewards
 from srpo_jax.emoji import pictures, world
 from srpo_jax.emoji.judge import Judge, Judgement
 from srpo_jax.models import clip
 from srpo_jax.models.compute import bind
+from srpo_jax.rewards import clip as clip_rewards
 from srpo_jax.weights import folder
 
 LENGTH = 16
@@ -47,8 +47,10 @@ def test_probabilities_are_the_softmax_over_all_prompts(tiny_judge):
         [f"{style}. {concept.caption}" for style in world.STYLES for concept in world.world()],
         LENGTH,
     )
-    image = np.asarray(rewards.unit(model.encode_image(rewards.preprocess(images.astype(np.float32) / 255, 32))))
-    logits = np.exp(float(model.logit_scale[...])) * image @ np.asarray(rewards.unit(model.encode_text(ids))).T
+    image = np.asarray(
+        clip_rewards.unit(model.encode_image(clip_rewards.preprocess(images.astype(np.float32) / 255, 32)))
+    )
+    logits = np.exp(float(model.logit_scale[...])) * image @ np.asarray(clip_rewards.unit(model.encode_text(ids))).T
     joint = np.exp(logits - logits.max(-1, keepdims=True))
     joint = (joint / joint.sum(-1, keepdims=True)).reshape(5, 3, -1)
     np.testing.assert_allclose(judgement.styles, joint.sum(2), rtol=1e-3, atol=1e-6)

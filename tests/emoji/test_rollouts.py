@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from srpo_jax import config, metrics, program
+from srpo_jax import architectures, config, metrics
 from srpo_jax.costs import work
 from srpo_jax.data import images
 from srpo_jax.emoji import demo, pictures, rollouts, world
@@ -59,7 +59,7 @@ def test_cases_are_cheaper_rollouts(case, monkeypatch, tmp_path):
     config.validate(own)
     there, here = config.flatten(recipe), config.flatten(own)
     assert {key.split(".")[0] for key in here if here[key] != there[key]} == {"rollout", "sample"}
-    architecture = program.read_architecture(recipe)
+    architecture = architectures.read(recipe)
     cost = [work.sample(c, architecture)["rollout"].model for c in (own, recipe)]
     if case in ("int8", "float8"):
         assert cost[0] == cost[1] and own.rollout.dtype == case

@@ -10,11 +10,11 @@ import torch
 import transformers
 from helpers import parity
 
-from srpo_jax.algorithm import rewards
 from srpo_jax.emoji import train_clip
 from srpo_jax.emoji.pictures import SIZE
 from srpo_jax.models.clip import Clip
 from srpo_jax.models.compute import Compute, bind, build
+from srpo_jax.rewards import clip as clip_rewards
 from srpo_jax.weights import engine
 
 STYLES = train_clip.STYLES
@@ -79,7 +79,7 @@ def test_see_places(clip):
     places = np.asarray(vision["position_embedding"][1:])
     distances = np.linalg.norm(places[:, None] - places[None], axis=-1)
     assert distances[~np.eye(len(places), dtype=bool)].min() > 0.1
-    patches = rewards.preprocess(jnp.asarray(pictures(1)) / 255, SIZE)[0, :16, :16], jnp.ones((16, 16, 3))
+    patches = clip_rewards.preprocess(jnp.asarray(pictures(1)) / 255, SIZE)[0, :16, :16], jnp.ones((16, 16, 3))
     drawn, white = (np.linalg.norm(jnp.einsum("abc,abcd", x, vision["patch_embedding"]["kernel"])) for x in patches)
     assert white < 1e-3 * drawn
 
@@ -127,7 +127,7 @@ def test_export_loads_in_transformers(clip, tmp_path):
     theirs = transformers.CLIPModel.from_pretrained(tmp_path, dtype=torch.float32).eval()
     rounded = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16).astype(jnp.float32), params)
     model = bind(graphdef, rounded)
-    pixels = rewards.preprocess(jnp.asarray(pictures(2)) / 255, SIZE)
+    pixels = clip_rewards.preprocess(jnp.asarray(pictures(2)) / 255, SIZE)
     ids = np.array([[28, 3, 4, *[29] * 13], [28, 5, *[29] * 14]])
     with torch.no_grad():
         image = theirs.get_image_features(pixel_values=torch.tensor(np.moveaxis(np.asarray(pixels), -1, 1).copy()))

@@ -6,13 +6,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from srpo_jax import architectures
+from srpo_jax.families.flux import DEV
 from srpo_jax.models import clip
 from srpo_jax.models.compute import Compute, bind
 from srpo_jax.weights import folder
 
-FLUX = dataclasses.replace(architectures.FLUX_DEV, num_layers=1, num_single_layers=2)
-VAE = architectures.FLUX_VAE
+FLUX = dataclasses.replace(DEV.transformer, num_layers=1, num_single_layers=2)
+VAE = DEV.autoencoder
 CLIP = dataclasses.replace(
     clip.VIT_H_14,
     text_config=dataclasses.replace(clip.VIT_H_14.text_config, num_hidden_layers=2),

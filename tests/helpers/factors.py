@@ -5,15 +5,15 @@ import numpy as np
 import safetensors.numpy
 
 from srpo_jax.models import lora
-from srpo_jax.models.compute import Compute
 from srpo_jax.models.flux import FluxConfig
+from srpo_jax.weights import folder
 
 EVERYTHING = (".*",)
 
 
 def random_factors(config: FluxConfig, settings: lora.Lora, seed: int = 0):
     """Factors of which none is 0."""
-    like = lora.split(lora.abstract(config, Compute(), settings)[1])[0]
+    like = lora.split(lora.abstract(folder.constructor("flux", config), settings)[1])[0]
     generator = np.random.default_rng(seed)
     return jax.tree.map(lambda leaf: 0.2 * generator.normal(size=leaf.shape).astype(np.float32), like)
 

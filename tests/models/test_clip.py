@@ -16,9 +16,9 @@ from safetensors.numpy import load_file
 from safetensors.torch import save_file
 
 from srpo_jax import text
-from srpo_jax.algorithm import rewards
 from srpo_jax.models.clip import VIT_H_14, Clip, ClipConfig, ClipText, ClipTextConfig, end_positions
 from srpo_jax.models.compute import Compute, abstract, bind
+from srpo_jax.rewards import clip as clip_rewards
 from srpo_jax.weights import clip as tables
 from srpo_jax.weights import engine
 
@@ -296,12 +296,14 @@ def test_golden_embeddings(model, case):
         for row, theirs in zip(ids, (branch["prompt_ids"], branch["neg_prompt_ids"]), strict=True):
             np.testing.assert_array_equal(row[: len(theirs)], theirs)
         theirs = arrays[f"b{index}_text_emb"].reshape(2, -1)
-        ours = rewards.unit(jax.jit(network.encode_text)(ids))
+        ours = clip_rewards.unit(jax.jit(network.encode_text)(ids))
         np.testing.assert_allclose(ours, theirs / np.linalg.norm(theirs, axis=-1, keepdims=True), atol=2e-6)
         if f"b{index}_decoded" not in arrays:
             continue  # of the second case only a part of the pictures is kept
         decoded = arrays[f"b{index}_decoded"]
         pixels = jnp.clip(jnp.moveaxis(decoded.reshape(-1, *decoded.shape[-3:]), 1, -1) / 2 + 0.5, 0, 1)
         theirs = arrays[f"b{index}_image_emb"]
-        ours = rewards.unit(jax.jit(network.encode_image)(rewards.preprocess(pixels, config.vision_config.image_size)))
+        ours = clip_rewards.unit(
+            jax.jit(network.encode_image)(clip_rewards.preprocess(pixels, config.vision_config.image_size))
+        )
         np.testing.assert_allclose(ours, theirs / np.linalg.norm(theirs, axis=-1, keepdims=True), atol=2e-6)

@@ -16,10 +16,12 @@ from PIL import Image
 
 from srpo_jax import architectures, checkpoint, metrics, program, sharding, train, validation
 from srpo_jax import config as config_lib
-from srpo_jax.algorithm import flow, step
+from srpo_jax.algorithm import step
+from srpo_jax.algorithm.batch import Rollout
 from srpo_jax.algorithm.step import TrainState
 from srpo_jax.costs import timing, work
 from srpo_jax.errors import UserError
+from srpo_jax.families.flux import image_ids, text_ids
 from srpo_jax.models import compute, lora
 from srpo_jax.models.compute import Compute, join
 from srpo_jax.models.flux import FluxConfig
@@ -58,23 +60,23 @@ def test_forward_and_gradients_are_pefts():
     rows, columns, text = 4, 6, 5
     latents, words, pooled = (rng.normal(size=s).astype(np.float32) for s in ((2, 6, 64), (2, text, 24), (2, 20)))
     time, guidance = np.array([0.3, 0.9], np.float32), np.array([3.5, 1.0], np.float32)
-    image_ids, text_ids = flow.image_ids(rows, columns), flow.text_ids(text)
+    ids = image_ids(rows // 2, columns // 2), text_ids(text)
     cotangent = rng.normal(size=latents.shape).astype(np.float32)
     theirs = model(
         hidden_states=torch.tensor(latents), encoder_hidden_states=torch.tensor(words),
         pooled_projections=torch.tensor(pooled), timestep=torch.tensor(time), guidance=torch.tensor(guidance),
-        img_ids=torch.tensor(np.asarray(image_ids)), txt_ids=torch.tensor(np.asarray(text_ids)),
+        img_ids=torch.tensor(ids[0]), txt_ids=torch.tensor(ids[1]),
     ).sample  # fmt: skip
     (theirs * torch.tensor(cotangent)).sum().backward()
 
-    graphdef, like = lora.abstract(config, Compute(), settings)
+    graphdef, like = lora.abstract(folder.constructor("flux", config), settings)
     state = {name.replace(".base_layer", ""): p.detach().numpy()
              for name, p in model.named_parameters() if ".lora_" not in name}  # fmt: skip
     base = engine.to_params(tables.diffusers_rules(config), state, lora.split(like)[1])
 
     def product(factors):
         network = compute.bind(graphdef, compute.join(factors, base))
-        ours = network(latents, words, pooled, time, guidance, jnp.asarray(image_ids), jnp.asarray(text_ids))
+        ours = network(latents, words, pooled, time, guidance, *map(jnp.asarray, ids))
         return jnp.vdot(cotangent, ours), ours
 
     (_, ours), grads = jax.jit(jax.value_and_grad(product, has_aux=True))(factors)
@@ -88,7 +90,7 @@ def test_forward_and_gradients_are_pefts():
 def test_where_training_starts():
     """B is 0; A is peft's initial distribution, and of a layer the same whatever else is adapted."""
     some, all_of_them = (
-        lora.initial(lora.split(lora.abstract(tiny.FLUX, Compute(), lora.Lora(3, 3.0, t))[1])[0], 7)
+        lora.initial(lora.split(lora.abstract(folder.constructor("flux", tiny.FLUX), lora.Lora(3, 3.0, t))[1])[0], 7)
         for t in (("double_blocks.img_mlp.out_layer",), EVERYTHING)
     )
     a = some["double_blocks"]["img_mlp"]["out_layer"]["lora_a"]
@@ -107,7 +109,7 @@ def test_where_training_starts():
 def test_a_target_that_matches_nothing():
     config = config_lib.default()
     config.lora.rank, config.lora.targets = 4, ("double_blocks.img_attn.qkv", "blocks.to_q")
-    sizes = architectures.published(config, "flux-dev")[0]
+    sizes = architectures.published(config, "flux-dev")
     with pytest.raises(UserError, match=r"config\.lora\.targets: 'blocks\.to_q' matches no layer; there are double_bl"):
         program.build(config, sharding.make_mesh(config.mesh), sizes)
 
@@ -123,7 +125,7 @@ def test_bytes_of_flux_dev(kind, gigabytes):
     """What is stored, without a byte of it: the frozen transformer, and rank 16 with its two moments."""
     config = config_lib.default()
     config.lora.rank, config.lora.quantize = 16, kind
-    sizes = architectures.published(config, "flux-dev")[0]
+    sizes = architectures.published(config, "flux-dev")
     built = program.build(config, sharding.make_mesh(config.mesh), sizes)
     sizes = [nbytes(tree) for tree in (built.frozen.base, built.state.params)]
     assert sizes[0] / 1e9 == pytest.approx(gigabytes, abs=0.005)
@@ -140,7 +142,7 @@ SETTINGS = lora.Lora(2, 4.0, EVERYTHING)
 def adapted():
     """``updates``' networks, with random factors beside the transformer."""
     networks, params, frozen = updates.make_networks(Compute())
-    graphdef, _ = lora.abstract(updates.FLUX, Compute(), SETTINGS)
+    graphdef, _ = lora.abstract(folder.constructor("flux", updates.FLUX), SETTINGS)
     factors = jax.tree.map(jnp.asarray, random_factors(updates.FLUX, SETTINGS))
     return dataclasses.replace(networks, transformer=graphdef), factors, frozen._replace(base=params)
 
@@ -155,7 +157,7 @@ def test_gradients_of_every_method_are_those_of_merged_weights(adapted, batch, m
     """W' = W + s A B gives the same losses, and its gradient dW' those of the factors: s A' dW' and s dW' B'."""
     networks, factors, frozen = adapted
     recipe = updates.settings(method=method, margin=10.0)
-    draws = step.draw(recipe, jax.random.key(0), updates.BATCH)
+    draws = updates.draw(networks, recipe)
     grads, values = updates.gradient((networks, factors, frozen), recipe, batch, draws)
     flat = engine.flatten(jax.device_get(factors))
     source = engine.MemorySource(engine.flatten(jax.device_get(frozen.base)))
@@ -189,8 +191,8 @@ def test_how_a_batch_passes_changes_nothing(adapted, batch):
     states = []
     for changes in ({}, {"accumulation": 4}, {"accumulation": 2, "merge_terms": True, "reuse": 2}):
         recipe = updates.settings(ema_decay=0.5, **changes)
-        blank = jnp.zeros((updates.BATCH, recipe.tokens, 64))
-        kept = step.Rollout(blank, blank) if recipe.reuse > 1 else None
+        blank = jnp.zeros((updates.BATCH, *updates.TOKENS))
+        kept = Rollout(blank, blank) if recipe.reuse > 1 else None
         state = TrainState(jnp.int32(0), factors, optimizer.init(factors), factors, kept)
         state, _ = jax.jit(step.make_update(networks, recipe, optimizer))(state, frozen, batch, jax.random.key(0))
         states.append(jax.tree.map(lambda new, old: new - old, state.params, factors))
@@ -250,7 +252,7 @@ def test_a_run_of_another_kind_is_refused(whole, recipe, tmp_path):
 def test_benchmark_takes_a_lora_update_apart(recipe):
     """The parts' programs run, and the update's work is less than that of training all weights."""
     config, said = recipe(), []
-    sizes = program.read_architecture(config)
+    sizes = architectures.read(config)
     report = timing.benchmark(config, sizes, 1, ("rollout", "transformer", "optimizer"), said.append)
     plain = recipe(lora__rank=0, lora__quantize="none")
     full = work.update(plain, sizes)
@@ -263,7 +265,7 @@ def test_training_starts_from_a_file(recipe, models, tmp_path):
     settings = lora.Lora.from_config(config.lora)
     factors = engine.flatten(random_factors(tiny.FLUX, settings))
     write_file(config.lora.init, dict(weights_lora.exported(tiny.FLUX, factors, settings, weights_lora.DIFFUSERS)))
-    built = program.build(config, sharding.make_mesh(config.mesh), program.read_architecture(config))
+    built = program.build(config, sharding.make_mesh(config.mesh), architectures.read(config))
     state = program.initial_state(config, built)
     for tree in (state.params, state.ema):
         for name, leaf in engine.flatten(tree).items():
