@@ -10,7 +10,6 @@ import time
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from srpo_jax import config as config_lib
@@ -20,7 +19,6 @@ from srpo_jax.costs import hlo, roofline, topologies, work
 from srpo_jax.costs.hardware import GIB
 from srpo_jax.costs.topologies import Target
 from srpo_jax.errors import UserError
-from srpo_jax.models.compute import bind
 from srpo_jax.program import Architecture, Program
 from srpo_jax.weights import folder
 
@@ -74,18 +72,13 @@ def prepare(
 
 
 def _encoders(config: ConfigDict, text: TextArchitecture, built: Program) -> dict[str, Any]:
-    """Lays out the text encoders and traces them on a batch, as a run does, which may refuse them for the mesh."""
+    """Lays out the text encoders as a run does, which may not fit the mesh. Raises UserError."""
     if config.data.encode != "online" and not config.sample.every:
         return {}
-    found, split = {}, sharding.of_batch(built.mesh)
-    for network, sizes, length in (
-        ("clip_text", text.clip, text.clip.max_position_embeddings),
-        ("t5", text.t5, config.data.text_length),
-    ):
-        graphdef, params = folder.abstract(network, sizes, built.computes.text)
+    found = {}
+    for network, sizes in (("clip_text", text.clip), ("t5", text.t5)):
+        params = folder.abstract(network, sizes, built.computes.text)[1]
         found[network] = program.with_sharding(params, sharding.of_tree(built.mesh, network, params))
-        ids = jax.ShapeDtypeStruct((config.data.batch_size, length), jnp.int32, sharding=split)
-        jax.eval_shape(lambda params, ids, graphdef=graphdef: bind(graphdef, params)(ids), found[network], ids)
     return found
 
 
