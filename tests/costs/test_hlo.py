@@ -41,11 +41,11 @@ def compile_known_collectives():
 
 
 def test_known_collectives():
-    tests = pathlib.Path(__file__).parents[1]
+    here = pathlib.Path(__file__).parent
     flags = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
     child = subprocess.run(
         [sys.executable, "-c", "import test_hlo; test_hlo.compile_known_collectives()"],
-        env=os.environ | {"PYTHONPATH": f"{tests}:{tests.parent}", "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},
+        env=os.environ | {"PYTHONPATH": f"{here}:{here.parents[1]}", "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},
         capture_output=True,
         text=True,
     )
