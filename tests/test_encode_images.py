@@ -16,7 +16,6 @@ from helpers.photos import picture, write_folder
 from PIL import Image
 
 from srpo_jax import architectures, encode, inspect_data, latents, sharding
-from srpo_jax.algorithm.settings import LATENT_FACTOR
 from srpo_jax.data import images, stored
 from srpo_jax.errors import UserError
 from srpo_jax.families.flux import FLUX
@@ -163,9 +162,7 @@ def test_broken_pictures_are_named_and_skipped(model, broken, tmp_path, capsys):
     assert "1.png cannot be decoded" in told.err and "4 pictures in" in told.out
     kept = [tiny.PROMPTS[0], *tiny.PROMPTS[4:]]
     assert [example["prompt"] for example in read(tmp_path / "data")] == kept
-    np.testing.assert_array_equal(
-        read(tmp_path / "data")[0]["latents"].shape, (HEIGHT // LATENT_FACTOR, WIDTH // LATENT_FACTOR, 16)
-    )
+    np.testing.assert_array_equal(read(tmp_path / "data")[0]["latents"].shape, (HEIGHT // 8, WIDTH // 8, 16))
 
 
 def test_metadata_that_names_a_missing_file(model, tmp_path, capsys):

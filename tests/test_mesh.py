@@ -1,6 +1,7 @@
 """The mesh: sizes that fit, several TPU slices, and attention heads that its axis "tensor" does not divide."""
 
 import dataclasses
+import functools
 import json
 import os
 import pathlib
@@ -16,7 +17,7 @@ from jax.sharding import AbstractMesh
 from jax.sharding import PartitionSpec as P
 
 from srpo_jax import architectures, conditions, generate, program, sharding
-from srpo_jax.algorithm import rewards
+from srpo_jax.algorithm import preference
 from srpo_jax.data.loading import Examples
 from srpo_jax.errors import UserError
 from srpo_jax.models import clip
@@ -159,22 +160,19 @@ def encode_with_odd_heads(models):
         mesh = sharding.make_mesh(config.mesh, jax.devices()[: data * fsdp * tensor])
         architecture = architectures.read(config)
         built = program.build(config, mesh, architecture)
-        encode = conditions.text_encoders(config, built, architecture)
+        encode = conditions.prompt_encoder(config, built, architecture)
         prompts = [tiny.PROMPTS[i] for i in sharding.local_rows(mesh, 4)]
-        batch = conditions.Conditioner(config, built, architecture, encode).batch(Examples(prompts, {}), 1)
+        batch = conditions.Conditioner(config, built, encode).batch(Examples(prompts, {}), 1)
         frozen, names = program.load_frozen(config, built), built.networks.rewards
-        captions = jax.jit(lambda frozen, batch: prepare(built.networks.rewards, frozen.rewards, batch.reward_tokens))(
-            frozen, batch
-        )
+        prepared = jax.jit(functools.partial(preference.prepare, names))(frozen.rewards, batch.reward_tokens)
         pictures = np.random.default_rng(0).uniform(size=(4, 32, 48, 3)).astype(np.float32)
 
-        def total(images, frozen=frozen, captions=captions, names=names):
-            features = rewards.embed_images(names, frozen.rewards, images)
-            targets = {name: variants["caption"] for name, variants in captions.items()}
-            return rewards.mixture(names, frozen.rewards, features, targets).sum()
+        def total(images, frozen=frozen, prepared=prepared, names=names):
+            seen = preference.look(names, frozen.rewards, images)
+            return preference.mixture(names, frozen.rewards, seen, prepared, preference.plain(4)).sum()
 
         slope = jax.jit(jax.grad(total))(jax.device_put(pictures, sharding.of_batch(mesh)))
-        found = batch.text, batch.pooled, captions["clip"]["positive"], slope
+        found = *batch.condition.values(), prepared["clip"]["positive"], slope
         report.append([np.ravel(np.asarray(values)).tolist() for values in found])
     print(json.dumps(report))
 

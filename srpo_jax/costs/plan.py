@@ -10,7 +10,6 @@ import time
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from srpo_jax import config as config_lib
@@ -20,7 +19,6 @@ from srpo_jax.costs import hlo, roofline, topologies, work
 from srpo_jax.costs.hardware import GIB
 from srpo_jax.costs.topologies import Target
 from srpo_jax.errors import UserError
-from srpo_jax.models.compute import bind
 from srpo_jax.program import Program
 from srpo_jax.weights import folder
 
@@ -73,17 +71,14 @@ def prepare(
 
 
 def _encoders(config: ConfigDict, architecture: Architecture, built: Program) -> dict[str, Any]:
-    """Lays out the text encoders and traces them on a batch, as a run does, which may refuse them for the mesh."""
+    """Lays out the text encoders as a run does, which may not fit the mesh. Raises UserError."""
     if config.data.encode != "online" and not config.sample.every:
         return {}
-    found, split, family = {}, sharding.of_batch(built.mesh), architecture.family
-    lengths = family.text_lengths(architecture.text, config.data.text_length)
+    found = {}
     for part, sizes in architecture.text.items():
-        network = family.components[part].network
-        graphdef, params = folder.abstract(network, sizes, built.computes.text)
+        network = architecture.family.components[part].network
+        params = folder.abstract(network, sizes, built.computes.text)[1]
         found[part] = program.with_sharding(params, sharding.of_tree(built.mesh, network, params))
-        ids = jax.ShapeDtypeStruct((config.data.batch_size, lengths[part]), jnp.int32, sharding=split)
-        jax.eval_shape(lambda params, ids, graphdef=graphdef: bind(graphdef, params)(ids), found[part], ids)
     return found
 
 

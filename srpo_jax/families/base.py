@@ -199,10 +199,6 @@ class Family(abc.ABC):
         None puts whole arrays on the default device. Raises UserError for folders that are missing, or do not fit.
         """
 
-    def text_lengths(self, text: Mapping[str, Any], length: int) -> dict[str, int]:
-        """The ids of a prompt that each text encoder reads, by folder, for ``length`` tokens of a prompt."""
-        return dict.fromkeys(text, length)
-
     # --- the velocity ---
 
     @abc.abstractmethod

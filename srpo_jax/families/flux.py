@@ -3,7 +3,6 @@ guidance scale (dev) or none (schnell)."""
 
 import os
 import pathlib
-from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -128,10 +127,6 @@ class FluxFamily(Family):
     ) -> FluxTextEncoders:
         """CLIP-L and T5."""
         return FluxTextEncoders(path, compute, place)
-
-    def text_lengths(self, text: Mapping[str, Any], length: int) -> dict[str, int]:
-        """CLIP-L has a length of its own."""
-        return super().text_lengths(text, length) | {"text_encoder": text["text_encoder"].max_position_embeddings}
 
     def prepare(self, transformer: Flux, condition: Condition, time: jax.Array, guidance: jax.Array) -> Modulations:
         """Shifts, scales and gates of every block, which read the pooled text, the time and the guidance."""

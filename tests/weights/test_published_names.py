@@ -16,13 +16,16 @@ import torch
 import transformers
 from diffusers.loaders import single_file_utils
 
-from srpo_jax import architectures, exporting
+from srpo_jax import exporting
+from srpo_jax.families.flux import DEV
 from srpo_jax.weights import engine, folder, formats
 from srpo_jax.weights.files import Spec
 
 FACTS = pathlib.Path(__file__).parent / "flux1_dev.txt"
-TRANSFORMER, AUTOENCODER, TEXT = architectures.PIPELINES["flux-dev"]
-CONFIGS = {"flux": TRANSFORMER, "autoencoder": AUTOENCODER, "clip_text": TEXT.clip, "t5": TEXT.t5}
+CONFIGS = {
+    "flux": DEV.transformer, "autoencoder": DEV.autoencoder, "clip_text": DEV.text["text_encoder"],
+    "t5": DEV.text["text_encoder_2"],
+}  # fmt: skip
 
 
 def expanded(name):
