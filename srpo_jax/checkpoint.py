@@ -11,6 +11,7 @@ when all of it is there. They can be restored onto any mesh.
 """
 
 import contextlib
+import itertools
 import json
 import math
 import os
@@ -104,6 +105,12 @@ def deadline_of(state: TrainState) -> float:
     return LEAST_DEADLINE + size / SLOWEST
 
 
+def _free_name(path: epath.Path) -> epath.Path:
+    """Where a checkpoint that is not complete goes: ``STEP.incomplete``, or with a number behind it."""
+    names = itertools.chain(["incomplete"], (f"incomplete.{number}" for number in itertools.count(2)))
+    return next(place for name in names if not (place := path.with_name(f"{path.name}.{name}")).exists())
+
+
 class Checkpoints:
     """The checkpoints of a run that is being trained.
 
@@ -122,7 +129,7 @@ class Checkpoints:
                 # Orbax would count a bare numbered folder as a checkpoint, and refuse to write that step. In a bucket
                 # it removes what is not complete.
                 if path.name.isdecimal() and not _complete(path):
-                    path.rename(path.with_name(f"{path.name}.incomplete"))
+                    path.rename(_free_name(path))
         self._folder = folder
         self._workdir, self._deadline = workdir, deadline
         self._manager = ocp.CheckpointManager(

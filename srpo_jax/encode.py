@@ -37,7 +37,7 @@ from jax.sharding import Mesh
 from srpo_jax import architectures, command, conditions, distributed, errors, latents, sharding
 from srpo_jax.config import DTYPES
 from srpo_jax.data import filters, images, sources, stored
-from srpo_jax.data.images import Images
+from srpo_jax.data.images import PictureSet
 from srpo_jax.errors import UserError
 from srpo_jax.families.base import AUTOENCODER
 from srpo_jax.models.compute import Compute
@@ -63,7 +63,7 @@ def encode_prompts(
     batch_size: int | None = None,
     shard_size: int | None = None,
     source: str = "",
-    pictures: Images | None = None,
+    pictures: PictureSet | None = None,
 ) -> stored.Manifest:
     """Writes the text encoders' features of prompts as a data set, or what is missing of it.
 
@@ -291,7 +291,7 @@ def _read_prompts(args: argparse.Namespace, chosen: filters.Filter) -> tuple[lis
     return [prompts[place] for place in places], f"{args.prompts}: {filters.describe(len(prompts), counts)}"
 
 
-def _read_images(args: argparse.Namespace, chosen: filters.Filter) -> tuple[list[str], str, Images]:
+def _read_images(args: argparse.Namespace, chosen: filters.Filter) -> tuple[list[str], str, PictureSet]:
     """The captions of the pictures that are chosen, how many were not, in a line, and the pictures, examined.
 
     Process 0 names every picture that cannot be used. Raises UserError if there is one, unless ``--broken=skip``.
@@ -315,7 +315,7 @@ def _read_images(args: argparse.Namespace, chosen: filters.Filter) -> tuple[list
     kept = [candidates[place] for place in whole]
     digest = images.digest([digests[place] for place in whole], height, width)
     summary = f"{args.images}: {filters.describe(total, counts, 'pictures')}"
-    return [picture.caption for picture in kept], summary, Images(kept, digest, height, width)
+    return [picture.caption for picture in kept], summary, PictureSet(kept, digest, height, width)
 
 
 if __name__ == "__main__":

@@ -145,7 +145,7 @@ def make_sampler(
             prepared = of_step(steps, index)
             return family.velocity(network, x, condition, prepared, look.height, look.width), memory
 
-        latents = flow.sample(velocity, noise, sigmas, memory=())
+        latents = flow.sample(velocity, noise, sigmas)
         decoded = family.decode(bind(autoencoder, autoencoder_params), latents, look.height, look.width)
         return to_bytes(to_unit_range(decoded))
 

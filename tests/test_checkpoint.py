@@ -66,13 +66,14 @@ def test_half_written_checkpoints_do_not_count(workdir):
     folder = workdir / "checkpoints"
     (folder / "4.orbax-checkpoint-tmp").mkdir()
     (folder / "7" / "params").mkdir(parents=True)
+    (folder / "7.incomplete").mkdir()  # an earlier one
     assert checkpoint.steps(workdir) == [2, 3]
     checkpoints = checkpoint.Checkpoints(workdir, keep=2)
     assert checkpoints.latest() == 3
     checkpoints.save(7, make_state(7), {})  # the place is free
     checkpoints.close()
     assert checkpoint.steps(workdir) == [3, 7]
-    assert sorted(path.name for path in folder.iterdir()) == ["3", "7", "7.incomplete"]
+    assert sorted(path.name for path in folder.iterdir()) == ["3", "7", "7.incomplete", "7.incomplete.2"]
 
 
 # --- export -----------------------------------------------------------------------------------------------------------

@@ -74,13 +74,13 @@ def sample(
     sigmas: np.ndarray,
     keep: jax.Array | None = None,
     solver: str = "euler",
-    memory: Any = None,
+    memory: Any = (),
 ) -> Any:
     """Integrates a velocity field over a schedule of noise levels, one evaluation a step.
 
     Args:
-      velocity: ``velocity(x, sigma)`` with a scalar ``sigma``; with a memory, ``velocity(x, sigma, index, memory) ->
-        (v, memory)``, where ``index`` counts the steps from 0.
+      velocity: ``velocity(x, sigma, index, memory) -> (v, memory)`` with a scalar ``sigma``; ``index`` counts the steps
+        from 0.
       noise: the state at ``sigmas[0]``, float32, any shape with a leading batch axis.
       sigmas: noise levels ``[S + 1]``.
       keep: optional numbers of steps ``[B, n]`` (0 .. S - 1), counted from 0, at whose start a sample's state is kept.
@@ -102,10 +102,7 @@ def sample(
         (x, before, memory, kept), (index, sigma, sigma_next, ahead) = carry, inputs
         if keep is not None:
             kept = jnp.where(per_sample(keep == index, x.ndim + 1), x[:, None], kept)
-        if memory is None:
-            v = velocity(x, sigma)
-        else:
-            v, memory = velocity(x, sigma, index, memory)
+        v, memory = velocity(x, sigma, index, memory)
         if solver == "ab2":
             v = v.astype(jnp.float32)
             v, before = v + ahead * (v - before), v

@@ -13,6 +13,7 @@ from srpo_jax.emoji import pictures, world
 from srpo_jax.emoji.flow_data import FlowData
 from srpo_jax.emoji.flow_networks import FlowNetworks
 from srpo_jax.families.flux import FLUX, pipeline_schedule
+from srpo_jax.families.guidance import classifier_free
 from srpo_jax.models.compute import Params, bind
 from srpo_jax.weights import folder
 
@@ -48,12 +49,12 @@ class SampleSheet:
             blank = jnp.full_like(rows, data.empty)
             empty = networks.encode(params, data.t5_ids[blank], data.clip_ids[blank])
 
-            def velocity(x: jax.Array, sigma: jax.Array) -> jax.Array:
+            def velocity(x: jax.Array, sigma: jax.Array, _: jax.Array, memory: tuple) -> tuple[jax.Array, tuple]:
                 level, one = jnp.full(len(x), sigma), jnp.ones(len(x))
                 if distilled:
-                    return networks.velocity(params, x, level, guidance * one, given)
-                unconditional = networks.velocity(params, x, level, one, empty)
-                return unconditional + guidance * (networks.velocity(params, x, level, one, given) - unconditional)
+                    return networks.velocity(params, x, level, guidance * one, given), memory
+                conditional, without = (networks.velocity(params, x, level, one, read) for read in (given, empty))
+                return classifier_free(conditional, without, guidance * one), memory
 
             model = bind(graphdef, decoder)
             return FLUX.decode(model, flow.sample(velocity, noise, sigmas), pictures.SIZE, pictures.SIZE)

@@ -145,13 +145,13 @@ def page(results: Results) -> report.Report:
         galleries=tuple(galleries(results)),
         charts=tuple(charts(results)),
         tables=(
-            report.Table(
+            report.PageTable(
                 "What was run",
                 ("part", "time"),
                 tuple((lap["part"], f"{lap['seconds']:.0f} s") for lap in content["laps"]),
             ),
-            report.Table("Environment", ("part", "version"), tuple(content["environment"].items())),
-            report.Table(
+            report.PageTable("Environment", ("part", "version"), tuple(content["environment"].items())),
+            report.PageTable(
                 "Configuration",
                 ("key", "value"),
                 tuple((key, str(value)) for key, value in content["config"].items()),
@@ -174,7 +174,7 @@ def galleries(results: Results) -> Iterator[report.Gallery]:
         for measured in moments.values():
             first = index * measured.images.shape[1]
             images = enumerate(measured.images[index], first)
-            columns.append(tuple(report.Picture(image, measured.judgement.note(place)) for place, image in images))
+            columns.append(tuple(report.Shown(image, measured.judgement.note(place)) for place, image in images))
         comparisons.append(report.Comparison(concept.caption, tuple(columns)))
     # Even steps through the table of concepts show animals, food, vehicles and signs alike.
     chosen = set(np.linspace(0, len(comparisons) - 1, min(SHOWN, len(comparisons))).round().astype(int).tolist())
