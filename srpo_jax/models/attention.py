@@ -122,10 +122,9 @@ def _splash(query, key, value, scale, causal, mesh=None, key_mask=None, interpre
     padded = length + pad
     block = next(size for size in SPLASH_BLOCKS if padded % size == 0)
     mask = (masks.CausalMask if causal else masks.FullMask)((padded, padded))
+    given = () if key_mask is None else (key_mask,)
 
-    masks = () if key_mask is None else (key_mask,)
-
-    def local(query, key, value, *masks):
+    def local(query, key, value, *seen):
         kernel = kernels.make_splash_mha(
             masks.MultiHeadMask([mask] * query.shape[2]),
             block_sizes=kernels.BlockSizes(*[block] * 8),
@@ -135,22 +134,22 @@ def _splash(query, key, value, scale, causal, mesh=None, key_mask=None, interpre
         )
         # Padding, and keys that are not seen, are a segment of their own, so that no token attends to them.
         queries = keys = (jnp.arange(padded) >= length).astype(jnp.int32)
-        for mask in masks:
+        if seen:
             queries = jnp.broadcast_to(queries, (query.shape[0], padded))
-            keys = 1 - jnp.pad(mask, ((0, 0), (0, pad))).astype(jnp.int32)
+            keys = 1 - jnp.pad(seen[0], ((0, 0), (0, pad))).astype(jnp.int32)
         heads_first = [_pad_length(x, pad).swapaxes(1, 2) for x in (query * scale, key, value)]
         segments = kernels.SegmentIds(q=queries, kv=keys)
-        out = jax.vmap(kernel, in_axes=(0, 0, 0, 0 if masks else None))(*heads_first, segments)
+        out = jax.vmap(kernel, in_axes=(0, 0, 0, 0 if seen else None))(*heads_first, segments)
         return out.swapaxes(1, 2)[:, :length].astype(query.dtype)
 
     if mesh is None:
-        return local(query, key, value, *masks)
+        return local(query, key, value, *given)
     spec = PartitionSpec(
         tuple(axis for axis in mesh.axis_names if axis != HEAD_AXIS),
         None,
         HEAD_AXIS if HEAD_AXIS in mesh.axis_names else None,
         None,
     )
-    specs = spec, spec, spec, *(PartitionSpec(spec[0], None) for _ in masks)
+    specs = spec, spec, spec, *(PartitionSpec(spec[0], None) for _ in given)
     split = jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=spec, check_vma=False)
-    return split(query, key, value, *masks)
+    return split(query, key, value, *given)
