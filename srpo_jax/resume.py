@@ -24,6 +24,7 @@ FREE = (
     *("optim.merge_terms", "optim.offload", "optim.accumulation", "rollout.gather", "rollout.unroll"),
     *("data.prompts", "data.path", "data.column", "lora.init"),
 )
+TOKENIZER = "tokenizer"  # of a reward's folder
 IMAGES_BEFORE = {"online": "rollout", "offline": "stored"}  # values of data.rollout, an earlier name of data.images
 
 
@@ -45,8 +46,10 @@ def fingerprints(config: ConfigDict) -> dict[str, str]:
     found = {"model.path": fingerprint.joined(parts.values())}
     for name, reward in used_rewards(config).items():
         path = pathlib.Path(reward.path)
-        of = [fingerprint.of_network(path), fingerprint.of_tokenizer(path / "tokenizer")]
-        found[f"reward.models.{name}.path"] = fingerprint.joined(of)
+        parts = [fingerprint.of_network(path)]
+        if (path / TOKENIZER).is_dir():
+            parts.append(fingerprint.of_tokenizer(path / TOKENIZER))
+        found[f"reward.models.{name}.path"] = fingerprint.joined(parts)
     return found
 
 

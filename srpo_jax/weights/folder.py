@@ -32,13 +32,15 @@ from srpo_jax.weights.files import SafetensorsFile, SafetensorsWriter, Spec, rea
 FORMAT = "srpo_jax/1"
 CONFIG, WEIGHTS = "config.json", "weights.safetensors"
 DEFAULT = Compute()
-# network: (module of srpo_jax.models, class of its config, class of the network)
+# network: (module, class of its config, class of the network). A config is a frozen dataclass with ``from_dict``; a
+# network is made by ``Class(config, compute, rngs=rngs)`` and has the table ``RULES`` of ``sharding``, a transformer
+# also ``STACKS``, the names of its stacks of blocks.
 NETWORKS = {
-    "flux": ("flux", "FluxConfig", "Flux"),
-    "autoencoder": ("autoencoder", "AutoencoderConfig", "Autoencoder"),
-    "clip": ("clip", "ClipConfig", "Clip"),
-    "clip_text": ("clip", "ClipTextConfig", "ClipText"),
-    "t5": ("t5", "T5Config", "T5Encoder"),
+    "flux": ("srpo_jax.models.flux", "FluxConfig", "Flux"),
+    "autoencoder": ("srpo_jax.models.autoencoder", "AutoencoderConfig", "Autoencoder"),
+    "clip": ("srpo_jax.models.clip", "ClipConfig", "Clip"),
+    "clip_text": ("srpo_jax.models.clip", "ClipTextConfig", "ClipText"),
+    "t5": ("srpo_jax.models.t5", "T5Config", "T5Encoder"),
 }
 
 
@@ -47,7 +49,7 @@ def classes(network: str) -> tuple[Any, Any]:
     if network not in NETWORKS:
         raise ValueError(f"network {network!r} is unknown; known: {', '.join(NETWORKS)}")
     module, config, constructor = NETWORKS[network]
-    module = importlib.import_module(f"srpo_jax.models.{module}")
+    module = importlib.import_module(module)
     return getattr(module, config), getattr(module, constructor)
 
 

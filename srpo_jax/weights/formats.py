@@ -36,7 +36,7 @@ class Format:
 
     def table(self, config: Any) -> Table:
         """The conversion rules for a network of this config."""
-        module = importlib.import_module(f"srpo_jax.weights.{folder.NETWORKS[self.network][0]}")
+        module = importlib.import_module(folder.NETWORKS[self.network][0].replace(".models.", ".weights."))
         return getattr(module, self.rules)(config)
 
     def __str__(self) -> str:
