@@ -1,6 +1,9 @@
 """Makes PNG files from prompts, as diffusers' FluxPipeline does, with converted weights or a checkpoint of a run.
 
 python -m srpo_jax.generate --model=models/flux-dev --prompts=prompts.txt --out=images --checkpoint=runs/hps
+
+A job of several processes starts the command in each, and the first one writes: on TPUs and under SLURM they find each
+other, elsewhere give --coordinator, --process_id and --process_count.
 """
 
 import argparse
@@ -20,7 +23,7 @@ from absl import logging
 from jax.sharding import Mesh
 from PIL import Image
 
-from srpo_jax import checkpoint, conditions, errors, program, sampling, sharding, storage, text
+from srpo_jax import checkpoint, conditions, distributed, errors, program, sampling, sharding, storage, text
 from srpo_jax.algorithm import flow
 from srpo_jax.config import ATTENTION, DTYPES, QUANTIZE
 from srpo_jax.data import sources
@@ -88,7 +91,7 @@ def generate(
     text_length: int | None = None,
     mesh: Mesh | None = None,
 ) -> list[pathlib.Path]:
-    """Makes one image a prompt and writes ``OUT/0000-words-of-the-prompt.png`` and so on.
+    """Makes one image a prompt and writes ``OUT/0000-words-of-the-prompt.png`` and so on; process 0 does, of a job.
 
     Args:
       model: pipeline folder in our format.
@@ -144,10 +147,10 @@ def generate(
     sampler = sampling.Sampler(mesh, function, tokens, batch_size)
     chunks = sampler.prepare(encode, prompts, seed=seed, noise=latents)
     files = [out / f"{index:04d}-{_words(prompt)}.png" for index, prompt in enumerate(prompts)]
-    pending = iter(files)
-    with tqdm.tqdm(total=len(prompts), unit="image", disable=not sys.stderr.isatty()) as bar:
+    pending, writes = iter(files), jax.process_index() == 0
+    with tqdm.tqdm(total=len(prompts), unit="image", disable=not (writes and sys.stderr.isatty())) as bar:
         for images in sampler.draw(params, decoder_params, chunks):
-            for image in images:
+            for image in images if writes else ():
                 sampling.save_image(Image.fromarray(image), next(pending))
             bar.update(len(images))
     return files
@@ -188,6 +191,9 @@ def _parser() -> argparse.ArgumentParser:
     for axis, default in (("data", 1), ("fsdp", -1), ("tensor", 1)):
         words = f"devices along this axis of the mesh; -1 is the rest (default: {default})"
         parser.add_argument(f"--{axis}", type=int, default=default, help=words)
+    parser.add_argument("--coordinator", metavar="HOST:PORT", help="of process 0, in a job of several processes")
+    parser.add_argument("--process_id", type=int, help="of this process, from 0")
+    parser.add_argument("--process_count", type=int, help="of the job")
     return parser
 
 
@@ -211,6 +217,11 @@ def main(arguments: list[str] | None = None) -> None:
             raise UserError(f"--{flag.replace('_', '-')}={getattr(args, flag)}: must be at least 1")
     if args.checkpoint is None and (args.step is not None or args.ema):
         raise UserError("--step and --ema choose from a --checkpoint; give one")
+    with distributed.job(args.coordinator, args.process_id, args.process_count):
+        _run(args)
+
+
+def _run(args: argparse.Namespace) -> None:
     lora = None if args.checkpoint is None else checkpoint.lora(args.checkpoint)
     if lora is None and args.quantize != "none":
         raise UserError(f"--quantize={args.quantize} is for the base of a LoRA run; give one as --checkpoint")
@@ -235,7 +246,8 @@ def main(arguments: list[str] | None = None) -> None:
         text_length=args.text_length,
         mesh=sharding.make_mesh(args),
     )
-    print(f"{len(files)} images in {args.out}")
+    if jax.process_index() == 0:
+        print(f"{len(files)} images in {args.out}")
 
 
 if __name__ == "__main__":
