@@ -15,6 +15,7 @@ Commands
   wait      until the slice is there
   install   copy this checkout to all workers and install it there; copy --data
   run       start training on all workers, in the background
+  python    run Python on all workers and wait for its end: encode, generate, ... as "-- -m srpo_jax.encode ..."
   logs      follow the log of a worker
   status    state of the slice, and of the training on each worker
   stop      stop training; the update in progress is finished and saved
@@ -51,6 +52,8 @@ Examples
       --config.model.path=data/models/flux-dev --config.reward.models.hps.path=data/models/hps \
       --config.data.prompts=data/prompts.txt --config.sample.prompts=data/held_out.txt
   launch/tpu_pod.sh logs
+  launch/tpu_pod.sh python -- -m srpo_jax.generate --model=data/models/flux-dev --prompt="a fox" \
+      --checkpoint=gs://BUCKET/runs/hps --out=gs://BUCKET/images
   launch/tpu_pod.sh resume --spot --watch --config=... --workdir=... -- ...     # flags of create, install and run
   launch/tpu_pod.sh delete
 HELP
@@ -220,7 +223,7 @@ resume() {
 
 # --- command line -----------------------------------------------------------------------------------------------------
 
-parse "create wait install run logs status stop resume delete" \
+parse "create wait install run python logs status stop resume delete" \
   "name zone project type runtime slices create-flags data config workdir worker grace poll ssh-flags" "spot watch" "$@"
 require name zone
 require_tool gcloud "see https://cloud.google.com/sdk/docs/install"
@@ -249,6 +252,10 @@ case $COMMAND in
   wait) wait_until_active ;;
   install) install ;;
   run) start ;;
+  python)
+    ((${#TRAINING[@]})) || fail "nothing to run; give words of Python, as -- -m srpo_jax.encode --model=..."
+    workers python "${TRAINING[@]}"
+    ;;
   logs) remote 0 "${FLAG[worker]:-0}" 'tail -n 100 -F ~/srpo_jax/run.log' ;;
   status)
     describe

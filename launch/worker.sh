@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # What launch/tpu_pod.sh does on a worker, in the copy of the checkout that lies there:
 #   worker.sh install [gs://DATA]     worker.sh start WORDS OF PYTHON...     worker.sh stop SECONDS     worker.sh status
+#   worker.sh python WORDS OF PYTHON...
 # Files: run.log, run.pid of the newest training, run.exit with its exit code once it has ended.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -23,7 +24,7 @@ install() {
   touch .venv/.installed
 }
 
-start() {
+ready() {
   if ! installed; then
     echo "error: the installation here is not complete; use launch/tpu_pod.sh install" >&2
     exit 1
@@ -32,6 +33,15 @@ start() {
     echo "error: training runs here already; use launch/tpu_pod.sh stop" >&2
     exit 1
   fi
+}
+
+python() {
+  ready
+  exec .venv/bin/python "$@"
+}
+
+start() {
+  ready
   rm -f run.exit run.pid
   # A session of its own outlives the connection and can be signalled as a whole.
   nohup setsid launch/worker.sh supervise "$@" >>run.log 2>&1 </dev/null &

@@ -134,10 +134,13 @@ def main(arguments: list[str] | None = None) -> None:
             raise UserError("--step and --ema choose from a --checkpoint; give one")
         transformer = lora = None
         if args.checkpoint is not None:
+            import jax
             from absl import logging
 
             from srpo_jax import checkpoint
 
+            # On a worker of a TPU slice, JAX would wait for the others to use chips that nothing here needs.
+            jax.config.update("jax_platforms", "cpu")
             logging.set_verbosity(logging.ERROR)  # Orbax warns of a file that one item of a checkpoint never has
             transformer = checkpoint.load_params(args.checkpoint, args.step, args.ema)
             lora = checkpoint.lora(args.checkpoint)

@@ -6,6 +6,7 @@ import importlib.util
 import os
 import re
 import sys
+import threading
 import traceback
 from collections.abc import Iterator
 
@@ -23,6 +24,8 @@ SLURM = ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_NTASKS", "SLURM_PROCID", 
 # Seconds without a sign of life after which a process counts as lost, and those that are left end (see ``pulse``). JAX
 # has signs of its own, and aborts with many words: it gets twice the time.
 HEARTBEAT = 60
+# Seconds in which all processes of a job have to be there, and after which one that waits says so.
+ARRIVAL, SAY_SO = 300, 15
 # Seconds in which what all processes do together, as an update, has to come to its end.
 PATIENCE = 1800
 # What the libraries say of it: transports (Gloo between CPUs, NCCL between GPUs), JAX's coordination service, and the
@@ -93,7 +96,37 @@ def _initialize(*place: str | int) -> None:
     # Between CPUs, Gloo tells messages apart by their order alone. Programs that are started without waiting for the
     # one before, as the text encoders beside an update, send theirs in an order that differs from process to process.
     jax.config.update("jax_cpu_enable_async_dispatch", False)
-    jax.distributed.initialize(*place, heartbeat_timeout_seconds=2 * HEARTBEAT)
+    with _arrival():
+        jax.distributed.initialize(*place, heartbeat_timeout_seconds=2 * HEARTBEAT, initialization_timeout=2 * ARRIVAL)
+
+
+@contextlib.contextmanager
+def _arrival() -> Iterator[None]:
+    """For a block that waits until all processes are there; JAX itself waits in silence, and aborts in the end."""
+    remedy = (
+        "start the command on all machines of the job (on a TPU slice: launch/tpu_pod.sh python -- ...), or with "
+        "JAX_PLATFORMS=cpu to work on this one alone"
+    )
+
+    def give_up() -> None:
+        print(f"error: not all processes of this job have come within {ARRIVAL} s; {remedy}", file=sys.stderr)
+        sys.stderr.flush()
+        os._exit(pulse.LOST)
+
+    timers = [
+        threading.Timer(
+            SAY_SO, print, (f"waiting for the other processes of this job: {remedy}",), {"file": sys.stderr}
+        ),
+        threading.Timer(ARRIVAL, give_up),
+    ]
+    for timer in timers:
+        timer.daemon = True
+        timer.start()
+    try:
+        yield
+    finally:
+        for timer in timers:
+            timer.cancel()
 
 
 def _signs_of_life() -> contextlib.AbstractContextManager[None]:

@@ -1,8 +1,12 @@
 """Makes PNG files from prompts, as the pipeline's own inference does, with converted weights or a checkpoint of a run.
 
 python -m srpo_jax.generate --model=models/flux-dev --prompts=prompts.txt --out=images --checkpoint=runs/hps
+
+A job of several processes starts the command in each, and the first one writes: on TPUs and under SLURM they find each
+other, elsewhere give --coordinator, --process-id and --process-count.
 """
 
+import argparse
 import dataclasses
 import os
 import pathlib
@@ -19,7 +23,7 @@ from absl import logging
 from jax.sharding import Mesh
 from PIL import Image
 
-from srpo_jax import architectures, checkpoint, command, errors, program, sampling, sharding, storage, text
+from srpo_jax import architectures, checkpoint, command, distributed, errors, program, sampling, sharding, storage, text
 from srpo_jax.config import ATTENTION, DTYPES, QUANTIZE
 from srpo_jax.data import sources
 from srpo_jax.errors import UserError
@@ -92,7 +96,7 @@ def generate(
     text_length: int | None = None,
     mesh: Mesh | None = None,
 ) -> list[pathlib.Path]:
-    """Makes one image a prompt and writes ``OUT/0000-words-of-the-prompt.png`` and so on.
+    """Makes one image a prompt and writes ``OUT/0000-words-of-the-prompt.png`` and so on; process 0 does, of a job.
 
     Args:
       model: pipeline folder in our format.
@@ -137,10 +141,10 @@ def generate(
     )
     chunks = painter.prepare(tools.encode, prompts, seed=seed, noise=latents)
     files = [out / f"{index:04d}-{_words(prompt)}.png" for index, prompt in enumerate(prompts)]
-    pending = iter(files)
-    with tqdm.tqdm(total=len(prompts), unit="image", disable=not sys.stderr.isatty()) as bar:
+    pending, writes = iter(files), jax.process_index() == 0
+    with tqdm.tqdm(total=len(prompts), unit="image", disable=not (writes and sys.stderr.isatty())) as bar:
         for images in painter.paint(params, tools.params, chunks):
-            for image in images:
+            for image in images if writes else ():
                 sampling.save_image(Image.fromarray(image), next(pending))
             bar.update(len(images))
     return files
@@ -180,6 +184,7 @@ def _parser() -> command.Parser:
     add("--dtype", choices=DTYPES, help="default: float32 on CPU, bfloat16 on accelerators")
     add("--attention", choices=ATTENTION, default="xla", help="backend (default: xla)")
     command.add_mesh(parser)
+    command.add_job(parser)
     return parser
 
 
@@ -199,6 +204,11 @@ def main(arguments: list[str] | None = None) -> None:
         raise UserError(f"--column={args.column} is of --prompts; leave it out")
     if args.checkpoint is None and (args.step is not None or args.ema):
         raise UserError("--step and --ema choose from a --checkpoint; give one")
+    with distributed.job(args.coordinator, args.process_id, args.process_count):
+        _run(args)
+
+
+def _run(args: argparse.Namespace) -> None:
     lora = None if args.checkpoint is None else checkpoint.lora(args.checkpoint)
     if lora is None and args.quantize != "none":
         raise UserError(f"--quantize={args.quantize} is for the base of a LoRA run; give one as --checkpoint")
@@ -223,7 +233,8 @@ def main(arguments: list[str] | None = None) -> None:
         text_length=args.text_length,
         mesh=sharding.make_mesh(args),
     )
-    print(f"{len(files)} images in {args.out}")
+    if jax.process_index() == 0:
+        print(f"{len(files)} images in {args.out}")
 
 
 if __name__ == "__main__":

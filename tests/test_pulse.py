@@ -79,6 +79,23 @@ def test_a_process_that_hangs_ends_the_other(event, struck, reason):
     assert seconds < 6 * SILENCE  # JAX alone took twice its own time
 
 
+def test_a_process_whose_others_do_not_come_says_what_to_do():
+    code = f"""
+from srpo_jax import distributed
+distributed.ARRIVAL, distributed.SAY_SO = 3, 1
+with distributed.job("127.0.0.1:{free_port()}", 0, 2):
+    pass
+"""
+    root = pathlib.Path(pulse.__file__).parents[1]
+    child = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, timeout=100)
+    assert child.returncode == pulse.LOST, child.stderr
+    waiting, error = child.stderr.splitlines()
+    assert waiting.startswith("waiting for the other processes of this job: start the command on all machines")
+    assert (
+        error.startswith("error: not all processes of this job have come within 3 s") and "JAX_PLATFORMS=cpu" in error
+    )
+
+
 def test_a_process_that_has_nothing_more_to_do_is_not_lost():
     code, told, _ = run_two("leave", 1)
     assert code == 0, told

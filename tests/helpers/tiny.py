@@ -92,9 +92,11 @@ def write_all(path: pathlib.Path) -> pathlib.Path:
 
 def read_arrays(folder: pathlib.Path) -> dict[str, np.ndarray]:
     """The arrays of one item of a checkpoint, by path, whatever devices wrote them."""
-    tree = ocp.StandardCheckpointer().metadata(folder.absolute()).item_metadata.tree
+    with ocp.StandardCheckpointer() as checkpointer:
+        tree = checkpointer.metadata(folder.absolute()).item_metadata.tree
     how = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
-    found = ocp.PyTreeCheckpointer().restore(folder.absolute(), args=ocp.args.PyTreeRestore(restore_args=how))
+    with ocp.PyTreeCheckpointer() as checkpointer:
+        found = checkpointer.restore(folder.absolute(), args=ocp.args.PyTreeRestore(restore_args=how))
     return {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(found)}
 
 

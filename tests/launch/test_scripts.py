@@ -13,7 +13,7 @@ from helpers.launching import AWKWARD, CONFIG, LAUNCH, ROOT, TPU, dry, launch
 
 COMMANDS = {
     "local.sh": ("install", "run"),
-    "tpu_pod.sh": ("create", "wait", "install", "run", "logs", "status", "stop", "resume", "delete"),
+    "tpu_pod.sh": ("create", "wait", "install", "run", "python", "logs", "status", "stop", "resume", "delete"),
     "gke_xpk.sh": ("image", "create", "list", "logs", "delete"),
     "slurm.sh": ("",),
 }
@@ -70,6 +70,7 @@ def test_scripts_run_anywhere_and_name_nobody(script):
         (["local.sh", "install", "--python=python9"], "python9 is not installed; install Python 3.11 or newer"),
         (["tpu_pod.sh", "status", "--zone=z"], "--name is missing"),
         (["tpu_pod.sh", "create", *TPU, "--dry-run"], "--type is missing"),
+        (["tpu_pod.sh", "python", *TPU, "--dry-run"], "nothing to run; give words of Python"),
         (["tpu_pod.sh", "create", *TPU, "--type=v9-8", "--dry-run"], "--type=v9-8 has no default software version"),
         (["tpu_pod.sh", "create", *TPU, "--type=v4-8", "--slices=0", "--dry-run"], "--slices=0 is not a whole number"),
         (["tpu_pod.sh", "install", *TPU, "--data=/data", "--dry-run"], "--data=/data is not a gs:// folder"),

@@ -47,6 +47,9 @@ def test_tpu_commands_reach_the_workers():
                         "--command=tail -n 100 -F ~/srpo_jax/run.log"]  # fmt: skip
     [wait] = dry("tpu_pod.sh", "wait", *TPU)
     assert wait == [*QR, "describe", "pod", "--zone=us-east5-a", "--format=value(state.state)"]
+    [words] = dry("tpu_pod.sh", "python", *TPU, "--dry-run", "--", "-m", "srpo_jax.generate", "--prompt=a fox")
+    assert words[:-1] == [*QR, "ssh", "pod", *everywhere]
+    assert words[-1].endswith("launch/worker.sh python -m srpo_jax.generate --prompt='a fox' --dry-run")
     [stop] = dry("tpu_pod.sh", "stop", *TPU, "--grace=60")
     assert stop[-1].endswith("launch/worker.sh stop 60")
     described, progress = dry("tpu_pod.sh", "status", *TPU)
@@ -153,7 +156,10 @@ def test_tpu_life_of_a_run(cloud):
     pod("run")
     assert pod("status").count("running") == 2
     assert "training runs here already" in pod("run", code=1)
+    assert "training runs here already" in pod("python", "--", "-c", "1", code=1)
     pod("stop")
+    (folder / "play").write_text("0")
+    assert pod("python", "--", "-m", "srpo_jax.encode").count("trains with -m srpo_jax.encode\n") == 2
     assert pod("status").count("ended with exit code 143") == 2
     log = (folder / "host1/srpo_jax/run.log").read_text()
     assert log.startswith(f"trains with -u -m srpo_jax.main {CONFIG} --workdir=gs://b/a\n")
