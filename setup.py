@@ -49,6 +49,7 @@ setuptools.setup(
         "sentencepiece",
         "tensorboardX",
         "tensorflow-datasets>=4.9.10",
+        "tensorstore",
         "tokenizers",
         "tqdm",
         "transformers>=5",

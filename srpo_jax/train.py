@@ -22,6 +22,7 @@ from srpo_jax import (
     checkpoint,
     conditions,
     distributed,
+    lock,
     metrics,
     program,
     pulse,
@@ -48,12 +49,19 @@ def train(config: ConfigDict, workdir: str | os.PathLike) -> int | None:
     Raises UserError for anything the user can mend, before anything is written if it can be known before, and if a
     metric is not finite: the checkpoints then end before that update.
     """
+    with lock.Lock(workdir) as held:
+        return _train(config, workdir, held)
+
+
+def _train(config: ConfigDict, workdir: str | os.PathLike, held: lock.Lock) -> int | None:
     # === Checks that need no device ===================================================================================
     validation.validate(config)
     validation.check_files(config)
     models = resume.fingerprints(config)
     checkpoint.check_workdir(workdir, config, models)
     workdir = storage.path(workdir)
+    if workdir.exists():
+        held.acquire()  # before the work that a second run would do in vain
     newest = distributed.largest(max(checkpoint.steps(workdir), default=0)) or None
     if newest is not None and newest >= config.steps:
         print(f"{workdir} has all of its {config.steps} updates; nothing to do")
@@ -76,6 +84,9 @@ def train(config: ConfigDict, workdir: str | os.PathLike) -> int | None:
     frozen = program.load_frozen(config, built)
 
     # === State: new, or of the newest checkpoint; from here on the workdir belongs to this run ========================
+    held.acquire()
+    if newest is None and checkpoint.steps(workdir):
+        raise UserError(f"another run has begun and left {workdir} meanwhile; the same command goes on from there")
     checkpoint.write_config(workdir, config, models)
     checkpoints = checkpoint.Checkpoints(workdir, config.checkpoint.keep, checkpoint.deadline_of(built.state))
     rows = sharding.local_rows(mesh, config.data.batch_size)
@@ -106,6 +117,7 @@ def train(config: ConfigDict, workdir: str | os.PathLike) -> int | None:
             started = time.perf_counter()
             while step < config.steps:
                 beat()
+                held.check()
                 step += 1
                 state, values = update(state, frozen, batch)
                 # The next batch is prepared while the devices are busy with this one. Updates that share a rollout
