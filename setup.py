@@ -34,6 +34,7 @@ setuptools.setup(
         "flax>=0.12.8",
         "fsspec",
         "ftfy>=6",
+        "google-crc32c",
         "grain>=0.2.18",
         "importlib_resources",  # tensorflow-datasets imports it and does not ask for it
         "jax>=0.10",

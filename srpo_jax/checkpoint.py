@@ -2,20 +2,24 @@
 
     WORKDIR/config.json                the run's configuration; WORKDIR is a local folder or gs://BUCKET/PATH
            /models.json                fingerprints of its models, see resume
+           /changes.jsonl              keys of the configuration that were changed on purpose, and when
     WORKDIR/checkpoints/STEP/params    the transformer's weights; with LoRA, its low-rank factors alone
                             /opt_state, /ema and /rollout (if there are)
                             /run       JSON: step, random seed, position in the data, configuration
+                            /checksums-P-of-N.json   of its files, see integrity; written when these are complete
 
 Arrays are written by every process, each its shards, while training goes on; a checkpoint appears under its final name
 when all of it is there. They can be restored onto any mesh.
 """
 
 import contextlib
-import itertools
+import datetime
 import json
 import math
 import os
-from collections.abc import Iterator
+import re
+import threading
+from collections.abc import Collection, Iterator
 from typing import Any
 
 import jax
@@ -26,13 +30,13 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from srpo_jax import config as config_lib
-from srpo_jax import distributed, pulse, resume, storage
+from srpo_jax import distributed, integrity, leftovers, pulse, resume, storage
 from srpo_jax.algorithm.step import TrainState
 from srpo_jax.errors import UserError
 from srpo_jax.models.compute import Params
 from srpo_jax.models.lora import Lora
 
-CONFIG, MODELS, CHECKPOINTS = "config.json", "models.json", "checkpoints"
+CONFIG, MODELS, CHANGES, CHECKPOINTS = "config.json", "models.json", "changes.jsonl", "checkpoints"
 COMMITTED = "_CHECKPOINT_METADATA"  # the file that Orbax puts into a checkpoint
 # The last file of a checkpoint in a bucket. On a disk, a checkpoint is complete when its folder has its final name.
 COMMITTED_IN_BUCKET = "commit_success.txt"
@@ -44,10 +48,13 @@ SLOWEST, LEAST_DEADLINE = 20e6, 1200.0
 # --- the workdir ------------------------------------------------------------------------------------------------------
 
 
-def check_workdir(workdir: str | os.PathLike, config: ConfigDict, models: dict[str, str]) -> None:
+def check_workdir(
+    workdir: str | os.PathLike, config: ConfigDict, models: dict[str, str], changes: Collection[str] = ()
+) -> None:
     """Checks that a run of ``config`` may start or go on in ``workdir``, which need not exist yet. Writes nothing.
 
-    ``models`` are the fingerprints of its models (``resume.fingerprints``).
+    ``models`` are the fingerprints of its models (``resume.fingerprints``); ``changes`` are keys, or groups of keys,
+    that may differ from what the workdir's run had.
 
     Raises UserError if it is not a folder, or a bucket that does not answer, or holds a run of another configuration
     (the message names what differs).
@@ -56,30 +63,97 @@ def check_workdir(workdir: str | os.PathLike, config: ConfigDict, models: dict[s
     storage.check(workdir)
     if workdir.exists() and not workdir.is_dir():
         raise UserError(f"--workdir={workdir} is a file; name a folder")
-    file = workdir / CONFIG
-    if not file.exists():
-        if (workdir / CHECKPOINTS).exists():
-            raise UserError(f"{workdir} holds checkpoints but no {CONFIG}; choose another --workdir")
+    there = read_config(workdir)
+    if there is None:
         return
-    try:
-        there = config_lib.flatten(json.loads(file.read_text(encoding="utf-8")))
-        known = workdir / MODELS
-        models_there = json.loads(known.read_text(encoding="utf-8")) if known.exists() else {}
-    except (ValueError, OSError) as error:
-        raise UserError(f"{file} or {MODELS} beside it cannot be read as JSON: {error}") from error
-    found = resume.differences(config_lib.flatten(config), there, models, models_there)
+    if not steps(workdir) and (left := leftovers.damaged(workdir / CHECKPOINTS, _complete)):
+        raise UserError(
+            f"{workdir / CHECKPOINTS} holds no checkpoint that can be read, but {', '.join(left)}; bring back a copy "
+            "of one, or choose another --workdir to begin anew"
+        )
+    found = resume.differences(config_lib.flatten(config), there, models, _read_models(workdir), changes)
     if found:
         more = f"; and {len(found) - 6} more" if len(found) > 6 else ""
         raise UserError(f"{workdir} holds a run of another config: {'; '.join(found[:6])}{more}. "
-                        "Choose another --workdir")  # fmt: skip
+                        "Choose another --workdir, or change a key of this run on purpose: --change=KEY")  # fmt: skip
 
 
-def write_config(workdir: str | os.PathLike, config: ConfigDict, models: dict[str, str]) -> None:
-    """Writes ``config.json`` and ``models.json``, each at once or not at all; process 0 does it for a job."""
+def write_config(
+    workdir: str | os.PathLike,
+    config: ConfigDict,
+    models: dict[str, str],
+    changes: Collection[str] = (),
+    step: int = 0,
+) -> None:
+    """Writes ``config.json`` and ``models.json``, each at once or not at all; process 0 does it for a job.
+
+    Those of the keys ``changes`` that had another value before are recorded in ``changes.jsonl``, with the ``step``
+    from which the new one holds.
+    """
     if jax.process_index() != 0:
         return
+    if changes and (there := read_config(storage.path(workdir))) is not None:
+        found = resume.changed(config_lib.flatten(config), there, changes)
+        now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+        lines = [
+            json.dumps({"time": now, "after_update": step, "key": key, "from": before, "to": after})
+            for key, (before, after) in found.items()
+        ]
+        if lines:
+            file = storage.path(workdir) / CHANGES
+            lines = [*(file.read_text(encoding="utf-8").splitlines() if file.exists() else []), *lines]
+            storage.write(file, "".join(f"{line}\n" for line in lines).encode())
     storage.write(storage.path(workdir) / CONFIG, f"{config_lib.to_json(config)}\n".encode())
     storage.write(storage.path(workdir) / MODELS, f"{json.dumps(models, indent=2)}\n".encode())
+
+
+def read_config(workdir: epath.Path) -> dict[str, Any] | None:
+    """The configuration of a run, flat, in the keys of the version that wrote it; None if there is no run.
+
+    It stands in ``config.json`` and, for the case that this is broken or gone, in every checkpoint. Raises UserError if
+    it can be read nowhere.
+    """
+    file, why = workdir / CONFIG, "is gone"
+    try:
+        if file.exists():
+            return config_lib.flatten(_object(file))
+    except PermissionError as error:
+        raise UserError(f"{file} cannot be read: {error.strerror}") from error
+    except (ValueError, OSError) as error:
+        why = f"cannot be read as JSON ({error})"
+    numbers = steps(workdir)
+    for step in reversed(numbers):
+        try:
+            found = _object(workdir / CHECKPOINTS / str(step) / "run" / "metadata")["config"]
+        except (ValueError, OSError, KeyError):
+            continue
+        if isinstance(found, dict):
+            leftovers.say(f"{file} {why}; the configuration in the checkpoint of update {step} is used in its place")
+            return found
+    if not file.exists() and not leftovers.damaged(workdir / CHECKPOINTS, _complete) and not numbers:
+        return None
+    raise UserError(
+        f"{file} {why}, and no checkpoint beside it holds the configuration; bring back a copy of it, or choose "
+        "another --workdir"
+    )
+
+
+def _read_models(workdir: epath.Path) -> dict[str, str]:
+    """The fingerprints of a run's models; {} where they cannot be read, or an earlier version wrote none."""
+    file = workdir / MODELS
+    try:
+        return _object(file) if file.exists() else {}
+    except (ValueError, OSError) as error:
+        leftovers.say(f"{file} cannot be read as JSON ({error}); models are told by their places")
+        return {}
+
+
+def _object(file: epath.Path) -> dict[str, Any]:
+    """A JSON object from a file. Raises ValueError if it is none, OSError."""
+    content = json.loads(file.read_text(encoding="utf-8"))
+    if not isinstance(content, dict):
+        raise ValueError("it holds no JSON object")
+    return content
 
 
 def steps(workdir: str | os.PathLike) -> list[int]:
@@ -96,6 +170,26 @@ def _complete(path: epath.Path) -> bool:
     return all((path / item).exists() for item in items)
 
 
+class Unreadable(UserError):
+    """A checkpoint is damaged; the message names what of it."""
+
+
+# What errors say that is not the checkpoint's fault: it may be read when the storage answers again, or memory is free.
+NOT_ITS_FAULT = (
+    r"\b(RESOURCE_EXHAUSTED|UNAVAILABLE|DEADLINE_EXCEEDED|PERMISSION_DENIED|UNAUTHENTICATED|ABORTED|CANCELLED)\b"
+)
+
+
+def _told(path: epath.Path, error: Exception) -> Exception:
+    """What to raise for an error in reading a checkpoint."""
+    if isinstance(error, UserError | MemoryError | jax.errors.JaxRuntimeError):
+        return error
+    words = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+    if isinstance(error, PermissionError | TimeoutError | ConnectionError) or re.search(NOT_ITS_FAULT, words):
+        return UserError(f"{path} cannot be read now ({words}); try again when its storage answers")
+    return Unreadable(f"{path} cannot be read ({words})")
+
+
 # --- training ---------------------------------------------------------------------------------------------------------
 
 
@@ -103,12 +197,6 @@ def deadline_of(state: TrainState) -> float:
     """Seconds in which a checkpoint of a state (``ShapeDtypeStruct`` leaves will do) has to be written."""
     size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
     return LEAST_DEADLINE + size / SLOWEST
-
-
-def _free_name(path: epath.Path) -> epath.Path:
-    """Where a checkpoint that is not complete goes: ``STEP.incomplete``, or with a number behind it."""
-    names = itertools.chain(["incomplete"], (f"incomplete.{number}" for number in itertools.count(2)))
-    return next(place for name in names if not (place := path.with_name(f"{path.name}.{name}")).exists())
 
 
 class Checkpoints:
@@ -124,14 +212,11 @@ class Checkpoints:
         folder = storage.absolute(storage.path(workdir)) / CHECKPOINTS
         if not storage.in_bucket(folder):
             folder.mkdir(parents=True, exist_ok=True)
-        if jax.process_index() == 0 and not storage.in_bucket(folder):
-            for path in folder.iterdir():
-                # Orbax would count a bare numbered folder as a checkpoint, and refuse to write that step. In a bucket
-                # it removes what is not complete.
-                if path.name.isdecimal() and not _complete(path):
-                    path.rename(_free_name(path))
+        if jax.process_index() == 0:
+            leftovers.sweep(folder, keep, _complete)
         self._folder = folder
         self._workdir, self._deadline = workdir, deadline
+        self._sealer: Sealer | None = None
         self._manager = ocp.CheckpointManager(
             folder,
             options=ocp.CheckpointManagerOptions(
@@ -145,21 +230,51 @@ class Checkpoints:
 
     def latest(self) -> int | None:
         """The step of the newest checkpoint; waits until what is being written is complete. Raises as ``save``."""
-        with self._in_time():
-            self._manager.wait_until_finished()
+        self._finish_seal()
         return max(steps(self._workdir), default=None)
 
+    def restore_newest(self, like: TrainState) -> tuple[int, TrainState, dict[str, Any]]:
+        """Reads the newest checkpoint that can be read, as ``restore`` does; returns its step too.
+
+        Others are named in a warning and set aside, as ``STEP.unreadable``. Raises UserError if there is none.
+        """
+        while found := steps(self._workdir):
+            path = self._folder / str(found[-1])
+            try:
+                return found[-1], *self.restore(found[-1], like)
+            except Unreadable as error:
+                why = error
+            leftovers.say(str(why), everywhere=True)  # only the process that has found it knows the file
+            if jax.process_index() == 0:
+                place = leftovers.set_aside(path, leftovers.UNREADABLE)
+                then = f"; the run goes on from update {found[-2]}" if found[1:] else ""
+                leftovers.say(f"{path} is set aside as {place.name}{then}")
+            distributed.largest(0)  # nobody looks before it has its new name
+            self._manager.reload()
+        raise UserError(
+            f"no checkpoint in {self._folder} can be read; nothing was deleted ({leftovers.UNREADABLE} is behind their "
+            "names): bring back a copy of one, or choose another --workdir to begin anew"
+        )
+
     def restore(self, step: int, like: TrainState) -> tuple[TrainState, dict[str, Any]]:
-        """Reads a checkpoint into the shapes, dtypes and shardings of ``like`` (``ShapeDtypeStruct`` leaves).
+        """Reads a checkpoint into the shapes, dtypes and shardings of ``like`` (``ShapeDtypeStruct`` leaves), after
+        its checksums have been checked. One without them, of an earlier version or of a run that was killed while they
+        were made, is read as it is, which is said.
 
         Returns:
           The state, and the dictionary that ``save`` was given.
 
-        Raises UserError if the checkpoint is not of such a state or cannot be read.
+        Raises Unreadable if the checkpoint is damaged, and UserError if it is of another state or the storage does not
+        answer.
         """
         path = self._folder / str(step)
         wanted = {name: getattr(like, name) for name in ARRAYS if getattr(like, name) is not None}
         try:
+            if not integrity.sealed(path):
+                leftovers.say(f"{path} has no checksums; it is read without being checked")
+            words = integrity.damage(path)
+            if distributed.largest(bool(words)):  # all go on from the same checkpoint
+                raise Unreadable(words or f"{path} is damaged, as another process of this job has found")
             stored = self._manager.item_metadata(step)
             for name, tree in wanted.items():
                 # Orbax casts to the dtype that is asked for and says nothing.
@@ -167,10 +282,8 @@ class Checkpoints:
             args = {name: ocp.args.StandardRestore(tree) for name, tree in wanted.items()}
             with pulse.bounded(self._deadline + distributed.PATIENCE, f"reading {path}"):
                 found = self._manager.restore(step, args=ocp.args.Composite(**args, run=ocp.args.JsonRestore()))
-        except (ValueError, KeyError, OSError, AttributeError) as error:
-            raise UserError(
-                f"{path} cannot be read ({str(error).splitlines()[0]}); delete it to go on from an earlier checkpoint"
-            ) from error
+        except Exception as error:  # of several libraries, which take a broken file for many things
+            raise _told(path, error) from error
         counter = jax.device_put(np.int32(step), like.step.sharding)
         return TrainState(step=counter, **{name: found[name] for name in wanted}), found["run"]
 
@@ -182,6 +295,7 @@ class Checkpoints:
         """
         if step in self._manager.all_steps():
             return
+        self._finish_seal()
         arrays = {name: getattr(state, name) for name in ARRAYS if getattr(state, name) is not None}
         args = {name: ocp.args.StandardSave(tree) for name, tree in arrays.items()}
         run = ocp.args.JsonSave(run | {"step": step})
@@ -191,12 +305,23 @@ class Checkpoints:
             saved = self._manager.save(step, args=ocp.args.Composite(**args, run=run), force=True)
         if not saved:
             raise RuntimeError(f"the checkpoint of step {step} was not written")
+        self._sealer = Sealer(self._folder / str(step))
 
     def close(self) -> None:
         """Waits until everything is written. Raises as ``save``."""
+        self._finish_seal()
         with self._in_time():
-            self._manager.wait_until_finished()
             self._manager.close()
+
+    def _finish_seal(self) -> None:
+        """Waits until the checkpoint that is being written is complete, and its checksums with it."""
+        try:
+            with self._in_time():
+                self._manager.wait_until_finished()
+        finally:
+            if self._sealer is not None:
+                self._sealer.finish()
+                self._sealer = None
 
     @contextlib.contextmanager
     def _in_time(self) -> Iterator[None]:
@@ -214,6 +339,30 @@ class Checkpoints:
                 f"a checkpoint was not written into {self._folder} within {self._deadline / 60:.0f} minutes, with no "
                 "process of the job lost: the storage is too slow or does not answer; choose a faster one for --workdir"
             ) from error
+
+
+class Sealer:
+    """Waits in a thread until a checkpoint is complete, and writes this process's share of its checksums then."""
+
+    def __init__(self, path: epath.Path):
+        self._path, self._told = path, threading.Event()
+        self._every = 2.0 if storage.in_bucket(path) else 0.2  # seconds between two looks
+        self._thread = threading.Thread(target=self._run, name="sealer", daemon=True)
+        self._thread.start()
+
+    def finish(self) -> None:
+        """Returns when it is done; to be called when the checkpoint is complete or will never be."""
+        self._told.set()
+        self._thread.join()
+
+    def _run(self) -> None:
+        while not (complete := _complete(self._path)) and not self._told.wait(self._every):
+            pass
+        try:
+            if complete or _complete(self._path):
+                integrity.seal(self._path)
+        except Exception as error:  # a checkpoint without them is one still
+            leftovers.say(f"checksums of {self._path} cannot be written ({error})")
 
 
 def _check_same(path: epath.Path, stored: Any, wanted: Any) -> None:
@@ -256,7 +405,10 @@ class StoredArray:
         for key in reversed(self._path):
             item, restore = {key: item}, {key: restore}
         args = ocp.args.PyTreeRestore(item=item, restore_args=restore, partial_restore=True)
-        found = ocp.PyTreeCheckpointer().restore(self._folder, args=args)
+        try:
+            found = ocp.PyTreeCheckpointer().restore(self._folder, args=args)
+        except Exception as error:  # as in ``Checkpoints.restore``
+            raise _told(self._folder, error) from error
         for key in self._path:
             found = found[key]
         return found
@@ -282,10 +434,23 @@ def load_params(workdir: str | os.PathLike, step: int | None = None, ema: bool =
     if step is not None and step not in found:
         raise UserError(f"{workdir} holds no checkpoint of step {step}; there are {', '.join(map(str, found))}")
     checkpoint = storage.absolute(workdir) / CHECKPOINTS / str(found[-1] if step is None else step)
+    left_out = [int(path.name) for path in checkpoint.parent.iterdir() if path.name.isdecimal()]
+    if step is None and max(left_out) > found[-1]:
+        leftovers.say(f"{checkpoint.parent / str(max(left_out))} is not complete; update {found[-1]} is used")
     folder = checkpoint / ("ema" if ema else "params")
     if not folder.is_dir():
         raise UserError(f"{folder.parent} holds no moving average; it was trained with optim.ema_decay=0")
-    tree = ocp.StandardCheckpointer().metadata(folder).item_metadata.tree
+    before = [number for number in found if number < int(checkpoint.name)]
+    other = f"; --step={before[-1]} is the checkpoint before it" if before else ""
+    if words := integrity.damage(checkpoint, [folder.name]):
+        raise UserError(words + other)
+    try:
+        tree = ocp.StandardCheckpointer().metadata(folder).item_metadata.tree
+        shapes = jax.tree.map(lambda meta: (tuple(meta.shape), np.dtype(meta.dtype)), tree)
+    except Exception as error:  # as in ``Checkpoints.restore``
+        raise UserError(f"{_told(folder, error)}{other}") from error
+    if not shapes:
+        raise UserError(f"{folder} cannot be read: it names no array{other}")
 
     def leaf(path: tuple, meta: Any) -> StoredArray:
         return StoredArray(folder, tuple(entry.key for entry in path), meta.shape, meta.dtype)
@@ -298,11 +463,21 @@ def lora(workdir: str | os.PathLike) -> Lora | None:
 
     Raises UserError if the run's configuration cannot be read.
     """
-    file = storage.path(workdir) / CONFIG
-    if not file.exists():  # not a run's, but a folder of checkpoints
+    workdir = storage.path(workdir)
+    try:
+        found = read_config(workdir)
+    except UserError:
+        if (workdir / CONFIG).exists():
+            raise
+        found = None
+    if found is None:  # not a run's, but a folder of checkpoints
         return None
     try:
-        content = json.loads(file.read_text(encoding="utf-8")).get("lora", {"rank": 0})
+        content = {
+            key.removeprefix("lora."): value
+            for key, value in resume.up_to_date(found).items()
+            if key.startswith("lora.")
+        }
         return Lora.from_config(ConfigDict(content))
-    except (ValueError, OSError, AttributeError) as error:
-        raise UserError(f"{file} cannot be read: {error}") from error
+    except (ValueError, TypeError, AttributeError) as error:
+        raise UserError(f"the configuration of {workdir} cannot be read: {error}") from error

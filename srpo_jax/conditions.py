@@ -42,6 +42,11 @@ class PromptEncoder:
         self._mesh, self._length = mesh, length
         self._apply = jax.jit(self._encoders.apply, out_shardings=sharding.of_batch(mesh))
 
+    @property
+    def params(self) -> Any:
+        """The encoders' weights, a tree."""
+        return self._encoders.params
+
     def __call__(self, prompts: Sequence[str], batch_size: int) -> Condition:
         """The condition [B, ...] in the compute dtype, split over the mesh.
 
@@ -80,6 +85,11 @@ class Conditioner:
         self._tokens = {
             name: built.networks.rewards[name].tokens(reward.path) for name, reward in used_rewards(config).items()
         }
+
+    @property
+    def encoder_params(self) -> Any:
+        """The weights of the text encoders, a tree; None if the examples come with their features."""
+        return None if self._encode is None else self._encode.params
 
     def batch(self, examples: Examples, step: int) -> Batch:
         """The batch of update ``step`` (counted from 1) from this process's examples."""

@@ -178,6 +178,9 @@ def default() -> ConfigDict:
     # The terms of a method (SRPO's two branches) pass as one larger batch and not one after the other: same update,
     # faster where there is memory for it.
     c.optim.merge_terms = False
+    # An update with a loss or gradient that is not finite changes nothing and is counted; after so many in a row the
+    # run ends, and says what was not finite first.
+    c.optim.patience = 3
     c.optim.ema_decay = 0.0  # of the moving average of the weights; 0 keeps none
 
     # --- what is written to the workdir ---

@@ -143,6 +143,12 @@ def _tpu() -> bool:
     return bool(chips) and importlib.util.find_spec("libtpu") is not None and (not wanted or "tpu" in wanted)
 
 
+def place() -> tuple[int, int]:
+    """(the number of this process in its job, how many there are), without asking JAX for devices."""
+    state = internals.global_state
+    return state.process_id or 0, state.num_processes or 1
+
+
 def largest(value: int) -> int:
     """The largest value that any process of the job has; every process has to ask at the same point."""
     if jax.process_count() == 1:

@@ -139,7 +139,7 @@ def _write(opened: _Opened, out: pathlib.Path, dtype: np.dtype | None) -> None:
     with byte_bar(form.network, specs, out) as bar, folder.writer(out, specs, bar.update) as file:
         for path, layer, array in engine.imported(table, weights, place):
             file.write(path, array, layer)
-    folder.write_config(out, form.network, config)
+    folder.finish(out, form.network, config)
 
 
 def _tokenizer_files(

@@ -24,10 +24,9 @@ import threading
 import time
 from typing import Any
 
-import jax
 import tensorstore as ts
 
-from srpo_jax import storage
+from srpo_jax import distributed, storage
 from srpo_jax.errors import UserError
 
 NAME = "run.lock"
@@ -44,7 +43,7 @@ class Lock:
 
     def __init__(self, workdir: str | os.PathLike):
         self._place = storage.absolute(storage.path(workdir)) / NAME
-        self._active = jax.process_index() == 0
+        self._active = distributed.place()[0] == 0
         self._me = _introduction()
         self._generation: bytes | None = None  # of what we wrote; None while we do not hold it
         self._lost_to: str | None = None

@@ -6,7 +6,6 @@ line up to its checkpoint.
 """
 
 import json
-import math
 import os
 import sys
 import tempfile
@@ -100,11 +99,6 @@ class Metrics:
             self._file.close()
             if self._temporary:
                 self._temporary.cleanup()
-
-
-def not_finite(values: dict[str, float]) -> list[str]:
-    """The names of metrics that are infinite or not a number."""
-    return [name for name, value in values.items() if not math.isfinite(value)]
 
 
 def read(workdir: str | os.PathLike) -> list[dict[str, Any]]:

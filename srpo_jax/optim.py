@@ -29,6 +29,7 @@ FLOAT8 = jnp.float8_e4m3fn
 # Parameters that are updated at a time. A larger stack of layers is updated layer by layer, in its own memory: what is
 # between gradient and weights, float32 all of it, is then as large as a layer and not as a stack.
 LARGEST = 2**26
+LARGEST_GRADIENT = 1e18  # whose square and its sums float32 holds
 
 
 class Optimizer(NamedTuple):
@@ -36,12 +37,16 @@ class Optimizer(NamedTuple):
 
     Attributes:
       init: ``init(params) -> state``.
-      apply: ``apply(params, grads, state, key, norm) -> (params, state)``: the parameters after the update, in their
-        dtypes. ``grads`` are float32 and ``norm`` is their global norm; ``key`` is for stochastic rounding.
+      apply: ``apply(params, grads, state, key, norm, good=True) -> (params, state)``: the parameters after the update,
+        in their dtypes. ``grads`` are float32 and ``norm`` is their global norm; ``key`` is for stochastic rounding.
+        Where ``good``, a boolean scalar, is false, both are as before, bit for bit; that takes no memory.
+      keeps_finite: ``keeps_finite(state, norm, largest) -> bool scalar``: whether an update by a finite gradient of
+        this norm leaves numbers finite, if none of the parameters is larger than ``largest``.
     """
 
     init: Callable[[Params], Any]
-    apply: Callable[[Params, Params, Any, jax.Array, jax.Array], tuple[Params, Any]]
+    apply: Callable[..., tuple[Params, Any]]
+    keeps_finite: Callable[[Any, jax.Array, jax.Array], jax.Array]
 
 
 class Moment(NamedTuple):
@@ -87,19 +92,20 @@ def make_optimizer(optim: Any) -> Optimizer:
             return Moment(values, None)
         return Moment(values, jax.tree.map(lambda p: jnp.ones(rounding.scale_shape(p.shape)), params))
 
+    def on_device(moments: tuple[Moment, Moment]) -> tuple[Moment, Moment]:
+        return jax.device_put(moments, jax.memory.Space.Device) if optim.offload else moments
+
     def read(moment: Moment) -> jax.Array:
-        moment = jax.device_put(moment, jax.memory.Space.Device) if optim.offload else moment
         return rounding.unscaled(rounding.Scaled(*moment)) if scaled else moment.values.astype(jnp.float32)
 
     def write(x: jax.Array, key: jax.Array, floor: bool) -> Moment:
-        moment = Moment(*rounding.scaled(x, dtype, key, floor)) if scaled else Moment(_store(x, dtype, key), None)
-        return jax.device_put(moment, jax.memory.Space.Host) if optim.offload else moment
+        return Moment(*rounding.scaled(x, dtype, key, floor)) if scaled else Moment(_store(x, dtype, key), None)
 
     def init(params: Params) -> AdamState:
         return AdamState(jnp.zeros((), jnp.int32), zeros(params), zeros(params))
 
     def apply(
-        params: Params, grads: Params, state: AdamState, key: jax.Array, norm: jax.Array
+        params: Params, grads: Params, state: AdamState, key: jax.Array, norm: jax.Array, good: jax.Array | bool = True
     ) -> tuple[Params, AdamState]:
         clip = jnp.minimum(1.0, optim.clip_norm / jnp.maximum(norm, jnp.finfo(jnp.float32).tiny))
         rate = schedule(state.count)
@@ -107,12 +113,16 @@ def make_optimizer(optim: Any) -> Optimizer:
         def change(p: jax.Array, mean: Moment, root: Moment, grad: jax.Array, key: jax.Array) -> tuple:
             """Of one parameter, or of one layer of a stack of them."""
             keys = jax.random.split(key, 3)
-            before = optax.ScaleByAdamState(state.count, read(mean), jnp.square(read(root)))
+            held = on_device((mean, root))
+            before = optax.ScaleByAdamState(state.count, read(held[0]), jnp.square(read(held[1])))
             direction, after = adam.update(grad * clip, before)
             old = p.astype(jnp.float32)
             new = old - rate * (direction + optim.weight_decay * old)
-            mean, root = write(after.mu, keys[0], floor=False), write(jnp.sqrt(after.nu), keys[1], floor=True)
-            return _store(new, p.dtype, keys[2]), mean, root
+            moments = write(after.mu, keys[0], floor=False), write(jnp.sqrt(after.nu), keys[1], floor=True)
+            made = _store(new, p.dtype, keys[2]), *moments
+            # Number by number, where the new one is made: the old tree is not kept beside the new one.
+            p, *moments = jax.tree.map(lambda new, old: jnp.where(good, new, old), made, (p, *held))
+            return p, *(jax.device_put(moments, jax.memory.Space.Host) if optim.offload else moments)
 
         structure = jax.tree.structure(params)
         columns = [_leaves(structure, tree) for tree in (params, state.mean, state.root, grads)]
@@ -121,9 +131,17 @@ def make_optimizer(optim: Any) -> Optimizer:
             for number, row in enumerate(zip(*columns, strict=True))
         ]
         params, mean, root = (_tree(structure, column) for column in zip(*changed, strict=True))
-        return params, AdamState(state.count + 1, mean, root)
+        return params, AdamState(state.count + jnp.asarray(good, jnp.int32), mean, root)
 
-    return Optimizer(init, apply)
+    def keeps_finite(state: AdamState, norm: jax.Array, largest: jax.Array) -> jax.Array:
+        # A clipped gradient is no larger than its norm, the first moment than the gradients, and what it is divided by
+        # is eps at the least: so far an update can move a parameter. Gradients whose squares are not finite come first.
+        clipped = jnp.minimum(norm, optim.clip_norm)
+        furthest = 2 * jnp.minimum(optim.clip_norm, LARGEST_GRADIENT) / optim.eps + optim.weight_decay * largest
+        after = largest + schedule(state.count) * furthest
+        return (clipped < LARGEST_GRADIENT) & (after < jnp.finfo(jnp.float32).max / 2)
+
+    return Optimizer(init, apply, keeps_finite)
 
 
 def _store(x: jax.Array, dtype: Any, key: jax.Array) -> jax.Array:

@@ -8,6 +8,7 @@ Models are told by their content, not by where they lie; prompts and pictures by
 
 import os
 import pathlib
+from collections.abc import Collection
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -21,7 +22,7 @@ from srpo_jax.weights import fingerprint
 # the order of sums). What prompts and pictures are is known by their digest, what the models are by their fingerprints.
 FREE = (
     *("steps", "checkpoint", "sample", "mesh", "remat", "compilation_cache", "model.scan_unroll", "model.attention"),
-    *("optim.merge_terms", "optim.offload", "optim.accumulation", "rollout.gather", "rollout.unroll"),
+    *("optim.merge_terms", "optim.patience", "optim.offload", "optim.accumulation", "rollout.gather", "rollout.unroll"),
     *("data.prompts", "data.path", "data.column", "lora.init"),
 )
 TOKENIZER = "tokenizer"  # of a reward's folder
@@ -54,18 +55,23 @@ def fingerprints(config: ConfigDict) -> dict[str, str]:
 
 
 def differences(
-    here: dict[str, Any], there: dict[str, Any], models: dict[str, str], models_there: dict[str, str]
+    here: dict[str, Any],
+    there: dict[str, Any],
+    models: dict[str, str],
+    models_there: dict[str, str],
+    allowed: Collection[str] = (),
 ) -> list[str]:
     """What forbids to resume one run as the other, each in words.
 
     Args:
       here, there: ``config.flatten`` results, that of the workdir in any version's keys.
       models, models_there: ``fingerprints``; a workdir of an earlier version has none.
+      allowed: keys, or groups of keys, that may change beside ``FREE``.
     """
     here, there = (_without_unused(flat) for flat in (here, up_to_date(there)))
     found = []
     for key in sorted(here.keys() | there.keys()):
-        if any(key == free or key.startswith(free + ".") for free in FREE):
+        if _is_among(key, (*FREE, *allowed)):
             continue
         before, now = there.get(key), here.get(key)
         if key in models and key in models_there:
@@ -74,6 +80,17 @@ def differences(
         elif before != now and not (key in models and _same_place(before, now)):
             found.append(f"{key} is {before!r} there, {now!r} here")
     return found
+
+
+def changed(here: dict[str, Any], there: dict[str, Any], allowed: Collection[str]) -> dict[str, tuple[Any, Any]]:
+    """(value there, value here) of the keys that differ and are, or belong to, ``allowed``; arguments as above."""
+    there = up_to_date(there)
+    keys = [key for key in sorted(here.keys() | there.keys()) if _is_among(key, allowed)]
+    return {key: (there.get(key), here.get(key)) for key in keys if there.get(key) != here.get(key)}
+
+
+def _is_among(key: str, names: Collection[str]) -> bool:
+    return any(key == name or key.startswith(name + ".") for name in names)
 
 
 def _same_place(before: Any, now: Any) -> bool:

@@ -67,6 +67,27 @@ def write(place: epath.Path, content: bytes) -> None:
     os.replace(partial, place)
 
 
+def rename(place: epath.Path, new: epath.Path) -> None:
+    """Gives a folder another name; in a bucket, its objects, one after the other. Raises UserError if one refuses."""
+    if not in_bucket(place):
+        place.rename(new)
+        return
+    try:
+        place.rename(new)
+    except Exception as error:
+        raise _refused(place, "renamed", error) from error
+
+
+def checksum(place: epath.Path) -> str:
+    """What a bucket says of an object's content, its CRC-32C or MD5; "" if this machine's package does not tell."""
+    if importlib.util.find_spec("gcsfs") is None:
+        return ""
+    import fsspec
+
+    found = fsspec.filesystem("gs").info(os.fspath(place))
+    return found.get("crc32c") or found.get("md5Hash") or ""
+
+
 def _refused(place: epath.Path, what: str, error: Exception) -> UserError:
     words = " ".join(f"{type(error).__name__}: {error}".split())[:300]
     return UserError(

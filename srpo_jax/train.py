@@ -4,6 +4,7 @@
 is compiled lives in ``program`` and ``step``.
 """
 
+import math
 import os
 import signal
 import sys
@@ -24,6 +25,7 @@ from srpo_jax import (
     distributed,
     lock,
     metrics,
+    nonfinite,
     program,
     pulse,
     resume,
@@ -40,25 +42,30 @@ from srpo_jax.errors import UserError
 from srpo_jax.models.compute import join
 
 
-def train(config: ConfigDict, workdir: str | os.PathLike) -> int | None:
+def train(config: ConfigDict, workdir: str | os.PathLike, changes: tuple[str, ...] = ()) -> int | None:
     """Trains until ``config.steps`` updates are done, going on from the newest checkpoint of ``workdir``.
+
+    Args:
+      config: of the run.
+      workdir: its folder.
+      changes: keys of ``config`` that may differ from what the run had so far.
 
     Returns:
       None, or the number of the signal (SIGINT, SIGTERM) that ended training early, its last update saved.
 
-    Raises UserError for anything the user can mend, before anything is written if it can be known before, and if a
-    metric is not finite: the checkpoints then end before that update.
+    Raises UserError for anything the user can mend, before anything is written if it can be known before, and if
+    ``optim.patience`` updates in a row are not finite: the newest checkpoint is then of the moment before them.
     """
     with lock.Lock(workdir) as held:
-        return _train(config, workdir, held)
+        return _train(config, workdir, changes, held)
 
 
-def _train(config: ConfigDict, workdir: str | os.PathLike, held: lock.Lock) -> int | None:
+def _train(config: ConfigDict, workdir: str | os.PathLike, changes: tuple[str, ...], held: lock.Lock) -> int | None:
     # === Checks that need no device ===================================================================================
     validation.validate(config)
     validation.check_files(config)
     models = resume.fingerprints(config)
-    checkpoint.check_workdir(workdir, config, models)
+    checkpoint.check_workdir(workdir, config, models, changes)
     workdir = storage.path(workdir)
     if workdir.exists():
         held.acquire()  # before the work that a second run would do in vain
@@ -87,16 +94,17 @@ def _train(config: ConfigDict, workdir: str | os.PathLike, held: lock.Lock) -> i
     held.acquire()
     if newest is None and checkpoint.steps(workdir):
         raise UserError(f"another run has begun and left {workdir} meanwhile; the same command goes on from there")
-    checkpoint.write_config(workdir, config, models)
+    checkpoint.write_config(workdir, config, models, changes, newest or 0)
     checkpoints = checkpoint.Checkpoints(workdir, config.checkpoint.keep, checkpoint.deadline_of(built.state))
     rows = sharding.local_rows(mesh, config.data.batch_size)
     stream = loading.batches(source, config.data.batch_size, config.seed, rows)
     if newest is not None:
-        state, run = checkpoints.restore(newest, built.state)
+        newest, state, run = checkpoints.restore_newest(built.state)
         if run["source"] != source.digest:
             raise UserError(f"{workdir} was trained on other prompts or pictures than now; choose another --workdir")
         stream.set_state(run["data"])
     step = newest or 0
+    skipped = nonfinite.Row(workdir, config.seed, config.optim.patience, run.get("skipped", 0) if newest else 0)
     report = metrics.Metrics(workdir, step, config.steps)
     report.say(f"{_describe(built)}; from update {step} to {config.steps} in {workdir}")
     report.say(source.summary)
@@ -118,6 +126,7 @@ def _train(config: ConfigDict, workdir: str | os.PathLike, held: lock.Lock) -> i
             while step < config.steps:
                 beat()
                 held.check()
+                before, used = (step, position), examples
                 step += 1
                 state, values = update(state, frozen, batch)
                 # The next batch is prepared while the devices are busy with this one. Updates that share a rollout
@@ -134,11 +143,17 @@ def _train(config: ConfigDict, workdir: str | os.PathLike, held: lock.Lock) -> i
                 # --- metrics ---
                 values = {name: value.item() for name, value in jax.device_get(values).items()}
                 seconds = time.perf_counter() - started
-                if broken := metrics.not_finite(values):
-                    raise UserError(
-                        f"update {step}: {', '.join(broken)} not finite; the newest checkpoint is of update "
-                        f"{checkpoints.latest()}. Try a lower config.optim.learning_rate"
-                    )
+                largest = values.pop("largest_weight")
+                if words := skipped.note(step, values, used, before):
+                    report.say(words)
+                if skipped.is_over or not math.isfinite(largest):
+                    good, read_from = skipped.before
+                    # The weights are still those of that moment; a rollout that began before it is another by now.
+                    if good and math.isfinite(largest) and good % config.rollout.reuse == 0:
+                        checkpoints.save(good, state, _position(config, source, read_from, skipped))
+                    with jax.transfer_guard("allow"):
+                        words = nonfinite.verdict(config, built, state, frozen, conditioner, skipped)
+                    raise UserError(f"{words}; the newest checkpoint is of update {checkpoints.latest() or 0}")
                 values |= {"step_seconds": seconds, "images_per_second": config.data.batch_size / seconds}
                 values["data_seconds"] = data_seconds  # a part of step_seconds, lost only if it comes near them
                 report.write(step, values)
@@ -146,11 +161,10 @@ def _train(config: ConfigDict, workdir: str | os.PathLike, held: lock.Lock) -> i
                 # --- checkpoint ---
                 # A signal reaches the processes of a job at different moments: all leave after the same update.
                 stop = distributed.largest(interruption.signal or 0) if step < config.steps else 0
-                if stop or step == config.steps or step % config.checkpoint.every == 0:
-                    run = {"seed": config.seed, "data": position, "source": source.digest}
-                    run["config"] = config_lib.flatten(config)
+                due = step % config.checkpoint.every == 0 and not skipped.steps
+                if stop or step == config.steps or due:
                     report.flush()
-                    checkpoints.save(step, state, run)
+                    checkpoints.save(step, state, _position(config, source, position, skipped))
                 if stop:
                     report.say(f"stopped after update {step}; the same command goes on from there")
                     return stop
@@ -165,6 +179,13 @@ def _train(config: ConfigDict, workdir: str | os.PathLike, held: lock.Lock) -> i
         if not distributed.is_loss(sys.exception()):
             checkpoints.close()
         report.close()
+
+
+def _position(config: ConfigDict, source: loading.ExampleSource, data: Any, skipped: nonfinite.Row) -> dict[str, Any]:
+    """What a checkpoint holds beside arrays: from where in the data the run goes on, and what tells that it is the same
+    run."""
+    run = {"seed": config.seed, "data": data, "source": source.digest, "skipped": skipped.total}
+    return run | {"config": config_lib.flatten(config)}
 
 
 class SampleGrid:

@@ -19,7 +19,7 @@ from diffusers.loaders import single_file_utils
 from helpers import references
 from helpers.folders import same_files, tensors
 
-from srpo_jax import checkpoint, convert, importing
+from srpo_jax import checkpoint, convert, importing, integrity
 from srpo_jax.algorithm.step import TrainState
 from srpo_jax.emoji import tokenizers
 from srpo_jax.errors import UserError
@@ -62,7 +62,7 @@ def ours(pipeline, tmp_path_factory):
 def test_import_keeps_the_dtype_and_takes_along_what_is_no_network(pipeline, ours, dtype):
     assert len(list((pipeline / "transformer").glob("*.safetensors"))) > 1
     for part in COMPONENTS:
-        assert sorted(os.listdir(ours / part)) == [folder.CONFIG, folder.WEIGHTS]
+        assert sorted(os.listdir(ours / part)) == [integrity.BESIDE, folder.CONFIG, folder.WEIGHTS]
         assert folder.read_config(ours / part)[0] == importing.COMPONENTS[part]
         assert {spec.dtype.name for spec in SafetensorsFile(ours / part / folder.WEIGHTS).specs.values()} == {dtype}
     for name in ("tokenizer", "tokenizer_2", "scheduler"):

@@ -15,7 +15,7 @@ from helpers.runs import arrays, assert_same, numbers
 from ml_collections import ConfigDict
 from PIL import Image
 
-from srpo_jax import architectures, checkpoint, conditions, config, encode, metrics, optim, program, sharding, train
+from srpo_jax import architectures, checkpoint, config, encode, metrics, optim, program, sharding, train
 from srpo_jax.data import loading
 from srpo_jax.errors import UserError
 from srpo_jax.weights import folder
@@ -42,7 +42,15 @@ def test_a_run_leaves_metrics_samples_checkpoints_and_its_config(whole, models):
     records = metrics.read(whole)
     assert [record["step"] for record in records] == [1, 2, 3, 4]
     names = {f"{term}/{name}" for term in ("denoise", "inversion") for name in ("loss", "reward", "caption_reward")}
-    assert set(records[0]) == names | {"step", "loss", "grad_norm", "step_seconds", "data_seconds", "images_per_second"}
+    assert set(records[0]) == names | {
+        "step",
+        "loss",
+        "grad_norm",
+        "skipped",
+        "step_seconds",
+        "data_seconds",
+        "images_per_second",
+    }
     assert checkpoint.steps(whole) == [2, 4]
     saved = json.loads((whole / "config.json").read_text())
     assert saved["optim"]["ema_decay"] == 0.5 and saved["data"]["prompts"] == str(models / "train.txt")
@@ -190,20 +198,6 @@ def test_a_terminated_run_saves_and_goes_on(whole, recipe, models, tmp_path):
 
 
 # --- what stops a run -------------------------------------------------------------------------------------------------
-
-
-def test_a_step_that_is_not_finite_ends_the_run_before_it_is_saved(recipe, tmp_path, monkeypatch):
-    made = conditions.Conditioner.batch
-
-    def poisoned(self, texts, step):
-        batch = made(self, texts, step)
-        return batch._replace(pooled=jax.jit(lambda x: x * np.float32(np.nan))(batch.pooled)) if step == 3 else batch
-
-    monkeypatch.setattr(conditions.Conditioner, "batch", poisoned)
-    with pytest.raises(UserError, match="update 3: .*loss.* not finite; the newest checkpoint is of update 2"):
-        train.train(recipe(steps=4, checkpoint__every=1, optim__ema_decay=0.5), tmp_path / "run")
-    assert checkpoint.steps(tmp_path / "run") == [1, 2]
-    assert [record["step"] for record in metrics.read(tmp_path / "run")] == [1, 2]
 
 
 @pytest.mark.parametrize(

@@ -197,6 +197,11 @@ def no_gradient(params: Params) -> Params:
     return jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params)
 
 
+def largest_of(params: Params) -> jax.Array:
+    """The largest absolute value among parameters, float32; NaN if one is."""
+    return jnp.stack([jnp.abs(leaf).max().astype(jnp.float32) for leaf in jax.tree.leaves(params)]).max()
+
+
 # --- the update -------------------------------------------------------------------------------------------------------
 
 
@@ -206,8 +211,12 @@ def make_update(
     """Builds ``update(state, frozen, batch, key) -> (state, metrics)``, pure and ready for ``jax.jit``.
 
     ``key`` is the update's own (derived from the seed and the step number). Metrics are float32 scalars:
-    ``NAME/loss``, ``NAME/reward`` and ``NAME/caption_reward`` for every term NAME, ``loss`` (their sum) and
-    ``grad_norm`` (before clipping).
+    ``NAME/loss``, ``NAME/reward`` and ``NAME/caption_reward`` for every term NAME, ``loss`` (their sum), ``grad_norm``
+    (before clipping), ``skipped`` and ``largest_weight``.
+
+    An update whose loss or gradient is not finite, or that could leave parameters which are not, changes nothing but
+    the step number and the kept rollout; ``skipped`` is 1 then, else 0. So finite weights stay finite for ever;
+    ``largest_weight``, the largest absolute value among them before the update, tells whether they were.
     """
     names = METHODS[settings.method].names(settings)
 
@@ -236,12 +245,18 @@ def make_update(
 
         norm = optax.tree.norm(grads)
         rounding_key = jax.random.fold_in(key, ROUNDING)
-        params, opt_state = optimizer.apply(state.params, grads, state.opt_state, rounding_key, norm)
+        loss, largest = metrics["loss"].sum(), largest_of(state.params)
+        good = jnp.isfinite(loss) & jnp.isfinite(norm) & optimizer.keeps_finite(state.opt_state, norm, largest)
+        params, opt_state = optimizer.apply(state.params, grads, state.opt_state, rounding_key, norm, good)
         ema = state.ema
         if ema is not None:
             decay = settings.ema_decay
-            ema = jax.tree.map(lambda old, new: decay * old + (1 - decay) * new.astype(jnp.float32), ema, params)
-        summary = {"loss": metrics["loss"].sum(), "grad_norm": norm}
+
+            def follow(old: jax.Array, new: jax.Array) -> jax.Array:
+                return jnp.where(good, decay * old + (1 - decay) * new.astype(jnp.float32), old)
+
+            ema = jax.tree.map(follow, ema, params)
+        summary = {"loss": loss, "grad_norm": norm, "skipped": 1.0 - good, "largest_weight": largest}
         for name in dict.fromkeys(names):
             places = [place for place, found in enumerate(names) if found == name]
             for metric, values in metrics.items():

@@ -1,7 +1,8 @@
-"""Our own files: a folder per network with ``config.json`` and ``weights.safetensors``.
+"""Our own files: a folder per network with ``config.json``, ``weights.safetensors`` and ``checksums.json``.
 
     config.json           {"format": "srpo_jax/1", "network": "flux", "config": {...}}   the network's config dataclass
     weights.safetensors   parameters by dotted path, shapes as in the network (blocks stacked on a leading axis)
+    checksums.json        of the weights, see ``integrity``; folders of earlier versions have none and are not checked
 
 Loading maps the file into memory and hands every device the slice that its sharding asks for, so a host reads what its
 devices hold, once.
@@ -23,6 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from srpo_jax import integrity
 from srpo_jax.errors import UserError
 from srpo_jax.models import compute as models_compute
 from srpo_jax.models.compute import Compute, Params
@@ -117,12 +119,13 @@ def read_config(path: str | os.PathLike, network: str | None = None) -> tuple[st
     return found, make_config(found, content.get("config", {}), path / CONFIG)
 
 
-def write_config(path: pathlib.Path, network: str, config: Any) -> None:
-    """Writes ``config.json`` of a folder in our format, at once or not at all."""
+def finish(path: pathlib.Path, network: str, config: Any) -> None:
+    """Adds to the weights of a folder in our format its ``config.json`` and ``checksums.json``."""
     content = {"format": FORMAT, "network": network, "config": dataclasses.asdict(config)}
     temporary = path / f".{CONFIG}.{os.getpid()}.partial"
     temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     os.replace(temporary, path / CONFIG)
+    integrity.seal_file(path / WEIGHTS)
 
 
 def writer(path: pathlib.Path, specs: dict[str, Spec], progress: Callable[[int], object]) -> SafetensorsWriter:
@@ -151,22 +154,25 @@ def save(path: str | os.PathLike, network: str, config: Any, params: Params, dty
         raise ValueError(f"these are not the parameters of this {network} network: {', '.join(wrong[:6])}")
     specs = {name: Spec(found[name], np.dtype(dtype or leaf.dtype)) for name, leaf in leaves.items()}
     path.mkdir(parents=True, exist_ok=True)
+    integrity.break_seal(path / WEIGHTS)
     with writer(path, specs, lambda count: None) as out:
         for name, leaf in leaves.items():
             out.write(name, np.asarray(leaf))
-    write_config(path, network, config)
+    finish(path, network, config)
 
 
 def open_weights(path: str | os.PathLike, network: str | None = None) -> tuple[str, Any, SafetensorsFile]:
     """(network, config, parameters as a lazy source) of a folder in our format, checked against the network's shapes.
 
-    Raises UserError if the folder is not in our format, is not the ``network`` asked for, or its weights do not fit it.
+    Raises UserError if the folder is not in our format, is not the ``network`` asked for, its weights do not fit it, or
+    are not what was written (``integrity.check_file``).
     """
     path = pathlib.Path(path)
     found, config = read_config(path, network)
     if not (path / WEIGHTS).exists():
         raise UserError(f"{path / WEIGHTS} does not exist; convert the weights again")
     source = SafetensorsFile(path / WEIGHTS)
+    integrity.check_file(path / WEIGHTS)
     expected = shapes(found, config)
     stored = {name: spec.shape for name, spec in source.specs.items()}
     wrong = sorted(name for name in expected.keys() | stored.keys() if expected.get(name) != stored.get(name))

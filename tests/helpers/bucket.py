@@ -2,7 +2,7 @@
 The bucket is ``bucket``; there is none called ``missing``, and ``forbidden`` is somebody else's.
 
 https://cloud.google.com/storage/docs/json_api: metadata, download with ranges, simple and resumable uploads, listing
-with prefixes and delimiters, deletion, conditions on generations. No paging. A call that it does not know
+with prefixes and delimiters, moving, deletion, conditions on generations. No paging. A call that it does not know
 is answered with 501 and noted in ``unknown``.
 """
 
@@ -90,6 +90,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
                     self.server.uploads[upload] = (query, b"")
                     url = f"http://{self.headers['Host']}/upload/storage/v1/b/{NAME}/o?upload_id={upload}"
                     self.respond(200, Location=url)
+                case ("POST", "") if "/moveTo/o/" in name:
+                    self.move(*name.split("/moveTo/o/"))
                 case ("DELETE", "") if name:
                     self.delete(name, query)
                 case _:
@@ -149,6 +151,13 @@ class Handler(http.server.BaseHTTPRequestHandler):
         elif not self.fails(name, query):
             del self.server.objects[name]
             self.respond(204)
+
+    def move(self, name, new):
+        if name not in self.server.objects:
+            self.respond(404, {"error": {"code": 404, "message": f"No such object: {NAME}/{name}"}})
+        else:
+            content, _ = self.server.objects.pop(name)
+            self.put(new, content, {})
 
     def list(self, query):
         prefix, delimiter = query.get("prefix", ""), query.get("delimiter")

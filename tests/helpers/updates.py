@@ -99,10 +99,10 @@ def distance(a, b):
 def sgd(rate):
     """Plain gradient descent, without a state."""
 
-    def apply(params, grads, state, key, norm):
-        return jax.tree.map(lambda p, g: p - rate * g, params, grads), state
+    def apply(params, grads, state, key, norm, good=True):
+        return jax.tree.map(lambda p, g: jnp.where(good, p - rate * g, p), params, grads), state
 
-    return Optimizer(lambda params: (), apply)
+    return Optimizer(lambda params: (), apply, lambda state, norm, largest: jnp.array(True))
 
 
 def run_update(tiny, settings, batch, key=0):

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from helpers.bits import BF16, same
 
+from srpo_jax import integrity
 from srpo_jax.errors import UserError
 from srpo_jax.models import compute
 from srpo_jax.models.clip import ClipText, ClipTextConfig
@@ -62,7 +63,7 @@ def test_saving_again_replaces(tmp_path, network):
     folder.save(tmp_path, "clip_text", CONFIG, jax.tree.map(lambda a: a + 1, network[1]))
     _, _, loaded = folder.load(tmp_path)
     assert same(loaded["text"]["norm_out"]["bias"], network[1]["text"]["norm_out"]["bias"] + 1)
-    assert sorted(os.listdir(tmp_path)) == [folder.CONFIG, folder.WEIGHTS]
+    assert sorted(os.listdir(tmp_path)) == [integrity.BESIDE, folder.CONFIG, folder.WEIGHTS]
 
 
 def test_parameters_of_another_network_are_not_saved(tmp_path, network):
