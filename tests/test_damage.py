@@ -23,19 +23,29 @@ def flip(file, place=None):
     file.write_bytes(bytes(content))
 
 
-def data_file(path):
-    """The largest file of an item's arrays."""
+def data_files(path):
+    """The files of an item's arrays, the largest first; Orbax leaves some that nobody reads any more."""
     files = [file for file in path.rglob("*") if file.is_file() and file.parent.name == "d"]
-    return max(files, key=lambda file: file.stat().st_size)
+    return sorted(files, key=lambda file: -file.stat().st_size)
+
+
+def data_file(path):
+    """The largest of them."""
+    return data_files(path)[0]
+
+
+def each(action):
+    """Does something to all of a checkpoint's files of weights."""
+    return lambda path: [action(file) for file in data_files(path / "params")]
 
 
 # What happens to checkpoint 3, and a word of what is said of it if it has checksums.
 DAMAGES = {
     "flipped bit": (lambda path: flip(data_file(path / "params")), "is damaged"),
     "flipped bit of the optimiser": (lambda path: flip(data_file(path / "opt_state")), "is damaged"),
-    "deleted data": (lambda path: data_file(path / "params").unlink(), "is missing"),
-    "emptied data": (lambda path: data_file(path / "params").write_bytes(b""), "has 0 bytes"),
-    "cut data": (lambda path: cut(data_file(path / "params")), "bytes instead of"),
+    "deleted data": (each(lambda file: file.unlink()), "is missing"),
+    "emptied data": (each(lambda file: file.write_bytes(b"")), "has 0 bytes"),
+    "cut data": (each(lambda file: cut(file)), "bytes instead of"),
     "broken metadata": (lambda path: (path / "params" / "_METADATA").write_text("{"), "_METADATA has 1 bytes"),
     "emptied metadata": (lambda path: (path / "params" / "_METADATA").write_text(""), "_METADATA has 0 bytes"),
     "other metadata": (lambda path: (path / "params" / "_METADATA").write_text("[]"), "_METADATA has 2 bytes"),
