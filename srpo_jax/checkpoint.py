@@ -150,7 +150,10 @@ def _read_models(workdir: epath.Path) -> dict[str, str]:
 
 def _object(file: epath.Path) -> dict[str, Any]:
     """A JSON object from a file. Raises ValueError if it is none, OSError."""
-    content = json.loads(file.read_text(encoding="utf-8"))
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
     if not isinstance(content, dict):
         raise ValueError("it holds no JSON object")
     return content

@@ -168,7 +168,7 @@ def _unpacked(file: epath.Path) -> dict[str, Any] | None:
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
         return content["files"] if content["crc32c"] == _of_json(content["files"]) else None
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
 
 

@@ -102,7 +102,7 @@ class Lock:
             return None, found.stamp.generation
         try:
             content = json.loads(found.value)
-        except ValueError:
+        except (ValueError, RecursionError):
             content = {}
         return content if isinstance(content, dict) else {}, found.stamp.generation
 

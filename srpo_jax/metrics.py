@@ -102,16 +102,20 @@ class Metrics:
 
 
 def read(workdir: str | os.PathLike) -> list[dict[str, Any]]:
-    """The metrics of a workdir, one dictionary a step, without a last line that was cut off. [] if there are none."""
+    """The metrics of a workdir, one dictionary a step, up to one that is broken, as a last
+    line that was cut off. [] if there are none."""
     file = storage.path(workdir) / JSONL
     if not file.exists():
         return []
     records = []
-    for line in file.read_text().splitlines():
+    for line in file.read_bytes().decode(errors="replace").splitlines():
         try:
-            records.append(json.loads(line))
-        except ValueError:
+            record = json.loads(line)
+        except (ValueError, RecursionError):
             break
+        if not isinstance(record, dict) or not isinstance(record.get("step"), int):
+            break
+        records.append(record)
     return records
 
 

@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 
+from srpo_jax import schema
 from srpo_jax.errors import UserError
 from srpo_jax.weights.files import Spec, read_json
 
@@ -89,20 +90,28 @@ def read_manifest(path: str | os.PathLike) -> Manifest:
         raise UserError(f"{path / MANIFEST} is not in the format {FORMAT}; encode the prompts again")
     try:
         arrays = {
-            name: Spec(tuple(array["shape"]), np.dtype(array["dtype"])) for name, array in content["arrays"].items()
+            name: Spec(tuple(array["shape"]), np.dtype(str(array["dtype"])))
+            for name, array in content["arrays"].items()
         }
-        return Manifest(**content | {"arrays": arrays})
-    except (KeyError, TypeError, AttributeError) as error:
+        found = Manifest(**content | {"arrays": arrays})
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise UserError(f"{path / MANIFEST} is damaged ({error}); encode the prompts again") from error
+    words = schema.wrong(found) or ("" if found.shard_size else "shard_size=0")
+    if words:
+        raise UserError(f"{path / MANIFEST} is damaged ({words}); encode the prompts again")
+    return found
 
 
 def read_prompts(path: str | os.PathLike) -> list[str]:
     """The texts of all examples of a data set, complete or not, without reading the records. Raises UserError."""
     file = pathlib.Path(path) / PROMPTS
     try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{file} cannot be read ({error}); copy it again") from error
+    if not isinstance(found, list) or not all(isinstance(prompt, str) for prompt in found):
+        raise UserError(f"{file} is damaged (it holds no list of texts); copy it again")
+    return found
 
 
 def _local(path: str | os.PathLike) -> pathlib.Path:

@@ -24,7 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from srpo_jax import integrity
+from srpo_jax import integrity, schema
 from srpo_jax.errors import UserError
 from srpo_jax.models import compute as models_compute
 from srpo_jax.models.compute import Compute, Params
@@ -82,7 +82,7 @@ def is_ours(path: str | os.PathLike) -> bool:
     """Whether a folder is in our format."""
     try:
         marker = json.loads((pathlib.Path(path) / CONFIG).read_text())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return False
     return isinstance(marker, dict) and str(marker.get("format", "")).startswith("srpo_jax/")
 
@@ -90,9 +90,12 @@ def is_ours(path: str | os.PathLike) -> bool:
 def make_config(network: str, values: dict[str, Any], where: Any) -> Any:
     """A network's config from the values of a file. Raises UserError naming ``where`` if they do not fit."""
     try:
-        return classes(network)[0].from_dict(values)
-    except (ValueError, KeyError, TypeError) as error:
+        found = classes(network)[0].from_dict(values)
+    except (ValueError, KeyError, TypeError, AttributeError, ArithmeticError) as error:
         raise UserError(f"{where}: {error}") from error
+    if words := schema.wrong(found):
+        raise UserError(f"{where}: {words}")
+    return found
 
 
 def read_config(path: str | os.PathLike, network: str | None = None) -> tuple[str, Any]:
@@ -111,7 +114,7 @@ def read_config(path: str | os.PathLike, network: str | None = None) -> tuple[st
             f"{path} is not in the format {FORMAT} (its {CONFIG} says {content.get('format')!r}); "
             "convert it with `python -m srpo_jax.convert import`"
         )
-    if content.get("network") not in NETWORKS:
+    if content.get("network") not in list(NETWORKS):
         raise UserError(f"{path / CONFIG}: network {content.get('network')!r} is unknown")
     found = content["network"]
     if network is not None and found != network:
