@@ -1,8 +1,12 @@
 """Files of a workdir and of models that are deleted, emptied, cut, or hold a bit that has turned over."""
 
 import json
+import os
 import pathlib
 import shutil
+import socket
+import subprocess
+import sys
 
 import jax
 import numpy as np
@@ -14,6 +18,7 @@ from helpers.states import abstract, make_state
 from srpo_jax import checkpoint, config, integrity, leftovers, storage, train
 from srpo_jax.errors import UserError
 from srpo_jax.weights import folder
+from srpo_jax.weights.files import new_folder
 
 
 def flip(file, place=None):
@@ -299,3 +304,16 @@ def test_a_run_whose_newest_checkpoint_rots_ends_as_if_nothing_had_been(models, 
     assert numbers(tmp_path / "whole") == numbers(tmp_path / "run")
     assert json.loads((tmp_path / "run" / "config.json").read_text())["steps"] == 3
     assert leftovers.UNREADABLE in "".join(path.name for path in (tmp_path / "run" / "checkpoints").iterdir())
+
+
+def test_what_a_killed_conversion_left_goes_with_the_next_one(tmp_path, capsys):
+    child = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, check=True)
+    host = socket.gethostname()
+    gone, elsewhere = f".new.{host}-{int(child.stdout)}.abc.partial", ".new.elsewhere-1.abc.partial"
+    alive, other = f".new.{host}-{os.getppid()}.abc.partial", f".other.{host}-{int(child.stdout)}.abc.partial"
+    for name in (gone, elsewhere, alive, other):
+        (tmp_path / name / "vae").mkdir(parents=True)
+    with new_folder(tmp_path / "new") as out:
+        (out / "file").write_text("")
+    assert {path.name for path in tmp_path.iterdir()} == {"new", elsewhere, alive, other}
+    assert f"{gone}, which a process that was killed has left, is removed" in capsys.readouterr().err

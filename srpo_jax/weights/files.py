@@ -10,7 +10,10 @@ import json
 import math
 import os
 import pathlib
+import re
 import shutil
+import socket
+import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -271,6 +274,8 @@ def _pieces(array: np.ndarray) -> list[np.ndarray]:
 def new_folder(target: str | os.PathLike) -> Iterator[pathlib.Path]:
     """A folder to fill, which becomes ``target`` when the block ends well and vanishes if it does not (also on Ctrl-C).
 
+    What a process of this machine that was killed has left of the same target is removed first, which is said.
+
     Raises UserError if the target exists and is not an empty folder.
     """
     target = pathlib.Path(target).absolute()
@@ -278,7 +283,9 @@ def new_folder(target: str | os.PathLike) -> Iterator[pathlib.Path]:
         raise UserError(f"{target} exists already; choose another target or remove it")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = pathlib.Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".partial", dir=target.parent))
+        _remove_left(target)
+        prefix = f".{target.name}.{socket.gethostname()}-{os.getpid()}."
+        temporary = pathlib.Path(tempfile.mkdtemp(prefix=prefix, suffix=".partial", dir=target.parent))
     except OSError as error:
         raise UserError(f"{target} cannot be made: {error.strerror}") from error
     try:
@@ -291,6 +298,25 @@ def new_folder(target: str | os.PathLike) -> Iterator[pathlib.Path]:
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
+
+
+def _remove_left(target: pathlib.Path) -> None:
+    """Removes folders of ``new_folder`` for a target whose process is gone."""
+    name = re.compile(rf"\.{re.escape(target.name)}\.{re.escape(socket.gethostname())}-(\d+)\.\w+\.partial")
+    for path in list(target.parent.iterdir()):
+        if (match := name.fullmatch(path.name)) and not _runs(int(match[1])):
+            shutil.rmtree(path, ignore_errors=True)
+            print(f"{path}, which a process that was killed has left, is removed", file=sys.stderr)
+
+
+def _runs(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except (PermissionError, OverflowError):
+        pass
+    return True
 
 
 def _umask() -> int:
