@@ -93,6 +93,7 @@ class Row:
         self.steps.append(step)
         self.total += 1
         broken = [name for name, value in values.items() if not math.isfinite(value)]
+        broken.sort(key=lambda name: ("/" in name, name))  # those of the whole update before those of its terms
         for name in broken:
             del values[name]
         values["skipped"] = self.total
