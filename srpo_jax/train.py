@@ -4,6 +4,7 @@
 is compiled lives in ``program`` and ``step``.
 """
 
+import contextlib
 import os
 import signal
 import sys
@@ -75,6 +76,7 @@ def train(config: ConfigDict, workdir: str | os.PathLike) -> int | None:
     report.say(f"{_describe(built)}; from update {step} to {config.steps} in {workdir}")
     report.say(source.summary)
 
+    signals = contextlib.ExitStack()
     try:
         # === Compile ==================================================================================================
         started = time.perf_counter()
@@ -82,15 +84,16 @@ def train(config: ConfigDict, workdir: str | os.PathLike) -> int | None:
         report.say(f"compiled the update in {time.perf_counter() - started:.1f} s")
 
         # === Loop =====================================================================================================
+        interruption = signals.enter_context(Interruption())
         bound = pulse.bounded(distributed.PATIENCE, "an update with its samples")
-        with Interruption() as interruption, jax.transfer_guard("disallow"), bound as renew:
+        with jax.transfer_guard("disallow"), bound as begin_anew:
             if samples and step % config.sample.every == 0 and samples.lacks(step):
                 samples.draw(step, state, frozen)
             position, examples = stream.get_state(), next(stream)
             batch = conditioner.batch(examples, step + 1)
             started = time.perf_counter()
             while step < config.steps:
-                renew()
+                begin_anew()
                 step += 1
                 state, values = update(state, frozen, batch)
                 # The next batch is prepared while the devices are busy with this one. Updates that share a rollout
@@ -134,10 +137,11 @@ def train(config: ConfigDict, workdir: str | os.PathLike) -> int | None:
                 started = time.perf_counter()
         return None
     finally:
-        # A checkpoint that is being written waits for all processes of the job: for ever, if one is lost.
-        if not distributed.is_loss(sys.exception()):
-            checkpoints.close()
-        report.close()
+        with signals:  # the first one does not cut off what is being written
+            # A checkpoint that is being written waits for all processes of the job: for ever, if one is lost.
+            if not distributed.is_loss(sys.exception()):
+                checkpoints.close()
+            report.close()
 
 
 class SampleGrid:
