@@ -86,14 +86,14 @@ def train(config: ConfigDict, workdir: str | os.PathLike) -> int | None:
         # === Loop =====================================================================================================
         interruption = signals.enter_context(Interruption())
         bound = pulse.bounded(distributed.PATIENCE, "an update with its samples")
-        with jax.transfer_guard("disallow"), bound as begin_anew:
+        with jax.transfer_guard("disallow"), bound as beat:
             if samples and step % config.sample.every == 0 and samples.lacks(step):
                 samples.draw(step, state, frozen)
             position, examples = stream.get_state(), next(stream)
             batch = conditioner.batch(examples, step + 1)
             started = time.perf_counter()
             while step < config.steps:
-                begin_anew()
+                beat()
                 step += 1
                 state, values = update(state, frozen, batch)
                 # The next batch is prepared while the devices are busy with this one. Updates that share a rollout
