@@ -33,6 +33,7 @@ setuptools.setup(
         "etils[epath]",
         "flax>=0.12.8",
         "fsspec",
+        "ftfy>=6",
         "grain>=0.2.18",
         "importlib_resources",  # tensorflow-datasets imports it and does not ask for it
         "jax>=0.10",
@@ -43,6 +44,7 @@ setuptools.setup(
         "orbax-checkpoint>=0.12.8",
         "pillow>=10",
         "pyarrow",
+        "regex",
         "safetensors>=0.5",
         "sentencepiece",
         "tensorboardX",

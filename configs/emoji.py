@@ -32,8 +32,8 @@ def get_config() -> ConfigDict:
     c.rollout.noise = "per_sample"  # a batch of one shared noise would be one layout and often one style
     c.align.guidance = 2.5
 
-    c.reward.weights.hps, c.reward.weights.clip = 0.0, 1.0
-    c.reward.paths.clip = "demo/models/reward"
+    c.reward.models.hps.weight, c.reward.models.clip.weight = 0.0, 1.0
+    c.reward.models.clip.path = "demo/models/reward"
     c.reward.positive = ("3D",)
     c.reward.negative = ("Flat", "Mono")
 

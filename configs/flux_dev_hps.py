@@ -4,7 +4,7 @@ r"""SRPO on FLUX.1-dev with HPS-v2.1 as the reward: the released recipe, every c
     python -m srpo_jax.convert import --source=HPS_v2.1_compressed.pt --target=models/hps \
         --tokenizer=FLUX.1-dev/tokenizer
     python -m srpo_jax.main --config=configs/flux_dev_hps.py --workdir=runs/hps \
-        --config.model.path=models/flux-dev --config.reward.paths.hps=models/hps \
+        --config.model.path=models/flux-dev --config.reward.models.hps.path=models/hps \
         --config.data.prompts=prompts.txt --config.sample.prompts=held_out.txt
 
 Hardware: weight, two moments and gradient of 11.9 billion parameters take 16 bytes each in float32, 190 GB over all
@@ -46,7 +46,7 @@ def get_config() -> ConfigDict:
     c.align.discount_positive = (0.1, 0.25)
     c.align.discount_negative = (0.3, 0.01)
 
-    c.reward.weights.hps = 1.0
+    c.reward.models.hps.weight = 1.0
     c.reward.form = "released"
     c.reward.margin = 0.7
     c.reward.positive = ("Natural-lighting", "Detail", "Detailed", "Real")

@@ -1,7 +1,7 @@
 r"""SRPO on FLUX.1-dev with HPS-v2.1, as LoRA: factors of rank 32 are trained beside the frozen transformer.
 
     python -m srpo_jax.main --config=configs/flux_dev_hps_lora.py --workdir=runs/hps-lora \
-        --config.model.path=models/flux-dev --config.reward.paths.hps=models/hps \
+        --config.model.path=models/flux-dev --config.reward.models.hps.path=models/hps \
         --config.data.prompts=prompts.txt --config.sample.prompts=held_out.txt
     python -m srpo_jax.convert export --source models/flux-dev --checkpoint runs/hps-lora --target lora \
         --format lora-diffusers

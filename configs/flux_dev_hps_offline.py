@@ -3,7 +3,7 @@ r"""SRPO on FLUX.1-dev with HPS-v2.1 as the reward and real pictures in the plac
     python -m srpo_jax.encode --model=models/flux-dev --images=photos --height=720 --width=720 --out=data/photos
     python -m srpo_jax.inspect_data data/photos --sheet=photos.png
     python -m srpo_jax.main --config=configs/flux_dev_hps_offline.py --workdir=runs/hps_offline \
-        --config.model.path=models/flux-dev --config.reward.paths.hps=models/hps \
+        --config.model.path=models/flux-dev --config.reward.models.hps.path=models/hps \
         --config.data.path=data/photos --config.sample.prompts=held_out.txt
 
 `photos` is a folder of pictures with captions (docs/data.md), of 720x720 pixels or more; the paper's authors say that
@@ -31,7 +31,7 @@ def get_config() -> ConfigDict:
     c.steps = 19
 
     c.data.encode = "stored"
-    c.data.rollout = "offline"
+    c.data.images = "stored"
     c.data.batch_size = 32
     c.data.text_length = 512
     c.data.height = c.data.width = 720
@@ -48,7 +48,7 @@ def get_config() -> ConfigDict:
     c.align.discount_positive = (0.1, 0.25)
     c.align.discount_negative = (0.3, 0.01)
 
-    c.reward.weights.hps = 1.0
+    c.reward.models.hps.weight = 1.0
     c.reward.form = "released"
     c.reward.margin = 0.7
     c.reward.positive = ("Natural-lighting", "Detail", "Detailed", "Real")

@@ -3,7 +3,7 @@ r"""SRPO on FLUX.1-dev with PickScore as the reward: the released recipe, every 
     python -m srpo_jax.convert import --source=FLUX.1-dev --target=models/flux-dev
     python -m srpo_jax.convert import --source=PickScore_v1 --target=models/pickscore
     python -m srpo_jax.main --config=configs/flux_dev_pickscore.py --workdir=runs/pickscore \
-        --config.model.path=models/flux-dev --config.reward.paths.pickscore=models/pickscore \
+        --config.model.path=models/flux-dev --config.reward.models.pickscore.path=models/pickscore \
         --config.data.prompts=prompts.txt --config.sample.prompts=held_out.txt
 
 It differs from flux_dev_hps.py, which see for hardware and what to expect, in the reward, the guidance of the rollout,
@@ -39,8 +39,8 @@ def get_config() -> ConfigDict:
     c.align.discount_positive = (0.1, 0.5)
     c.align.discount_negative = (0.6, 0.01)
 
-    c.reward.weights.hps = 0.0
-    c.reward.weights.pickscore = 1.0
+    c.reward.models.hps.weight = 0.0
+    c.reward.models.pickscore.weight = 1.0
     c.reward.form = "released"
     c.reward.margin = 0.7
     c.reward.positive = ("Natural-lighting", "Detail", "Detailed", "Real")

@@ -77,7 +77,7 @@ create() {
     # What JAX finds by itself on TPUs, XPK tells GPU nodes by these variables.
     # shellcheck disable=SC2016 # expanded in the container
     words+=' --coordinator=$JAX_COORDINATOR_ADDRESS:$JAX_COORDINATOR_PORT'
-    words+=" --process_id=\$NODE_RANK --process_count=\$NNODES"
+    words+=" --process-id=\$NODE_RANK --process-count=\$NNODES"
   fi
   run xpk workload create "${CLUSTER[@]}" "--workload=${FLAG[name]}" "${devices[@]}" \
     "--docker-image=${FLAG[image]}" "--max-restarts=${FLAG[restarts]:-50}" \

@@ -49,7 +49,7 @@ Examples
   export SRPO_NAME=srpo SRPO_ZONE=us-east5-a SRPO_TYPE=v5p-64 SRPO_DATA=gs://BUCKET/srpo
   launch/tpu_pod.sh create --spot && launch/tpu_pod.sh wait && launch/tpu_pod.sh install
   launch/tpu_pod.sh run --config=configs/flux_dev_hps.py --workdir=gs://BUCKET/runs/hps -- \
-      --config.model.path=data/models/flux-dev --config.reward.paths.hps=data/models/hps \
+      --config.model.path=data/models/flux-dev --config.reward.models.hps.path=data/models/hps \
       --config.data.prompts=data/prompts.txt --config.sample.prompts=data/held_out.txt
   launch/tpu_pod.sh logs
   launch/tpu_pod.sh python -- -m srpo_jax.generate --model=data/models/flux-dev --prompt="a fox" \

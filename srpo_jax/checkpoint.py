@@ -1,6 +1,7 @@
 """Checkpoints of a run, by Orbax, and the workdir that holds them.
 
     WORKDIR/config.json                the run's configuration; WORKDIR is a local folder or gs://BUCKET/PATH
+           /models.json                fingerprints of its models, see resume
     WORKDIR/checkpoints/STEP/params    the transformer's weights; with LoRA, its low-rank factors alone
                             /opt_state, /ema and /rollout (if there are)
                             /run       JSON: step, random seed, position in the data, configuration
@@ -10,6 +11,7 @@ when all of it is there. They can be restored onto any mesh.
 """
 
 import contextlib
+import itertools
 import json
 import math
 import os
@@ -24,13 +26,13 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from srpo_jax import config as config_lib
-from srpo_jax import distributed, pulse, storage
+from srpo_jax import distributed, pulse, resume, storage
 from srpo_jax.algorithm.step import TrainState
 from srpo_jax.errors import UserError
 from srpo_jax.models.compute import Params
 from srpo_jax.models.lora import Lora
 
-CONFIG, CHECKPOINTS = "config.json", "checkpoints"
+CONFIG, MODELS, CHECKPOINTS = "config.json", "models.json", "checkpoints"
 COMMITTED = "_CHECKPOINT_METADATA"  # the file that Orbax puts into a checkpoint
 # The last file of a checkpoint in a bucket. On a disk, a checkpoint is complete when its folder has its final name.
 COMMITTED_IN_BUCKET = "commit_success.txt"
@@ -42,8 +44,10 @@ SLOWEST, LEAST_DEADLINE = 20e6, 1200.0
 # --- the workdir ------------------------------------------------------------------------------------------------------
 
 
-def check_workdir(workdir: str | os.PathLike, config: ConfigDict) -> None:
+def check_workdir(workdir: str | os.PathLike, config: ConfigDict, models: dict[str, str]) -> None:
     """Checks that a run of ``config`` may start or go on in ``workdir``, which need not exist yet. Writes nothing.
+
+    ``models`` are the fingerprints of its models (``resume.fingerprints``).
 
     Raises UserError if it is not a folder, or a bucket that does not answer, or holds a run of another configuration
     (the message names what differs).
@@ -59,21 +63,23 @@ def check_workdir(workdir: str | os.PathLike, config: ConfigDict) -> None:
         return
     try:
         there = config_lib.flatten(json.loads(file.read_text(encoding="utf-8")))
+        known = workdir / MODELS
+        models_there = json.loads(known.read_text(encoding="utf-8")) if known.exists() else {}
     except (ValueError, OSError) as error:
-        raise UserError(f"{file} cannot be read as JSON: {error}") from error
-    here = config_lib.flatten(config)
-    keys = config_lib.differing_keys(here, there)
-    if keys:
-        listed = "; ".join(f"{key} is {there.get(key)!r} there, {here.get(key)!r} here" for key in keys[:6])
-        more = f"; and {len(keys) - 6} more" if len(keys) > 6 else ""
-        raise UserError(f"{workdir} holds a run of another config: {listed}{more}. Choose another --workdir")
+        raise UserError(f"{file} or {MODELS} beside it cannot be read as JSON: {error}") from error
+    found = resume.differences(config_lib.flatten(config), there, models, models_there)
+    if found:
+        more = f"; and {len(found) - 6} more" if len(found) > 6 else ""
+        raise UserError(f"{workdir} holds a run of another config: {'; '.join(found[:6])}{more}. "
+                        "Choose another --workdir")  # fmt: skip
 
 
-def write_config(workdir: str | os.PathLike, config: ConfigDict) -> None:
-    """Writes ``config.json``, at once or not at all; process 0 does it for a job."""
+def write_config(workdir: str | os.PathLike, config: ConfigDict, models: dict[str, str]) -> None:
+    """Writes ``config.json`` and ``models.json``, each at once or not at all; process 0 does it for a job."""
     if jax.process_index() != 0:
         return
     storage.write(storage.path(workdir) / CONFIG, f"{config_lib.to_json(config)}\n".encode())
+    storage.write(storage.path(workdir) / MODELS, f"{json.dumps(models, indent=2)}\n".encode())
 
 
 def steps(workdir: str | os.PathLike) -> list[int]:
@@ -99,6 +105,12 @@ def deadline_of(state: TrainState) -> float:
     return LEAST_DEADLINE + size / SLOWEST
 
 
+def _free_name(path: epath.Path) -> epath.Path:
+    """Where a checkpoint that is not complete goes: ``STEP.incomplete``, or with a number behind it."""
+    names = itertools.chain(["incomplete"], (f"incomplete.{number}" for number in itertools.count(2)))
+    return next(place for name in names if not (place := path.with_name(f"{path.name}.{name}")).exists())
+
+
 class Checkpoints:
     """The checkpoints of a run that is being trained.
 
@@ -117,7 +129,7 @@ class Checkpoints:
                 # Orbax would count a bare numbered folder as a checkpoint, and refuse to write that step. In a bucket
                 # it removes what is not complete.
                 if path.name.isdecimal() and not _complete(path):
-                    path.rename(path.with_name(f"{path.name}.incomplete"))
+                    path.rename(_free_name(path))
         self._folder = folder
         self._workdir, self._deadline = workdir, deadline
         self._manager = ocp.CheckpointManager(

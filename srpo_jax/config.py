@@ -1,45 +1,56 @@
-"""The configuration of a training run: every key with its meaning, and the checks that need no file and no device.
+"""The configuration of a training run: every key with its meaning.
 
 A recipe in ``configs/`` starts from ``default()`` and sets what differs. The dictionary is locked: a key that is not
-below is an error, in a recipe and on the command line.
+below is an error, in a recipe and on the command line; ``validation`` checks the values.
 """
 
 import difflib
 import json
 import re
+from collections.abc import Iterator
 from typing import Any
 
 from ml_collections import ConfigDict, config_dict
 
+from srpo_jax import values
 from srpo_jax.errors import UserError
+from srpo_jax.rewards import REWARDS
 
-METHODS = ("srpo", "direct_align", "refl", "draft_lv")
-REWARDS = ("hps", "pickscore", "clip")
 BRANCHES = ("denoise", "inversion")
-
 SOLVERS = ("euler", "ab2")
 ROLLOUT_DTYPES = ("model", "int8", "float8")
 ENCODE = ("online", "stored")
-ROLLOUT = ("online", "offline")
+IMAGES = ("rollout", "stored")
 DTYPES = ("bfloat16", "float32")
 MOMENTS = ("float32", "bfloat16", "float8")
 ATTENTION = ("xla", "cudnn", "splash")
 REMAT = ("none", "dots", "full")
 QUANTIZE = ("none", "int8", "nf4")
 
-# A run may be resumed with other values of these: they change where and how fast it runs, not what it computes.
-RESUMABLE = (
-    *("steps", "checkpoint", "sample", "mesh", "remat", "compilation_cache", "model.scan_unroll", "optim.merge_terms"),
-    *("optim.offload", "rollout.gather", "rollout.unroll"),
-)
+# Files and folders, in which ~ is the home folder; the paths of rewards beside them.
+PATHS = ("model.path", "lora.init", "data.prompts", "data.path", "sample.prompts")
+
+
+def reward(kind: str, path: str | None = None, weight: float = 1.0) -> ConfigDict:
+    """An entry of ``config.reward.models``.
+
+    Args:
+      kind: of ``rewards.REWARDS``.
+      path: folder of the reward model, converted, with its tokenizer.
+      weight: its share in the mixture; 0 leaves it out.
+    """
+    c = ConfigDict({"kind": kind, "path": config_dict.placeholder(str), "weight": weight})
+    if path is not None:
+        c.path = path
+    return c
 
 
 def default() -> ConfigDict:
     """The recipe of SRPO with HPS-v2.1 on FLUX.1-dev; paths are left open."""
     c = ConfigDict()
-    c.method = "srpo"  # srpo | direct_align | refl | draft_lv (see step.py)
+    c.method = "srpo"  # of algorithm/methods.py: srpo | direct_align | refl | draft_lv
     c.steps = 19  # updates; a resumed run may name more
-    c.seed = 0  # of everything random: noise, grid positions, the order of prompts
+    c.seed = 0  # of everything random: noise, grid positions, the order of prompts; 32 bits, as jax.random.key takes
     # Folder of compiled programs, kept between runs; "" compiles every time.
     c.compilation_cache = "~/.cache/srpo_jax/xla"
 
@@ -79,9 +90,9 @@ def default() -> ConfigDict:
     c.data.prompts = config_dict.placeholder(str)
     c.data.column = config_dict.placeholder(str)  # of the prompts, where there are several: prompt, caption or text
     c.data.path = config_dict.placeholder(str)  # of stored: the data set's folder
-    # Where the images to be improved come from. online: the model makes them by rollouts | offline: real pictures,
-    # encoded by python -m srpo_jax.encode --images; of config.rollout only the shift counts then.
-    c.data.rollout = "online"
+    # Where the images to be improved come from. rollout: the model makes them | stored: real pictures, encoded by
+    # python -m srpo_jax.encode --images; of config.rollout only the shift counts then.
+    c.data.images = "rollout"
     # Which of the prompts are used, either way; how many each condition leaves out is printed.
     c.data.filter = ConfigDict()
     c.data.filter.min_length = 0  # characters
@@ -139,10 +150,10 @@ def default() -> ConfigDict:
 
     # --- rewards ---
     c.reward = ConfigDict()
-    c.reward.weights = ConfigDict({name: 0.0 for name in REWARDS})  # the mixture; 0 leaves a reward out
-    c.reward.weights.hps = 1.0
-    # Converted CLIP folders, one for each reward that is used.
-    c.reward.paths = ConfigDict({name: config_dict.placeholder(str) for name in REWARDS})
+    # The mixture by name: kind (of rewards/: hps | pickscore | clip), path of a converted folder, weight (0 leaves it
+    # out). Others can be added, several of a kind too: c.reward.models.NAME = reward(KIND, PATH, WEIGHT) in a recipe,
+    # --config.reward.models.NAME.kind=KIND on the command line.
+    c.reward.models = ConfigDict({kind: reward(kind, weight=float(kind == "hps")) for kind in REWARDS})
     c.reward.form = "released"  # (1 + k) g+ - g-: released | k g+ + (1 - k) g-: paper
     c.reward.margin = 0.7  # the loss is relu(margin - reward)
     # Control words; update n takes word n modulo the list's length.
@@ -176,6 +187,7 @@ def default() -> ConfigDict:
     c.sample = ConfigDict()
     c.sample.every = 10  # updates between sample grids, the first before training; 0 draws none
     c.sample.prompts = config_dict.placeholder(str)  # held-out prompts, a source as data.prompts
+    c.sample.column = config_dict.placeholder(str)  # of these prompts, as data.column
     c.sample.count = 8  # prompts taken from its head
     c.sample.seed = 1  # of the samples' noise: the same at every grid
     c.sample.steps = 50
@@ -186,7 +198,103 @@ def default() -> ConfigDict:
     c.mesh.data = 1  # splits the batch
     c.mesh.fsdp = -1  # splits the batch, and parameters and optimiser state with it
     c.mesh.tensor = 1  # splits attention heads and hidden features
-    return c.lock()
+    c.lock()
+    c.reward.models.unlock()
+    return c
+
+
+# --- keys -------------------------------------------------------------------------------------------------------------
+
+
+def reward_of(key: str) -> str | None:
+    """NAME of a key ``reward.models.NAME.kind``, ``.path`` or ``.weight``; None of another key."""
+    match = re.fullmatch(r"reward\.models\.(\w+)\.(kind|path|weight)", key)
+    return match and match[1]
+
+
+def standard(key: str) -> Any:
+    """The default of a key; of a reward of any name, that of a reward. Raises UserError for an unknown key."""
+    check_key(key)
+    plain = dict(leaves(default()))
+    if reward_of(key) is not None:
+        return dict(leaves(reward("", weight=1.0)))[key.rpartition(".")[2]]
+    if key not in plain:
+        one = next(name for name in plain if name.startswith(key + "."))
+        raise UserError(f"--config.{key} is a group of keys; give one of them, as --config.{one}=...")
+    return plain[key]
+
+
+def check_key(key: str) -> None:
+    """Raises UserError, with a suggestion, if a config has no key (or group of keys) of this name, as ``optim.b1``."""
+    known = list(flatten(default()))
+    if reward_of(key) is not None or any(name == key or name.startswith(key + ".") for name in known):
+        return
+    if (today := renamed(key)) != key:
+        raise UserError(f"config.{key} is config.{today} now")
+    near = difflib.get_close_matches(key, known, n=1)
+    raise UserError(f"config.{key} is unknown; " + (f"do you mean config.{near[0]}?" if near else "see --help"))
+
+
+# Keys that had another name in an earlier version: pattern, and what stands in its place.
+RENAMED = (
+    (r"reward\.weights\.(\w+)", r"reward.models.\1.weight"),
+    (r"reward\.paths\.(\w+)", r"reward.models.\1.path"),
+    (r"reward\.(weights|paths)", "reward.models"),
+    (r"data\.rollout", "data.images"),
+)
+
+
+def renamed(key: str) -> str:
+    """Today's name of a key of an earlier version."""
+    for pattern, name in RENAMED:
+        if re.fullmatch(pattern, key):
+            return re.sub(pattern, name, key)
+    return key
+
+
+def leaves(config: ConfigDict, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(key, value) of all keys, as ``("optim.b1", 0.9)``."""
+    for name, value in config.items():
+        if isinstance(value, ConfigDict):
+            yield from leaves(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, value
+
+
+# --- changes ----------------------------------------------------------------------------------------------------------
+
+
+def set_text(config: ConfigDict, key: str, text: str) -> None:
+    """Sets ``key``, as ``optim.b1``, to what a text stands for. Raises UserError if the key's value cannot be that."""
+    like = standard(key)
+    try:
+        if isinstance(like, tuple):
+            value = values.read_list(text, type(like[0]))
+        elif text == "None" and (like is None or isinstance(like, str)):
+            value = None  # which ``validate`` refuses where there has to be a text
+        else:
+            value = values.read(text, str if like is None else type(like))
+    except ValueError as error:
+        raise UserError(f"--config.{key}={text}: {error}") from None
+    name = reward_of(key)
+    if name is not None and name not in config.reward.models:
+        with config.unlocked():
+            config.reward.models[name] = reward("")  # whose kind is still to be said
+    _set(config, key, value)
+
+
+def expand_paths(config: ConfigDict) -> None:
+    """Puts the home folder in the place of ``~`` in a config's paths."""
+    for key, value in list(leaves(config)):
+        if isinstance(value, str) and (key in PATHS or (reward_of(key) and key.endswith(".path"))):
+            _set(config, key, values.expand(value))
+
+
+def _set(config: ConfigDict, key: str, value: Any) -> None:
+    *groups, name = key.split(".")
+    for group in groups:
+        config = config[group]
+    config[name] = value
 
 
 # --- views ------------------------------------------------------------------------------------------------------------
@@ -211,176 +319,3 @@ def to_json(config: ConfigDict | dict) -> str:
     """The configuration as an indented JSON object."""
     content = config.to_dict() if isinstance(config, ConfigDict) else config
     return json.dumps(content, indent=2, sort_keys=True)
-
-
-def differing_keys(here: dict[str, Any], there: dict[str, Any]) -> list[str]:
-    """Keys of two ``flatten`` results that forbid to resume one run as the other; ``RESUMABLE`` keys may differ."""
-    keys = [key for key in sorted(here.keys() | there.keys()) if here.get(key) != there.get(key)]
-    return [key for key in keys if not any(key == free or key.startswith(free + ".") for free in RESUMABLE)]
-
-
-# --- checks -----------------------------------------------------------------------------------------------------------
-
-
-def validate(config: ConfigDict, paths: bool = True) -> None:
-    """Checks all that needs no file and no device. Raises UserError that names the key, its value and the remedy.
-
-    ``paths`` says whether the files and folders of a run have to be named, which only a run needs.
-    """
-    _check_keys(config)
-
-    def require(key: str, good: Any, remedy: str) -> None:
-        if not good:
-            raise UserError(f"config.{key}={flat[key]!r}: {remedy}")
-
-    flat = flatten(config)
-    for key, choices in (
-        ("method", METHODS),
-        ("model.dtype", DTYPES),
-        ("data.encode", ENCODE),
-        ("data.rollout", ROLLOUT),
-        ("model.attention", ATTENTION),
-        ("remat.transformer", REMAT),
-        ("remat.autoencoder", REMAT),
-        ("remat.reward", REMAT),
-        ("lora.quantize", QUANTIZE),
-        ("rollout.noise", ("shared", "per_sample")),
-        ("rollout.solver", SOLVERS),
-        ("rollout.dtype", ROLLOUT_DTYPES),
-        ("reward.form", ("released", "paper")),
-        ("optim.weights", DTYPES),
-        ("optim.moments", MOMENTS),
-    ):
-        require(key, flat[key] in choices, f"choose one of {', '.join(choices)}")
-    require("optim.weights", DTYPES.index(flat["optim.weights"]) >= DTYPES.index(flat["model.dtype"]),
-            "must be float32 where model.dtype is")  # fmt: skip
-    if flat["model.attention"] == "cudnn":
-        require("model.dtype", flat["model.dtype"] == "bfloat16", "model.attention=cudnn needs bfloat16")
-    for key in ("model.path", "data.prompts" if flat["data.encode"] == "online" else "data.path"):
-        require(key, flat[key] or not paths, f"give a path: --config.{key}=...")
-    for key in (
-        *("steps", "model.scan_unroll", "data.batch_size", "data.text_length", "rollout.steps", "rollout.reuse"),
-        "rollout.cache",
-        *("align.schedule_steps", "optim.accumulation", "checkpoint.every", "checkpoint.keep", "sample.count"),
-        *("sample.steps", "refl.late_steps", "draft_lv.renoisings"),
-    ):
-        require(key, flat[key] >= 1, "must be at least 1")
-    for key in (
-        *("seed", "data.filter.min_length", "data.filter.max_length", "optim.warmup_steps", "optim.weight_decay"),
-        *("lora.rank", "sample.every", "sample.seed"),
-    ):
-        require(key, flat[key] >= 0, "must not be negative")
-    for key in ("lora.alpha", "rollout.shift", "optim.learning_rate", "optim.eps", "optim.clip_norm"):
-        require(key, flat[key] > 0, "must be greater than 0")
-    for key in ("optim.b1", "optim.b2", "optim.ema_decay"):
-        require(key, 0 <= flat[key] < 1, "must be at least 0 and less than 1")
-    for key in ("data.height", "data.width"):
-        require(key, flat[key] > 0 and flat[key] % 16 == 0, "must be a positive multiple of 16")
-    require(
-        "optim.accumulation",
-        flat["data.batch_size"] % flat["optim.accumulation"] == 0,
-        f"must divide data.batch_size={flat['data.batch_size']}",
-    )
-    require("sample.prompts", flat["sample.prompts"] or not flat["sample.every"] or not paths,
-            "give a file of held-out prompts, or set --config.sample.every=0")  # fmt: skip
-
-    ends = flat["rollout.cache_ends"]
-    require("rollout.cache_ends", len(ends) == 2 and all(isinstance(end, int) and end >= 0 for end in ends),
-            "must be two whole numbers, of double blocks at the start and single blocks at the end")  # fmt: skip
-    if flat["method"] == "refl":
-        # Its gradient needs a late state of the trajectory, at a step drawn anew, not where the trajectory ends.
-        require("rollout.reuse", flat["rollout.reuse"] == 1, "method=refl needs a rollout at every update; set it to 1")
-    _check_lora(flat, require)
-    if flat["data.rollout"] == "offline":
-        _check_offline(flat, require)
-    _check_align(flat, require)
-    _check_rewards(flat, require, paths)
-    for key in ("mesh.data", "mesh.fsdp", "mesh.tensor"):
-        require(key, flat[key] >= 1 or flat[key] == -1, "must be at least 1, or -1 for the rest of the devices")
-    if sum(flat[f"mesh.{axis}"] == -1 for axis in ("data", "fsdp", "tensor")) > 1:
-        raise UserError("config.mesh: only one of data, fsdp and tensor can be -1 (the rest of the devices)")
-
-
-def check_key(key: str) -> None:
-    """Raises UserError, with a suggestion, if a config has no key (or group of keys) of this name, as ``optim.b1``."""
-    known = list(flatten(default()))
-    if any(name == key or name.startswith(key + ".") for name in known):
-        return
-    group, _, name = key.rpartition(".")
-    if group in ("reward.weights", "reward.paths"):
-        raise UserError(f"config.{key}: the reward {name!r} is unknown; choose one of {', '.join(REWARDS)}")
-    near = difflib.get_close_matches(key, known, n=1)
-    raise UserError(f"config.{key} is unknown; " + (f"do you mean config.{near[0]}?" if near else "see --help"))
-
-
-def _check_keys(config: ConfigDict) -> None:
-    known, given = flatten(default()), flatten(config)
-    for key in given:
-        check_key(key)
-    for key in known:
-        if key not in given:
-            raise UserError(f"config.{key} is missing; start the config from srpo_jax.config.default()")
-
-
-def _check_lora(flat: dict[str, Any], require: Any) -> None:
-    require("rollout.dtype", flat["rollout.dtype"] == "model" or flat["lora.quantize"] == "none",
-            "the blocks' weights are quantised already; set it to model, or lora.quantize to none")  # fmt: skip
-    require("optim.weights", not flat["lora.rank"] or flat["optim.weights"] == "float32",
-            "low-rank factors are small and stay float32; set it to float32, or lora.rank to 0")  # fmt: skip
-    require("lora.quantize", flat["lora.quantize"] == "none" or flat["lora.rank"],
-            "trained weights cannot be quantised; train factors beside them: --config.lora.rank=16")  # fmt: skip
-    require("lora.init", flat["lora.rank"] or not flat["lora.init"], "is for LoRA: set lora.rank to the file's")
-    require("lora.targets", flat["lora.targets"], "name one or more layers")
-    for pattern in flat["lora.targets"]:
-        try:
-            re.compile(pattern)
-        except (re.error, TypeError) as error:
-            raise UserError(f"config.lora.targets: {pattern!r} is not a regular expression: {error}") from error
-
-
-def _check_offline(flat: dict[str, Any], require: Any) -> None:
-    offline = "data.rollout=offline"
-    require("method", flat["method"] != "refl", f"takes states of a rollout, {offline} has none; choose another method")
-    require("data.encode", flat["data.encode"] == "stored", f"{offline} needs encoded pictures; set it to stored")
-    require("rollout.noise", flat["rollout.noise"] == "per_sample",
-            f"{offline} draws noise for each picture; set it to per_sample")  # fmt: skip
-    require("rollout.reuse", flat["rollout.reuse"] == 1, f"{offline} has no rollout to use again; set it to 1")
-    for key, plain in (
-        ("rollout.dtype", "model"),
-        ("rollout.solver", "euler"),
-        ("rollout.cache", 1),
-        ("rollout.unroll", False),
-    ):
-        require(key, flat[key] == plain, f"{offline} has no rollout to make faster; set it to {plain}")
-
-
-def _check_align(flat: dict[str, Any], require: Any) -> None:
-    branches = flat["align.branches"]
-    require("align.branches", branches and len(set(branches)) == len(branches) and set(branches) <= set(BRANCHES),
-            f"name one or both of {', '.join(BRANCHES)}")  # fmt: skip
-    require("align.length", flat["align.length"] >= 10, "must be at least 10")
-    require("align.groundtruth_ratio", 0 <= flat["align.groundtruth_ratio"] < 1, "must be at least 0 and less than 1")
-    window = flat["align.train_timestep"]
-    steps = flat["align.schedule_steps"]
-    require("align.train_timestep", len(window) == 2 and 1 <= window[0] < window[1] <= steps,
-            f"must be (first, last) with 1 <= first < last <= align.schedule_steps={steps}")  # fmt: skip
-    for key in ("align.discount_positive", "align.discount_negative", "align.weights"):
-        require(key, len(flat[key]) == 2, "must be two numbers, (at the lowest noise, at the highest)")
-    if flat["method"] == "refl":
-        require("refl.late_steps", flat["refl.late_steps"] <= flat["rollout.steps"],
-                f"must not exceed rollout.steps={flat['rollout.steps']}")  # fmt: skip
-
-
-def _check_rewards(flat: dict[str, Any], require: Any, paths: bool) -> None:
-    used = [name for name in REWARDS if flat[f"reward.weights.{name}"]]
-    for name in REWARDS:
-        require(f"reward.weights.{name}", flat[f"reward.weights.{name}"] >= 0, "must not be negative")
-    if not used:
-        raise UserError(f"config.reward.weights: all are 0; give one of {', '.join(REWARDS)} a weight")
-    for name in used:
-        path = flat[f"reward.paths.{name}"]
-        require(f"reward.paths.{name}", path or not paths, f"give a path: --config.reward.paths.{name}=...")
-    for key in ("reward.positive", "reward.negative"):
-        words = flat[key]
-        require(key, words and all(isinstance(word, str) and word.strip() for word in words),
-                "must be a list of one or more control words, none of them empty")  # fmt: skip

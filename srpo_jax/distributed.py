@@ -80,11 +80,11 @@ def start(coordinator: str | None = None, process_id: int | None = None, process
 
     Raises UserError if some of the three are missing or do not fit each other.
     """
-    given = {"--coordinator": coordinator, "--process_id": process_id, "--process_count": process_count}
+    given = {"--coordinator": coordinator, "--process-id": process_id, "--process-count": process_count}
     missing = [flag for flag, value in given.items() if value is None]
     if not missing:
         if not 0 <= process_id < process_count:
-            raise UserError(f"--process_id={process_id} must be from 0 to --process_count={process_count} less one")
+            raise UserError(f"--process-id={process_id} must be from 0 to --process-count={process_count} less one")
         _initialize(coordinator, process_count, process_id)
     elif len(missing) < len(given):
         raise UserError(f"{', '.join(missing)} is missing: give all of {', '.join(given)}, or none of them")

@@ -13,7 +13,7 @@ of pictures the autoencoder's latents, at one size: the largest centred part of 
 
 The encoders are split over all devices. The same command again goes on where an interrupted one stopped. A job of
 several processes starts the command in each, with one shared --out folder: on TPUs and under SLURM they find each
-other, elsewhere give --coordinator, --process_id and --process_count.
+other, elsewhere give --coordinator, --process-id and --process-count.
 
 A prompt takes up to 3.3 MB on disk (FLUX.1, 512 tokens, bfloat16), a picture of 720x720 0.5 MB more. The released
 recipe uses 608: --sample draws some.
@@ -34,13 +34,12 @@ from absl import logging
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from srpo_jax import conditions, distributed, errors, latents, program, sharding
-from srpo_jax.algorithm.settings import LATENT_CHANNELS, LATENT_FACTOR
+from srpo_jax import architectures, command, conditions, distributed, errors, latents, sharding
 from srpo_jax.config import DTYPES
 from srpo_jax.data import filters, images, sources, stored
-from srpo_jax.data.images import Images
+from srpo_jax.data.images import PictureSet
 from srpo_jax.errors import UserError
-from srpo_jax.generate import MAX_TEXT
+from srpo_jax.families.base import AUTOENCODER
 from srpo_jax.models.compute import Compute
 from srpo_jax.weights import fingerprint
 from srpo_jax.weights.files import Spec
@@ -58,13 +57,13 @@ def encode_prompts(
     texts: Sequence[str],
     out: str | os.PathLike,
     *,
-    text_length: int = MAX_TEXT,
+    text_length: int | None = None,
     dtype: str = "bfloat16",
     mesh: Mesh,
     batch_size: int | None = None,
     shard_size: int | None = None,
     source: str = "",
-    pictures: Images | None = None,
+    pictures: PictureSet | None = None,
 ) -> stored.Manifest:
     """Writes the text encoders' features of prompts as a data set, or what is missing of it.
 
@@ -72,7 +71,7 @@ def encode_prompts(
       model: pipeline folder in our format.
       texts: at least one; the captions, if there are ``pictures``.
       out: folder of the data set.
-      text_length: T5 tokens of a prompt, padding included.
+      text_length: tokens of a prompt, padding included; default is the family's.
       dtype: of the encoders and the features.
       mesh: of all processes' devices.
       batch_size: prompts at once on all devices, rounded up; default is ``BATCH`` for each part of the mesh.
@@ -87,17 +86,16 @@ def encode_prompts(
     since it was examined.
     """
     model, kind = pathlib.Path(model), jnp.dtype(dtype)
-    transformer = program.read_config(model / program.TRANSFORMER, "flux")
-    arrays = {
-        "text": Spec((text_length, transformer.joint_attention_dim), kind),
-        "pooled": Spec((transformer.pooled_projection_dim,), kind),
-    }
-    encoders, digest = fingerprint.of_text_encoders(model), stored.digest(texts)
+    family, sizes = architectures.read_pipeline(model)
+    length = text_length or family.text_length
+    arrays = {name: Spec(shape, kind) for name, shape in family.condition(sizes.transformer, length).items()}
+    encoders = fingerprint.of_parts(model, family.text_folders, family.tokenizers)
+    digest = stored.digest(texts)
     if pictures:
-        latents.read_config(model)
-        sides = pictures.height // LATENT_FACTOR, pictures.width // LATENT_FACTOR
-        arrays[stored.LATENTS] = Spec((*sides, LATENT_CHANNELS), np.dtype(np.float32))
-        encoders[program.AUTOENCODER] = fingerprint.of_network(model / program.AUTOENCODER)
+        family.check_size(pictures.height, pictures.width, ("--height", "--width"))
+        shape = family.latent_shape(pictures.height, pictures.width)
+        arrays[stored.LATENTS] = Spec(shape, np.dtype(np.float32))
+        encoders[AUTOENCODER] = fingerprint.of_network(model / AUTOENCODER)
         digest = stored.digest([digest, pictures.digest])
     manifest = stored.Manifest(
         count=len(texts),
@@ -111,16 +109,15 @@ def encode_prompts(
     manifest = stored.plan(out, manifest)
     parts = sharding.batch_parts(mesh)
     batch_size = -(-(batch_size or BATCH * parts) // parts) * parts
-    work = Work(out, manifest, mesh, batch_size)
+    work = MissingShards(out, manifest, mesh, batch_size)
     if work.shards:
         compute = Compute(dtype=kind, param_dtype=kind, constrain=sharding.constraint(mesh))
-        encode_texts = conditions.TextEncoders(model, compute, mesh, transformer, text_length)
+        encode_texts = conditions.PromptEncoder(model, family, sizes.transformer, compute, mesh, length)
         if pictures:
-            encode_pictures, load = latents.Encoder(model, mesh), images.Loader(pictures)
+            encode_pictures, load = latents.LatentEncoder(model, family, mesh), images.Loader(pictures)
 
         def encode(places: Sequence[int]) -> dict[str, jax.Array]:
-            text, pooled = encode_texts([texts[place] for place in places], batch_size)
-            features = {"text": text, "pooled": pooled}
+            features = encode_texts([texts[place] for place in places], batch_size)
             return features | {stored.LATENTS: encode_pictures(load(places), batch_size)} if pictures else features
 
         work.begin(texts)
@@ -129,7 +126,7 @@ def encode_prompts(
     return manifest
 
 
-class Work:
+class MissingShards:
     """The shards of a data set that are missing, divided among the processes of a job, which compute in step.
 
     Args:
@@ -215,46 +212,39 @@ class Work:
 def add_filters(parser: argparse.ArgumentParser) -> None:
     """The flags of ``filters.Filter``."""
     group = parser.add_argument_group("which prompts (the number that each leaves out is printed)")
-    group.add_argument("--min-length", type=int, default=0, help="characters")
-    group.add_argument("--max-length", type=int, default=0, help="characters (default: no limit)")
+    group.add_argument("--min-length", type=command.at_least(0), default=0, metavar="N", help="characters")
+    words = "characters (default: no limit)"
+    group.add_argument("--max-length", type=command.at_least(0), default=0, metavar="N", help=words)
     group.add_argument("--include", default="", metavar="REGEX", help="that is found in the prompt")
     group.add_argument("--exclude", default="", metavar="REGEX", help="that is not found")
     group.add_argument("--unique", action="store_true", help="of equal prompts, the first")
-    group.add_argument("--sample", type=int, default=0, metavar="N", help="N of the rest, at random")
-    group.add_argument("--seed", type=int, default=0, help="of --sample (default: 0)")
+    group.add_argument("--sample", type=command.at_least(0), default=0, metavar="N", help="N of the rest, at random")
+    group.add_argument("--seed", type=command.seed, default=0, help="of --sample (default: 0)")
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m srpo_jax.encode",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    parser.add_argument("--model", required=True, help="pipeline folder made by `python -m srpo_jax.convert import`")
+def _parser() -> command.Parser:
+    parser = command.parser("encode", __doc__)
+    add = parser.add_argument
+    add("--model", type=command.path, required=True, help="pipeline folder made by `python -m srpo_jax.convert import`")
     what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--prompts", help="file, pattern, tfds:NAME[:SPLIT] or tfds:FOLDER[:SPLIT]")
-    what.add_argument("--images", help="folder of pictures with captions, tfds:NAME[:SPLIT] or tfds:FOLDER[:SPLIT]")
-    parser.add_argument("--column", help="of the prompts or captions (default: prompt, caption or text)")
-    parser.add_argument("--out", required=True, help="folder of the data set")
-    parser.add_argument(
-        "--text-length", type=int, default=MAX_TEXT, help=f"config.data.text_length (default: {MAX_TEXT})"
-    )
-    parser.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="config.model.dtype (default: bfloat16)")
-    parser.add_argument("--batch", type=int, help=f"prompts at once (default: {BATCH} a device)")
-    parser.add_argument("--shard-size", type=int, help="prompts in a file (default: as many as make 256 MiB)")
-    parser.add_argument("--height", type=int, help=f"config.data.height, of --images, in pixels (default: {SIZE})")
-    parser.add_argument("--width", type=int, help=f"config.data.width, of --images, in pixels (default: {SIZE})")
-    parser.add_argument(
-        "--broken", choices=BROKEN, help="what to do about --images that cannot be used: all are named (default: fail)"
-    )
+    words = "file, pattern, tfds:NAME[:SPLIT] or tfds:FOLDER[:SPLIT]"
+    what.add_argument("--prompts", type=command.path, help=words)
+    words = "folder of pictures with captions, tfds:NAME[:SPLIT] or tfds:FOLDER[:SPLIT]"
+    what.add_argument("--images", type=command.path, help=words)
+    add("--column", help="of the prompts or captions (default: prompt, caption or text)")
+    add("--out", type=command.path, required=True, help="folder of the data set")
+    words = "config.data.text_length (default: the family's: 512 of FLUX.1)"
+    add("--text-length", type=command.at_least(2), help=words)
+    add("--dtype", choices=DTYPES, default="bfloat16", help="config.model.dtype (default: bfloat16)")
+    add("--batch", type=command.at_least(1), help=f"prompts at once (default: {BATCH} a device)")
+    add("--shard-size", type=command.at_least(1), help="prompts in a file (default: as many as make 256 MiB)")
+    add("--height", type=command.at_least(1), help=f"config.data.height, of --images, in pixels (default: {SIZE})")
+    add("--width", type=command.at_least(1), help=f"config.data.width, of --images, in pixels (default: {SIZE})")
+    words = "what to do about --images that cannot be used: all are named (default: fail)"
+    add("--broken", choices=BROKEN, help=words)
     add_filters(parser)
-    for axis, default in (("data", 1), ("fsdp", -1), ("tensor", 1)):
-        words = f"devices along this axis of the mesh; -1 is the rest (default: {default})"
-        parser.add_argument(f"--{axis}", type=int, default=default, help=words)
-    parser.add_argument("--coordinator", metavar="HOST:PORT", help="of process 0, in a job of several processes")
-    parser.add_argument("--process_id", type=int, help="of this process, from 0")
-    parser.add_argument("--process_count", type=int, help="of the job")
+    command.add_mesh(parser)
+    command.add_job(parser)
     return parser
 
 
@@ -262,12 +252,6 @@ def main(arguments: list[str] | None = None) -> None:
     """Runs the command line. Raises UserError."""
     args = _parser().parse_args(arguments)
     logging.set_verbosity(logging.ERROR)
-    for flag, least in (("text_length", 2), ("batch", 1), ("shard_size", 1), ("min_length", 0), ("sample", 0)):
-        if (value := getattr(args, flag)) is not None and value < least:
-            raise UserError(f"--{flag.replace('_', '-')}={value}: must be at least {least}")
-    for flag in ("height", "width"):
-        if (value := getattr(args, flag)) is not None and (value <= 0 or value % 16):
-            raise UserError(f"--{flag}={value}: must be a positive multiple of 16")
     chosen = filters.Filter(
         args.min_length, args.max_length, args.include, args.exclude, args.unique, args.sample, args.seed
     )
@@ -307,7 +291,7 @@ def _read_prompts(args: argparse.Namespace, chosen: filters.Filter) -> tuple[lis
     return [prompts[place] for place in places], f"{args.prompts}: {filters.describe(len(prompts), counts)}"
 
 
-def _read_images(args: argparse.Namespace, chosen: filters.Filter) -> tuple[list[str], str, Images]:
+def _read_images(args: argparse.Namespace, chosen: filters.Filter) -> tuple[list[str], str, PictureSet]:
     """The captions of the pictures that are chosen, how many were not, in a line, and the pictures, examined.
 
     Process 0 names every picture that cannot be used. Raises UserError if there is one, unless ``--broken=skip``.
@@ -331,7 +315,7 @@ def _read_images(args: argparse.Namespace, chosen: filters.Filter) -> tuple[list
     kept = [candidates[place] for place in whole]
     digest = images.digest([digests[place] for place in whole], height, width)
     summary = f"{args.images}: {filters.describe(total, counts, 'pictures')}"
-    return [picture.caption for picture in kept], summary, Images(kept, digest, height, width)
+    return [picture.caption for picture in kept], summary, PictureSet(kept, digest, height, width)
 
 
 if __name__ == "__main__":

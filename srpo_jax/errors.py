@@ -1,6 +1,7 @@
 """One kind of error for everything a user can put right: bad files, keys, flags and prompts."""
 
 import os
+import select
 import sys
 from collections.abc import Callable
 
@@ -14,12 +15,30 @@ class UserError(Exception):
 def run(main: Callable[[], None]) -> int:
     """Calls ``main`` and returns a process exit code: 0, or 1 after printing a ``UserError`` as one line on stderr.
 
-    Every command passes here before JAX starts its devices: so GPUs may pin what the machine has (see ``host``).
+    Every command passes here before JAX starts its devices: so GPUs may pin what the machine has (see ``host``). Where
+    nobody reads what is printed any more (``... | head``), the exit code is 141, as a shell has it of a closed pipe.
     """
     host.raise_pinned_limit(os.environ, host.memory())
     try:
         main()
+        sys.stdout.flush()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    except BrokenPipeError:
+        if not _nobody_reads():
+            raise  # another pipe's, as a connection's
+        # Python flushes once more at its end, and would print a traceback then.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
     return 0
+
+
+def _nobody_reads() -> bool:
+    """Whether stdout is a pipe whose other end is closed."""
+    try:
+        poll = select.poll()
+        poll.register(sys.stdout.fileno(), 0)  # errors are always reported
+        return bool(poll.poll(0))
+    except OSError:  # no file
+        return False

@@ -1,9 +1,9 @@
-"""Makes PNG files from prompts, as diffusers' FluxPipeline does, with converted weights or a checkpoint of a run.
+"""Makes PNG files from prompts, as the pipeline's own inference does, with converted weights or a checkpoint of a run.
 
 python -m srpo_jax.generate --model=models/flux-dev --prompts=prompts.txt --out=images --checkpoint=runs/hps
 
 A job of several processes starts the command in each, and the first one writes: on TPUs and under SLURM they find each
-other, elsewhere give --coordinator, --process_id and --process_count.
+other, elsewhere give --coordinator, --process-id and --process-count.
 """
 
 import argparse
@@ -23,11 +23,11 @@ from absl import logging
 from jax.sharding import Mesh
 from PIL import Image
 
-from srpo_jax import checkpoint, conditions, distributed, errors, program, sampling, sharding, storage, text
-from srpo_jax.algorithm import flow
+from srpo_jax import architectures, checkpoint, command, distributed, errors, program, sampling, sharding, storage, text
 from srpo_jax.config import ATTENTION, DTYPES, QUANTIZE
 from srpo_jax.data import sources
 from srpo_jax.errors import UserError
+from srpo_jax.families.base import TRANSFORMER, Family
 from srpo_jax.models import lora as models_lora
 from srpo_jax.models.compute import Compute, Params, join, path_name
 from srpo_jax.models.lora import Lora
@@ -35,41 +35,46 @@ from srpo_jax.weights import engine, folder
 from srpo_jax.weights import lora as weights_lora
 from srpo_jax.weights.files import Spec
 
-MAX_TEXT = 512  # T5 tokens of FLUX.1-dev; also what diffusers' pipeline takes unless told otherwise
 
-
-def load_transformer(
+def read_transformer(
     path: pathlib.Path,
+    network: str,
     compute: Compute,
     mesh: Mesh,
     trained: Params | None,
     lora: Lora | None = None,
 ) -> tuple:
-    """(config, graph definition, parameters on the mesh) of a pipeline's transformer, or with ``trained`` parameters.
+    """(graph definition, parameters on the mesh) of a pipeline's transformer, or with ``trained`` parameters.
 
     These stand in its place or, where ``lora`` says so, are factors beside it, which is then stored as ``lora`` says.
     Raises UserError if they are not of this transformer.
     """
+    place = sharding.of(mesh, network)
     if trained is None:
-        return folder.load(path, "flux", compute, sharding.of(mesh, "flux"))
-    config = program.read_config(path, "flux")
-    place = sharding.of(mesh, "flux")
+        return folder.load(path, network, compute, place)[1:]
+    config = folder.read_config(path, network)[1]
 
     def read(key: tuple, array: checkpoint.StoredArray) -> jax.Array:
         how = ocp.ArrayRestoreArgs(sharding=place(path_name(key), array.shape), dtype=compute.param_dtype)
         return array.read(how)
 
     if lora is not None:
-        shapes = {name: Spec(shape, np.dtype(np.float32)) for name, shape in folder.shapes("flux", config).items()}
+        shapes = {name: Spec(shape, np.dtype(np.float32)) for name, shape in folder.shapes(network, config).items()}
         weights_lora.check(shapes, engine.flatten(trained), lora, path)
-        graphdef, _ = models_lora.abstract(config, compute, lora)
+        graphdef, _ = models_lora.abstract(folder.constructor(network, config, compute), lora)
         factors = jax.tree_util.tree_map_with_path(read, trained)
-        return config, graphdef, join(factors, program.load_transformer(path, compute, mesh, lora.quantized))
-    graphdef, like = folder.abstract("flux", config, compute)
+        return graphdef, join(factors, program.load_transformer(path, network, compute, mesh, lora.quantized))
+    graphdef, like = folder.abstract(network, config, compute)
     wanted, found = ({name: leaf.shape for name, leaf in engine.flatten(tree).items()} for tree in (like, trained))
     if wrong := sorted(name for name in wanted.keys() | found.keys() if wanted.get(name) != found.get(name)):
         raise UserError(f"the checkpoint is not of {path}: {len(wrong)} parameters differ, as {wrong[0]}")
-    return config, graphdef, jax.tree_util.tree_map_with_path(read, trained)
+    return graphdef, jax.tree_util.tree_map_with_path(read, trained)
+
+
+def prompt_length(family: Family, model: str | os.PathLike) -> int:
+    """The tokens of a prompt in inference: what the tokenizer says, at most what the family takes."""
+    name = next(name for name, tokenizer in family.tokenizers.items() if tokenizer.array is not None)
+    return min(family.text_length, text.load_tokenizer(pathlib.Path(model) / name).model_max_length)
 
 
 def generate(
@@ -97,17 +102,17 @@ def generate(
       model: pipeline folder in our format.
       prompts: at least one.
       out: folder, made if there is none.
-      height, width: pixels, multiples of 16.
+      height, width: pixels, multiples of the family's ``cell``.
       steps: of the Euler sampler; the noise schedule is that of the pipeline's scheduler file.
-      guidance: distilled guidance scale; not used by a transformer without that input.
+      guidance: scale; not used by a transformer without that input.
       seed: of the initial noise; image i has its own whatever the batch.
-      latents: initial noise [len(prompts), N, 64], packed, instead.
+      latents: initial noise [len(prompts), N, C], packed, instead.
       trained: the transformer's parameters from ``checkpoint.load_params`` instead of the folder's.
       lora: from ``checkpoint.lora``: that ``trained`` are factors beside the folder's, and how that is stored.
       dtype: of all weights and matrix products.
       attention: backend.
       batch_size: images at a time; default is one a device.
-      text_length: T5 tokens of a prompt, padding included; default is what the tokenizer says, at most 512.
+      text_length: tokens of a prompt, padding included; default is ``prompt_length``.
       mesh: default is all devices along "fsdp".
 
     Returns:
@@ -116,40 +121,29 @@ def generate(
     Raises UserError for a folder that is not right, or sizes that do not fit.
     """
     model, out = pathlib.Path(model), storage.path(out)
-    tokens = height // 16 * (width // 16)
-    if latents is not None and latents.shape != (len(prompts), tokens, 64):
+    family, sizes = architectures.read_pipeline(model)
+    family.check_size(height, width, ("--height", "--width"))
+    shape = (len(prompts), *family.token_shape(height, width))
+    if latents is not None and latents.shape != shape:
         raise UserError(
-            f"the latents have shape {latents.shape}; {len(prompts)} prompts at {height}x{width} need "
-            f"{(len(prompts), tokens, 64)}: [images, (height / 16) * (width / 16), 64]"
+            f"the latents have shape {latents.shape}; {len(prompts)} prompts at {height}x{width} need {shape}: "
+            f"[images, (height / {family.cell}) * (width / {family.cell}), {shape[2]}]"
         )
-    scheduler = sampling.read_scheduler(model)
     mesh = mesh or sharding.make_mesh(types.SimpleNamespace(data=1, fsdp=-1, tensor=1))
-    parts = sharding.batch_parts(mesh)
-    batch_size = -(-min(batch_size or parts, len(prompts)) // parts) * parts
     kind = jnp.dtype(dtype)
     compute = Compute(dtype=kind, param_dtype=kind, attention=attention, mesh=mesh, constrain=sharding.constraint(mesh))
-    if text_length is None:
-        text_length = min(MAX_TEXT, text.load_tokenizer(model / "tokenizer_2").model_max_length)
-
-    config, transformer, params = load_transformer(model / program.TRANSFORMER, compute, mesh, trained, lora)
-    _, autoencoder, decoder_params = folder.load(
-        model / program.AUTOENCODER, "autoencoder", compute, sharding.of(mesh, "autoencoder")
+    graphdef, params = read_transformer(model / TRANSFORMER, family.network, compute, mesh, trained, lora)
+    length = text_length or prompt_length(family, model)
+    tools = sampling.read_tools(model, mesh, family, sizes.transformer, compute, length)
+    look, at_once = sampling.Look(height, width, steps, guidance), batch_size or sharding.batch_parts(mesh)
+    painter = sampling.Painter(
+        mesh, family, graphdef, tools.autoencoder, model, look, at_once=min(at_once, len(prompts))
     )
-    encode = conditions.TextEncoders(model, compute, mesh, config, text_length)
-    function = sampling.make_sampler(
-        transformer,
-        autoencoder,
-        height=height,
-        width=width,
-        sigmas=flow.pipeline_schedule(steps, tokens, scheduler),
-        guidance=guidance if config.guidance_embeds else None,
-    )
-    sampler = sampling.Sampler(mesh, function, tokens, batch_size)
-    chunks = sampler.prepare(encode, prompts, seed=seed, noise=latents)
+    chunks = painter.prepare(tools.encode, prompts, seed=seed, noise=latents)
     files = [out / f"{index:04d}-{_words(prompt)}.png" for index, prompt in enumerate(prompts)]
     pending, writes = iter(files), jax.process_index() == 0
     with tqdm.tqdm(total=len(prompts), unit="image", disable=not (writes and sys.stderr.isatty())) as bar:
-        for images in sampler.draw(params, decoder_params, chunks):
+        for images in painter.paint(params, tools.params, chunks):
             for image in images if writes else ():
                 sampling.save_image(Image.fromarray(image), next(pending))
             bar.update(len(images))
@@ -161,39 +155,36 @@ def _words(prompt: str) -> str:
     return re.sub(r"[^\w]+", "-", prompt)[:40].strip("-") or "image"
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m srpo_jax.generate",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    parser.add_argument("--model", required=True, help="pipeline folder made by `python -m srpo_jax.convert import`")
+def _parser() -> command.Parser:
+    parser = command.parser("generate", __doc__)
+    add = parser.add_argument
+    add("--model", type=command.path, required=True, help="pipeline folder made by `python -m srpo_jax.convert import`")
     what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--prompts", help="file of prompts: text (one a line), CSV, JSON, JSON Lines or Parquet")
+    words = "prompts: a file, a pattern of files or tfds:NAME[:SPLIT], as config.data.prompts"
+    what.add_argument("--prompts", type=command.path, help=words)
     what.add_argument("--prompt", help="one prompt")
-    parser.add_argument("--out", required=True, help="folder for the images, local or gs://BUCKET/PATH")
-    parser.add_argument("--checkpoint", help="workdir of a training run, whose transformer replaces the model's")
-    parser.add_argument("--step", type=int, help="of the checkpoint (default: the newest)")
-    parser.add_argument("--ema", action="store_true", help="take the checkpoint's moving average")
+    add("--column", help="of --prompts, where there are several (default: prompt, caption or text)")
+    add("--out", type=command.path, required=True, help="folder for the images, local or gs://BUCKET/PATH")
+    words = "workdir of a training run, whose transformer replaces the model's"
+    add("--checkpoint", type=command.path, help=words)
+    add("--step", type=command.at_least(1), help="of the checkpoint (default: the newest)")
+    add("--ema", action="store_true", help="take the checkpoint's moving average")
     words = "how a LoRA's base is stored: none (in --dtype), int8, nf4, or as it was trained (default: none)"
-    parser.add_argument("--quantize", choices=(*QUANTIZE, "trained"), default="none", help=words)
-    parser.add_argument("--height", type=int, default=1024, help="pixels, a multiple of 16 (default: 1024)")
-    parser.add_argument("--width", type=int, default=1024, help="pixels, a multiple of 16 (default: 1024)")
-    parser.add_argument("--steps", type=int, default=50, help="of the sampler (default: 50)")
-    parser.add_argument("--guidance", type=float, default=3.5, help="guidance scale (default: 3.5)")
-    parser.add_argument("--seed", type=int, default=0, help="of the initial noise (default: 0)")
-    parser.add_argument("--latents", help="npz file with the initial noise, `latents` [images, tokens, 64], packed")
-    parser.add_argument("--text-length", type=int, help="T5 tokens of a prompt (default: the tokenizer's, at most 512)")
-    parser.add_argument("--batch", type=int, help="images at a time (default: one a device)")
-    parser.add_argument("--dtype", choices=DTYPES, help="default: float32 on CPU, bfloat16 on accelerators")
-    parser.add_argument("--attention", choices=ATTENTION, default="xla", help="backend (default: xla)")
-    for axis, default in (("data", 1), ("fsdp", -1), ("tensor", 1)):
-        words = f"devices along this axis of the mesh; -1 is the rest (default: {default})"
-        parser.add_argument(f"--{axis}", type=int, default=default, help=words)
-    parser.add_argument("--coordinator", metavar="HOST:PORT", help="of process 0, in a job of several processes")
-    parser.add_argument("--process_id", type=int, help="of this process, from 0")
-    parser.add_argument("--process_count", type=int, help="of the job")
+    add("--quantize", choices=(*QUANTIZE, "trained"), default="none", help=words)
+    add("--height", type=command.at_least(1), default=1024, help="pixels, a multiple of 16 (default: 1024)")
+    add("--width", type=command.at_least(1), default=1024, help="pixels, a multiple of 16 (default: 1024)")
+    add("--steps", type=command.at_least(1), default=50, help="of the sampler (default: 50)")
+    add("--guidance", type=command.number, default=3.5, help="guidance scale (default: 3.5)")
+    add("--seed", type=command.seed, default=0, help="of the initial noise (default: 0)")
+    words = "npz file with the initial noise, `latents` [images, tokens, features], packed"
+    add("--latents", type=command.path, help=words)
+    words = "tokens of a prompt (default: the tokenizer's, at most 512)"
+    add("--text-length", type=command.at_least(1), help=words)
+    add("--batch", type=command.at_least(1), help="images at a time (default: one a device)")
+    add("--dtype", choices=DTYPES, help="default: float32 on CPU, bfloat16 on accelerators")
+    add("--attention", choices=ATTENTION, default="xla", help="backend (default: xla)")
+    command.add_mesh(parser)
+    command.add_job(parser)
     return parser
 
 
@@ -209,12 +200,8 @@ def main(arguments: list[str] | None = None) -> None:
     """Runs the command line. Raises UserError."""
     args = _parser().parse_args(arguments)
     logging.set_verbosity(logging.ERROR)
-    for flag in ("height", "width"):
-        if getattr(args, flag) <= 0 or getattr(args, flag) % 16:
-            raise UserError(f"--{flag}={getattr(args, flag)}: must be a positive multiple of 16")
-    for flag in ("steps", "batch", "text_length"):
-        if getattr(args, flag) is not None and getattr(args, flag) < 1:
-            raise UserError(f"--{flag.replace('_', '-')}={getattr(args, flag)}: must be at least 1")
+    if args.prompts is None and args.column is not None:
+        raise UserError(f"--column={args.column} is of --prompts; leave it out")
     if args.checkpoint is None and (args.step is not None or args.ema):
         raise UserError("--step and --ema choose from a --checkpoint; give one")
     with distributed.job(args.coordinator, args.process_id, args.process_count):
@@ -227,7 +214,7 @@ def _run(args: argparse.Namespace) -> None:
         raise UserError(f"--quantize={args.quantize} is for the base of a LoRA run; give one as --checkpoint")
     if lora is not None and args.quantize != "trained":
         lora = dataclasses.replace(lora, quantized=args.quantize)
-    prompts = [args.prompt] if args.prompts is None else sources.read(args.prompts)
+    prompts = [args.prompt] if args.prompts is None else sources.read(args.prompts, args.column)
     files = generate(
         args.model,
         prompts,

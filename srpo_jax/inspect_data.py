@@ -8,7 +8,6 @@ be read; --sheet draws the pictures of these prompts as their latents decode. To
 by the pipeline folder that encoded (--model if it was moved).
 """
 
-import argparse
 import math
 import os
 import pathlib
@@ -20,9 +19,10 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from srpo_jax import errors, latents, program, sampling, text
+from srpo_jax import command, errors, families, latents, sampling, text
 from srpo_jax.data import stored
 from srpo_jax.errors import UserError
+from srpo_jax.families.base import AUTOENCODER
 from srpo_jax.weights import fingerprint
 
 THUMBNAIL, MARGIN, GAP = 256, 72, 8  # pixels: a picture's longer side at most, room for its caption, between pictures
@@ -56,9 +56,11 @@ def describe(path: str | os.PathLike, model: str | None = None, show: int = 8, s
         yield f"  {name:<16} {spec.dtype} {list(spec.shape)}, {_bytes(spec.nbytes)}"
 
     where = pathlib.Path(model or manifest.model)
-    here = fingerprint.of_text_encoders(where) if model or where.is_dir() else {}
-    if here and program.AUTOENCODER in manifest.encoders:
-        here[program.AUTOENCODER] = fingerprint.of_network(where / program.AUTOENCODER)
+    family, here = families.of_pipeline(where) if model or where.is_dir() else None, {}
+    if family is not None:
+        here = fingerprint.of_parts(where, family.text_folders, family.tokenizers)
+        if AUTOENCODER in manifest.encoders:
+            here[AUTOENCODER] = fingerprint.of_network(where / AUTOENCODER)
     yield f"encoded by {manifest.model}" + (f", compared with {where}" if here else "")
     for part, found in manifest.encoders.items():
         same = "" if part not in here else "  the same" if here[part] == found else f"  OTHER: {here[part]}"
@@ -66,15 +68,15 @@ def describe(path: str | os.PathLike, model: str | None = None, show: int = 8, s
 
     yield f"{'lengths':<18} {'least':>6} {'median':>6} {'95 %':>6} {'most':>6}"
     yield _row("characters", [len(prompt) for prompt in texts])
-    if here:
-        for part, name, limit in (
-            ("tokenizer_2", "T5 tokens", manifest.arrays["text"].shape[0]),
-            ("tokenizer", "CLIP tokens", None),
-        ):
+    if family is not None:
+        for part, (label, array) in family.tokenizers.items():
             tokenizer = text.load_tokenizer(where / part)
             counts = [len(ids) for ids in tokenizer(texts)["input_ids"]]
-            limit = limit or tokenizer.model_max_length
-            yield _row(name, counts) + f"   {sum(count > limit for count in counts)} are longer than {limit}: cut"
+            limit = tokenizer.model_max_length if array is None else manifest.arrays[array].shape[0]
+            yield (
+                _row(f"{label} tokens", counts)
+                + f"   {sum(count > limit for count in counts)} are longer than {limit}: cut"
+            )
     else:
         yield f"  tokens: {where} is not there; name the pipeline's folder with --model"
     yield f"{len(texts) - len(set(texts))} prompts are repeated"
@@ -102,7 +104,7 @@ def contact_sheet(path: str | os.PathLike, model: str | None, show: int, seed: i
     """Pictures of a data set, decoded from their latents, with their captions below; and their latents' spread.
 
     Takes the arguments of ``describe`` and shows the same examples. The mean and the deviation are of all numbers of
-    these latents; FLUX.1's are made to be near 0 and 1.
+    these latents, which are scaled to be near 0 and 1.
 
     Raises UserError if the folder is not a complete data set of pictures, or the pipeline that decodes is not there.
     """
@@ -156,20 +158,14 @@ def _bytes(count: float) -> str:
 
 def main(arguments: list[str] | None = None) -> None:
     """Runs the command line. Raises UserError."""
-    parser = argparse.ArgumentParser(
-        prog="python -m srpo_jax.inspect_data",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    parser.add_argument("data", help="folder of the data set")
-    parser.add_argument("--model", help="pipeline folder (default: the one that encoded)")
-    parser.add_argument("--show", type=int, default=8, help="prompts, drawn at random (default: 8)")
-    parser.add_argument("--seed", type=int, default=0, help="of that draw (default: 0)")
-    parser.add_argument("--sheet", help="PNG file for the pictures of these prompts, decoded from their latents")
+    parser = command.parser("inspect_data", __doc__)
+    parser.add_argument("data", type=command.path, help="folder of the data set")
+    parser.add_argument("--model", type=command.path, help="pipeline folder (default: the one that encoded)")
+    parser.add_argument("--show", type=command.at_least(0), default=8, help="prompts, drawn at random (default: 8)")
+    parser.add_argument("--seed", type=command.seed, default=0, help="of that draw (default: 0)")
+    words = "PNG file for the pictures of these prompts, decoded from their latents"
+    parser.add_argument("--sheet", type=command.path, help=words)
     args = parser.parse_args(arguments)
-    if args.show < 0 or args.seed < 0:
-        raise UserError("--show and --seed must not be negative")
     if args.sheet and not args.show:
         raise UserError(f"--sheet={args.sheet} with --show=0: there is nothing to draw")
     for line in describe(args.data, args.model, args.show, args.seed):

@@ -2,11 +2,8 @@
 
     python -m srpo_jax.main --config=configs/flux_dev_hps.py --workdir=runs/hps [--config.optim.learning_rate=1e-5 ...]
 
-  --config   recipe, a Python file; --config.KEY=VALUE overrides one of its keys
-  --workdir  folder of the run, made if there is none; local, or gs://BUCKET/PATH (pip install gcsfs)
-
 A job of several processes starts this in each of them. On TPUs and under SLURM they find each other; elsewhere give all
-of --coordinator=HOST:PORT (of process 0), --process_id (from 0) and --process_count.
+of --coordinator, --process-id and --process-count.
 
 The same command again goes on from the newest checkpoint. After Ctrl-C or SIGTERM the update is finished and saved.
 
@@ -18,12 +15,11 @@ import sys
 from signal import SIGINT
 from typing import NamedTuple
 
-from absl import flags, logging
+from absl import logging
 from ml_collections import ConfigDict
 
-from srpo_jax import command, distributed, errors, train
+from srpo_jax import command, distributed, errors, train, validation
 from srpo_jax import config as config_lib
-from srpo_jax.errors import UserError
 
 
 class Command(NamedTuple):
@@ -36,29 +32,22 @@ class Command(NamedTuple):
     process_count: int | None = None
 
 
-def parse(argv: list[str]) -> Command:
-    """Reads a command line; ``argv[0]`` is the program. Raises UserError for what is wrong with it."""
-
-    def define(values: flags.FlagValues) -> None:
-        flags.DEFINE_string("workdir", None, "", flag_values=values)
-        flags.DEFINE_string("coordinator", None, "", flag_values=values)
-        for name in ("process_id", "process_count"):
-            flags.DEFINE_integer(name, None, "", flag_values=values)
-
-    config, values = command.parse(argv, "python -m srpo_jax.main", define)
-    if not values["workdir"]:
-        raise UserError("--workdir is missing; see python -m srpo_jax.main --help")
-    return Command(config, **values)
+def parse(arguments: list[str] | None) -> Command:
+    """Reads a command line. Raises UserError for what is wrong with it."""
+    parser = command.parser("main", __doc__)
+    keys = "".join(f"\n  {key} = {value!r}" for key, value in config_lib.flatten(config_lib.default()).items())
+    parser.epilog = f"Keys of a config and their defaults (srpo_jax/config.py says what they mean):\n{keys}"
+    words = "folder of the run, made if there is none; local, or gs://BUCKET/PATH (pip install gcsfs)"
+    parser.add_argument("--workdir", type=command.path, required=True, help=words)
+    command.add_job(parser)
+    config, own = command.parse_recipe(parser, arguments)
+    return Command(config, own.workdir, own.coordinator, own.process_id, own.process_count)
 
 
-def main() -> None:
-    """Trains by the process's command line."""
-    if {"--help", "-h"} & set(sys.argv[1:]):
-        print(__doc__ + "\nKeys of a config and their defaults (srpo_jax/config.py says what they mean):\n")
-        print("\n".join(f"  {key} = {value!r}" for key, value in config_lib.flatten(config_lib.default()).items()))
-        return
-    task = parse(sys.argv)
-    config_lib.validate(task.config)  # before machines wait for each other
+def main(arguments: list[str] | None = None) -> None:
+    """Trains by a command line. Raises UserError."""
+    task = parse(arguments)
+    validation.validate(task.config)  # before machines wait for each other
     logging.set_verbosity(logging.ERROR)  # Orbax tells every step of every save
     with distributed.job(task.coordinator, task.process_id, task.process_count):
         try:

@@ -21,56 +21,20 @@ from ml_collections import ConfigDict
 
 from srpo_jax import optim, sharding
 from srpo_jax.algorithm import step
-from srpo_jax.algorithm.rewards import Reward
+from srpo_jax.algorithm.batch import Batch, Rollout
+from srpo_jax.algorithm.networks import Frozen, Networks
+from srpo_jax.algorithm.preference import VARIANTS
 from srpo_jax.algorithm.settings import Settings
-from srpo_jax.algorithm.step import Batch, Frozen, Networks, Rollout, TrainState
+from srpo_jax.algorithm.step import TrainState
+from srpo_jax.architectures import Architecture, used_rewards
 from srpo_jax.errors import UserError
+from srpo_jax.families.base import AUTOENCODER, TRANSFORMER
 from srpo_jax.models import lora
-from srpo_jax.models.autoencoder import AutoencoderConfig
-from srpo_jax.models.clip import ClipConfig
 from srpo_jax.models.compute import Compute, Params
-from srpo_jax.models.flux import FluxConfig
 from srpo_jax.models.lora import Lora
 from srpo_jax.optim import Optimizer
-from srpo_jax.weights import engine, folder, quantized
-from srpo_jax.weights import lora as weights_lora
-from srpo_jax.weights.files import SafetensorsFile
-
-# Folders of a pipeline, and the networks in them.
-TRANSFORMER, AUTOENCODER = "transformer", "vae"
-CAPTIONS = ("positive", "negative", "caption")  # variants of a prompt that a reward reads
-
-
-class Architecture(NamedTuple):
-    """The sizes of the networks of a run; ``rewards`` by name, those in use."""
-
-    transformer: FluxConfig
-    autoencoder: AutoencoderConfig
-    rewards: dict[str, ClipConfig]
-
-
-def used_rewards(config: ConfigDict) -> dict[str, tuple[str, float]]:
-    """(path, weight) of every reward that has a weight, by name."""
-    weights = config.reward.weights
-    return {name: (config.reward.paths[name], weights[name]) for name in weights if weights[name]}
-
-
-def read_config(path: str | os.PathLike, network: str) -> Any:
-    """The config of the network in a folder of ours. Raises UserError if there is none or it is another network."""
-    found, config = folder.read_config(path)
-    if found != network:
-        raise UserError(f"{path} holds a {found} network; expected {network}")
-    return config
-
-
-def read_architecture(config: ConfigDict) -> Architecture:
-    """Reads the sizes from the folders that a configuration names. Raises UserError for a folder that is not right."""
-    path = pathlib.Path(config.model.path)
-    return Architecture(
-        read_config(path / TRANSFORMER, "flux"),
-        read_config(path / AUTOENCODER, "autoencoder"),
-        {name: read_config(reward, "clip") for name, (reward, _) in used_rewards(config).items()},
-    )
+from srpo_jax.rewards import REWARDS
+from srpo_jax.weights import adapters, engine, folder, quantized
 
 
 class Computes(NamedTuple):
@@ -167,29 +131,26 @@ def build(config: ConfigDict, mesh: Mesh, architecture: Architecture) -> Program
     Raises UserError for a mesh that does not fit the batch or a parameter, and for blocks that the transformer lacks.
     """
     settings, optimizer = Settings.from_config(config), optim.make_optimizer(config.optim)
+    family = architecture.family
+    family.check_size(settings.height, settings.width, ("config.data.height", "config.data.width"))
     part, devices = config.data.batch_size // config.optim.accumulation, sharding.batch_parts(mesh)
     if part % devices:
         raise UserError(
             f"config.data.batch_size / config.optim.accumulation = {part} must be a multiple of the {devices} devices "
             "along the mesh's data and fsdp axes"
         )
-    ends, sizes = config.rollout.cache_ends, architecture.transformer
-    if config.rollout.cache > 1 and (ends[0] > sizes.num_layers or ends[1] > sizes.num_single_layers):
-        raise UserError(
-            f"config.rollout.cache_ends={tuple(ends)}: this transformer has {sizes.num_layers} double and "
-            f"{sizes.num_single_layers} single blocks"
-        )
+    _check_cache(config, architecture)
     options = computes(config, mesh)
-    graphdef, params, base = _transformer(mesh, architecture.transformer, options.transformer, config)
-    autoencoder, autoencoder_params = _network(mesh, "autoencoder", architecture.autoencoder, options.autoencoder)
+    graphdef, params, base = _transformer(mesh, architecture, options.transformer, config)
+    autoencoder, autoencoder_params = _network(mesh, family.decoder, architecture.autoencoder, options.autoencoder)
     rewards, reward_params = {}, {}
-    for name, (_, weight) in used_rewards(config).items():
-        sizes = architecture.rewards[name]
-        reward, reward_params[name] = _network(mesh, "clip", sizes, options.reward)
-        rewards[name] = Reward(reward, sizes.vision_config.image_size, name, weight)
-    networks = Networks(graphdef, architecture.transformer.guidance_embeds, autoencoder, rewards)
+    for name, used in used_rewards(config).items():
+        kind, sizes = REWARDS[used.kind], architecture.rewards[name]
+        reward, reward_params[name] = _network(mesh, kind.network, sizes, options.reward)
+        rewards[name] = kind(sizes, reward, used.weight)
+    networks = Networks(family, graphdef, autoencoder, rewards)
     if config.rollout.gather:
-        networks = dataclasses.replace(networks, gather=sharding.gather(mesh, "flux"))
+        networks = dataclasses.replace(networks, gather=sharding.gather(mesh, family.network))
 
     everywhere = sharding.replicated(mesh)
     params_sharding = jax.tree.map(lambda leaf: leaf.sharding, params)
@@ -199,7 +160,7 @@ def build(config: ConfigDict, mesh: Mesh, architecture: Architecture) -> Program
         params=params,
         opt_state=with_sharding(jax.eval_shape(optimizer.init, params), opt_sharding),
         ema=in_float32(params) if config.optim.ema_decay else None,
-        rollout=_abstract_rollout(config, mesh, settings) if settings.reuse > 1 else None,
+        rollout=_abstract_rollout(config, mesh, networks, settings) if settings.reuse > 1 else None,
     )
     update, seed = step.make_update(networks, settings, optimizer), config.seed
 
@@ -214,7 +175,7 @@ def build(config: ConfigDict, mesh: Mesh, architecture: Architecture) -> Program
         computes=options,
         state=state,
         frozen=Frozen(autoencoder_params, reward_params, base),
-        batch=_abstract_batch(config, mesh, architecture, settings),
+        batch=_abstract_batch(config, mesh, architecture, networks, settings),
         update=jax.jit(
             seeded_update,
             donate_argnums=0,
@@ -229,16 +190,24 @@ def _network(mesh: Mesh, network: str, sizes: Any, compute: Compute) -> tuple[An
     return graphdef, with_sharding(params, sharding.of_tree(mesh, network, params))
 
 
-def _transformer(mesh: Mesh, sizes: FluxConfig, compute: Compute, config: ConfigDict) -> tuple[Any, Any, Any]:
+def _check_cache(config: ConfigDict, architecture: Architecture) -> None:
+    ends, blocks = tuple(config.rollout.cache_ends), architecture.family.blocks(architecture.transformer)
+    if config.rollout.cache > 1 and (len(blocks) != len(ends) or any(e > b for e, b in zip(ends, blocks, strict=True))):
+        raise UserError(
+            f"config.rollout.cache_ends={ends}: this transformer has {' + '.join(map(str, blocks)) or 'no'} blocks"
+        )
+
+
+def _transformer(mesh: Mesh, architecture: Architecture, compute: Compute, config: ConfigDict) -> tuple[Any, Any, Any]:
     """(graph definition, what is trained, what is frozen beside it or None)."""
-    settings = Lora.from_config(config.lora)
+    settings, network = Lora.from_config(config.lora), architecture.family.network
     if settings is None:
-        return *_network(mesh, "flux", sizes, compute), None
+        return *_network(mesh, network, architecture.transformer, compute), None
     try:
-        graphdef, params = lora.abstract(sizes, compute, settings)
+        graphdef, params = lora.abstract(folder.constructor(network, architecture.transformer, compute), settings)
     except ValueError as error:
         raise UserError(f"config.lora.targets: {error}") from error
-    return graphdef, *lora.split(with_sharding(params, sharding.of_tree(mesh, "flux", params)))
+    return graphdef, *lora.split(with_sharding(params, sharding.of_tree(mesh, network, params)))
 
 
 def with_sharding(tree: Any, shardings: Any) -> Any:
@@ -251,27 +220,32 @@ def in_float32(tree: Any) -> Any:
     return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.float32, sharding=leaf.sharding), tree)
 
 
-def _abstract_rollout(config: ConfigDict, mesh: Mesh, settings: Settings) -> Rollout:
-    shape = (config.data.batch_size, settings.tokens, settings.token_width)
+def _abstract_rollout(config: ConfigDict, mesh: Mesh, networks: Networks, settings: Settings) -> Rollout:
+    shape = (config.data.batch_size, *networks.tokens(settings))
     array = jax.ShapeDtypeStruct(shape, jnp.float32, sharding=sharding.of_batch(mesh))
     return Rollout(latents=array, noise=array)
 
 
-def _abstract_batch(config: ConfigDict, mesh: Mesh, architecture: Architecture, settings: Settings) -> Batch:
+def _abstract_batch(
+    config: ConfigDict, mesh: Mesh, architecture: Architecture, networks: Networks, settings: Settings
+) -> Batch:
     count, split = config.data.batch_size, sharding.of_batch(mesh)
-    dtype, transformer = jnp.dtype(config.model.dtype), architecture.transformer
+    dtype = jnp.dtype(config.model.dtype)
 
     def array(shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct((count, *shape), dtype, sharding=split)
 
+    condition = architecture.family.condition(architecture.transformer, config.data.text_length)
     return Batch(
-        text=array((config.data.text_length, transformer.joint_attention_dim), dtype),
-        pooled=array((transformer.pooled_projection_dim,), dtype),
-        reward_ids={
-            name: {caption: array((sizes.text_config.max_position_embeddings,), jnp.int32) for caption in CAPTIONS}
-            for name, sizes in architecture.rewards.items()
+        condition={name: array(shape, dtype) for name, shape in condition.items()},
+        reward_tokens={
+            name: {
+                variant: jax.tree.map(lambda ids: array(ids.shape, ids.dtype), reward.token_shapes())
+                for variant in VARIANTS
+            }
+            for name, reward in networks.rewards.items()
         },
-        latents=_abstract_rollout(config, mesh, settings).latents if config.data.rollout == "offline" else None,
+        latents=_abstract_rollout(config, mesh, networks, settings).latents if settings.offline else None,
     )
 
 
@@ -301,10 +275,11 @@ def _initial_factors(config: ConfigDict, program: Program, shardings: Any) -> Pa
     """New factors, or those of ``config.lora.init``."""
     if not config.lora.init:
         return jax.jit(lambda: lora.initial(program.state.params, config.seed), out_shardings=shardings)()
-    if not pathlib.Path(config.lora.init).is_file():
-        raise UserError(f"config.lora.init={config.lora.init!r} is not a file; name a LoRA's safetensors file")
-    file, sizes = SafetensorsFile(config.lora.init), read_config(pathlib.Path(config.model.path) / TRANSFORMER, "flux")
-    arrays = weights_lora.imported(sizes, file, Lora.from_config(config.lora), file.metadata)
+    if not pathlib.Path(config.lora.init).exists():
+        raise UserError(f"config.lora.init={config.lora.init!r} does not exist; name a LoRA's file or folder")
+    family, where = program.networks.family, pathlib.Path(config.model.path) / TRANSFORMER
+    sizes = folder.read_config(where, family.network)[1]
+    arrays = adapters.read(config.lora.init, sizes, Lora.from_config(config.lora))
     return jax.tree.map(
         lambda array, where: jax.make_array_from_callback(array.shape, where, lambda index: array[index]),
         engine.unflatten(arrays, program.state.params),
@@ -322,25 +297,27 @@ def _zeros(tree: Any) -> Any:
 
 def load_frozen(config: ConfigDict, program: Program) -> Frozen:
     """The autoencoder, the rewards and, with LoRA, the transformer, in the compute dtype or quantised."""
-    mesh, options = program.mesh, program.computes
+    mesh, options, family = program.mesh, program.computes, program.networks.family
     path = pathlib.Path(config.model.path) / AUTOENCODER
-    autoencoder = folder.load(path, "autoencoder", options.autoencoder, sharding.of(mesh, "autoencoder"))[2]
-    rewards = {
-        name: folder.load(reward, "clip", options.reward, sharding.of(mesh, "clip"))[2]
-        for name, (reward, _) in used_rewards(config).items()
-    }
+    autoencoder = folder.load(path, family.decoder, options.autoencoder, sharding.of(mesh, family.decoder))[2]
+    rewards = {}
+    for name, used in used_rewards(config).items():
+        network = REWARDS[used.kind].network
+        rewards[name] = folder.load(used.path, network, options.reward, sharding.of(mesh, network))[2]
     return Frozen(autoencoder, rewards, None if program.frozen.base is None else _load_transformer(config, program))
 
 
 def _load_transformer(config: ConfigDict, program: Program) -> Params:
-    path = pathlib.Path(config.model.path) / TRANSFORMER
-    return load_transformer(path, program.computes.transformer, program.mesh, config.lora.quantize)
+    path, network = pathlib.Path(config.model.path) / TRANSFORMER, program.networks.family.network
+    return load_transformer(path, network, program.computes.transformer, program.mesh, config.lora.quantize)
 
 
-def load_transformer(path: str | os.PathLike, compute: Compute, mesh: Mesh, quantize: str = "none") -> Params:
+def load_transformer(
+    path: str | os.PathLike, network: str, compute: Compute, mesh: Mesh, quantize: str = "none"
+) -> Params:
     """A transformer's parameters on a mesh, from a folder of ours: in ``compute.param_dtype``, or the kernels of its
     blocks quantised (``lora.quantize``), as an adapted network has them."""
-    place = sharding.of(mesh, "flux")
+    place = sharding.of(mesh, network)
     if quantize != "none":
-        return quantized.load(path, quantize, compute, place)
-    return folder.load(path, "flux", compute, place)[2]
+        return quantized.load(path, network, quantize, compute, place)
+    return folder.load(path, network, compute, place)[2]

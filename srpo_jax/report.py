@@ -31,7 +31,7 @@ class Verdict:
 
 
 @dataclasses.dataclass(frozen=True)
-class Picture:
+class Shown:
     """An image ``[H, W, 3]``, uint8, with the text that a reader sees on pointing at it."""
 
     pixels: np.ndarray
@@ -43,7 +43,7 @@ class Comparison:
     """Pictures of one prompt: ``columns[i]`` holds those of the i-th stage (before, after, ...), one a seed."""
 
     prompt: str
-    columns: tuple[tuple[Picture, ...], ...]
+    columns: tuple[tuple[Shown, ...], ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,7 +73,7 @@ class Chart:
 
 
 @dataclasses.dataclass(frozen=True)
-class Table:
+class PageTable:
     """Rows of text under a header."""
 
     title: str
@@ -91,7 +91,7 @@ class Report:
     verdicts: tuple[Verdict, ...]
     galleries: tuple[Gallery, ...]
     charts: tuple[Chart, ...]
-    tables: tuple[Table, ...]
+    tables: tuple[PageTable, ...]
 
 
 def render(report: Report) -> str:
@@ -152,7 +152,7 @@ def _gallery(gallery: Gallery) -> str:
     return _section(gallery.title, gallery.text, f"<div class='gallery'>{''.join(cards)}</div>", gallery.folded)
 
 
-def _picture(picture: Picture, alternative: str) -> str:
+def _picture(picture: Shown, alternative: str) -> str:
     pixels = np.asarray(picture.pixels)
     if pixels.ndim != 3 or pixels.shape[-1] != 3 or pixels.dtype != np.uint8:
         raise ValueError(f"a picture must be [H, W, 3] uint8, not {list(pixels.shape)} {pixels.dtype}")
@@ -162,7 +162,7 @@ def _picture(picture: Picture, alternative: str) -> str:
     return f"<img src='data:image/png;base64,{data}' alt='{_quote(alternative)}' title='{_quote(picture.note)}'>"
 
 
-def _table(table: Table) -> str:
+def _table(table: PageTable) -> str:
     head = "".join(f"<th>{html.escape(name)}</th>" for name in table.header)
     rows = "".join("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in table.rows)
     grid = f"<div class='scroll'><table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>"

@@ -1,4 +1,4 @@
-"""Images from prompts: FLUX's inference pipeline (guidance-distilled Euler sampling), compiled once per batch size."""
+"""Pictures from prompts: a pipeline's own inference (Euler sampling, its guidance), compiled once per batch size."""
 
 import io
 import math
@@ -16,142 +16,154 @@ from PIL import Image
 
 from srpo_jax import sharding, storage
 from srpo_jax.algorithm import flow
-from srpo_jax.errors import UserError
-from srpo_jax.models.compute import Params, bind
-from srpo_jax.weights.files import read_json
-
-FACTOR = 8  # pixels of an image per latent position, along each side
-SCHEDULER = "FlowMatchEulerDiscreteScheduler"
-# What diffusers takes where the file is silent; the second group changes the schedule in ways that FLUX.1 does not use.
-SCHEDULER_DEFAULTS = {
-    "shift": 1.0, "use_dynamic_shifting": False, "base_shift": 0.5, "max_shift": 1.15, "base_image_seq_len": 256,
-    "max_image_seq_len": 4096,
-}  # fmt: skip
-SCHEDULER_FIXED = {
-    "time_shift_type": "exponential", "invert_sigmas": False, "shift_terminal": None, "use_karras_sigmas": False,
-    "use_exponential_sigmas": False, "use_beta_sigmas": False, "stochastic_sampling": False,
-}  # fmt: skip
-
-Encode = Callable[[Sequence[str], int], tuple[jax.Array, jax.Array]]
+from srpo_jax.algorithm.networks import to_unit_range
+from srpo_jax.algorithm.rollout import of_step
+from srpo_jax.conditions import PromptEncoder
+from srpo_jax.families.base import AUTOENCODER, Condition, Family
+from srpo_jax.models.compute import Compute, Params, bind
+from srpo_jax.weights import folder
 
 
-def read_scheduler(path: str | os.PathLike) -> dict[str, Any]:
-    """The scheduler of a pipeline folder, complete, for ``flow.pipeline_schedule``.
+class Look(NamedTuple):
+    """How pictures are drawn: sides in pixels, steps of the sampler, guidance scale."""
 
-    Raises UserError if the file is missing or asks for a schedule that is not computed here.
-    """
-    file = pathlib.Path(path) / "scheduler" / "scheduler_config.json"
-    found = read_json(file)
-    if found.get("_class_name", SCHEDULER) != SCHEDULER:
-        raise UserError(f"{file}: {found['_class_name']} is not supported; FLUX.1 has {SCHEDULER}")
-    for key, value in SCHEDULER_FIXED.items():
-        if found.get(key, value) not in (value, None):
-            raise UserError(f"{file}: {key}={found[key]!r} is not supported; FLUX.1 has {value!r}")
-    return {key: found.get(key, value) for key, value in SCHEDULER_DEFAULTS.items()}
-
-
-def make_sampler(
-    transformer: nnx.GraphDef,
-    autoencoder: nnx.GraphDef,
-    *,
-    height: int,
-    width: int,
-    sigmas: np.ndarray,
-    guidance: float | None,
-) -> Callable[[Params, Params, jax.Array, jax.Array, jax.Array], jax.Array]:
-    """Builds ``sample(transformer_params, autoencoder_params, text, pooled, noise) -> images``, ready for ``jax.jit``.
-
-    Args:
-      transformer, autoencoder: graph definitions.
-      height, width: of the images, pixels, multiples of 16.
-      sigmas: noise levels ``[S + 1]``, as from ``flow.pipeline_schedule``. Times are not truncated to thousandths here:
-        the released trainer does that, the inference pipeline does not.
-      guidance: the distilled guidance scale, None for a transformer without that input.
-
-    Returns:
-      A pure function of text [B, T, C], pooled [B, P] and noise [B, N, 64], giving uint8 images [B, height, width, 3].
-    """
-    rows, columns = height // FACTOR, width // FACTOR
-
-    def sample(
-        transformer_params: Params, autoencoder_params: Params, text: jax.Array, pooled: jax.Array, noise: jax.Array
-    ) -> jax.Array:
-        count = noise.shape[0]
-        network = bind(transformer, transformer_params)
-        scale = None if guidance is None else jnp.full((count,), guidance, jnp.float32)
-        image_ids, text_ids = jnp.asarray(flow.image_ids(rows, columns)), jnp.asarray(flow.text_ids(text.shape[1]))
-
-        steps = network.modulations_of_steps(pooled, jnp.asarray(sigmas[:-1]), scale)
-
-        def velocity(x: jax.Array, sigma: jax.Array, index: jax.Array, memory: tuple) -> tuple[jax.Array, tuple]:
-            return network.modulated(x, text, steps.of_step(index), image_ids, text_ids), memory
-
-        latents = flow.unpack(flow.sample(velocity, noise, sigmas, memory=()), rows, columns)
-        decoder = bind(autoencoder, autoencoder_params)
-        images = jnp.clip(decoder.decode(decoder.unscale_latents(latents)) / 2 + 0.5, 0, 1)
-        return jnp.round(images * 255).astype(jnp.uint8)
-
-    return sample
-
-
-def draw_noise(indices: jax.Array, seed: int, tokens: int) -> jax.Array:
-    """Initial noise [B, N, 64], float32, of the images numbered ``indices`` [B]. Each number has a key of its own, so
-    that an image does not depend on how many are made at once."""
-    keys = jax.vmap(lambda index: jax.random.fold_in(jax.random.key(seed), index))(indices)
-    return jax.vmap(lambda key: jax.random.normal(key, (tokens, 4 * 16)))(keys)
+    height: int
+    width: int
+    steps: int
+    guidance: float
 
 
 class Chunk(NamedTuple):
-    """Inputs of images that are made at once; the last of them may be there to fill the batch: ``count`` are wanted."""
+    """Inputs of pictures that are made at once; the last of them may be there to fill the batch: ``count`` are
+    wanted."""
 
-    text: jax.Array
-    pooled: jax.Array
+    condition: Condition
     noise: jax.Array
     count: int
 
 
-class Sampler:
-    """Makes images of one size on a mesh.
+class Painter:
+    """Draws prompts on a mesh, with whatever weights of a transformer it is given.
 
     Args:
       mesh: where the parameters live.
-      sample: from ``make_sampler``.
-      tokens: image tokens, N.
-      batch_size: images made at once, a multiple of ``sharding.batch_parts``.
+      family: of the pipeline.
+      transformer, autoencoder: graph definitions.
+      pipeline: folder, whose scheduler file gives the noise levels.
+      look: how pictures are drawn.
+      at_once: pictures made at once, rounded up to what the mesh divides.
     """
 
-    def __init__(self, mesh: Mesh, sample: Callable[..., jax.Array], tokens: int, batch_size: int):
-        self._mesh, self._tokens, self._batch_size = mesh, tokens, batch_size
-        # Images come back to every process, however the batch was split.
-        self._sample = jax.jit(sample, out_shardings=sharding.replicated(mesh))
+    def __init__(
+        self,
+        mesh: Mesh,
+        family: Family,
+        transformer: nnx.GraphDef,
+        autoencoder: nnx.GraphDef,
+        pipeline: str | os.PathLike,
+        look: Look,
+        at_once: int,
+    ):
+        self._mesh, self._shape = mesh, family.token_shape(look.height, look.width)
+        parts = sharding.batch_parts(mesh)
+        self._batch_size = -(-at_once // parts) * parts
+        sigmas = family.schedule(pipeline, look.steps, look.height, look.width)
+        function = make_sampler(family, transformer, autoencoder, sigmas, look)
+        # Pictures come back to every process, however the batch was split.
+        self._sample = jax.jit(function, out_shardings=sharding.replicated(mesh))
 
     def prepare(
-        self, encode: Encode, prompts: Sequence[str], *, seed: int = 0, noise: np.ndarray | None = None
+        self, encode: PromptEncoder, prompts: Sequence[str], *, seed: int = 0, noise: np.ndarray | None = None
     ) -> list[Chunk]:
-        """Encodes prompts and draws noise for them (or takes ``noise`` [len(prompts), N, 64]), on the devices.
-
-        ``encode`` are the text encoders, ``encode(prompts, batch_size)`` (``conditions.TextEncoders``).
-        """
+        """Encodes prompts and draws noise for them (or takes ``noise`` [len(prompts), N, C]), on the devices."""
         size, split = self._batch_size, sharding.of_batch(self._mesh)
-        draw = jax.jit(lambda indices: draw_noise(indices, seed, self._tokens), out_shardings=split)
+        draw = jax.jit(lambda indices: draw_noise(indices, seed, self._shape), out_shardings=split)
         rows = sharding.local_rows(self._mesh, size)
         chunks = []
         for first in range(0, len(prompts), size):
             # The last batch is filled up with its last prompt: one compiled program for all.
             wanted = np.minimum(np.arange(first, first + size), len(prompts) - 1)
-            text, pooled = encode([prompts[wanted[row]] for row in rows], size)
+            condition = encode([prompts[wanted[row]] for row in rows], size)
             if noise is None:
                 start = draw(sharding.place(self._mesh, size, wanted[rows].astype(np.int32)))
             else:
                 start = sharding.place(self._mesh, size, np.asarray(noise, np.float32)[wanted[rows]])
-            chunks.append(Chunk(text, pooled, start, min(size, len(prompts) - first)))
+            chunks.append(Chunk(condition, start, min(size, len(prompts) - first)))
         return chunks
 
-    def draw(self, transformer: Params, autoencoder: Params, chunks: Iterable[Chunk]) -> Iterable[np.ndarray]:
-        """Yields the images of each chunk, uint8 [count, height, width, 3]."""
+    def paint(self, transformer: Params, autoencoder: Params, chunks: Iterable[Chunk]) -> Iterable[np.ndarray]:
+        """Yields the pictures of each chunk, uint8 [count, height, width, 3]."""
         for chunk in chunks:
-            images = self._sample(transformer, autoencoder, chunk.text, chunk.pooled, chunk.noise)
+            images = self._sample(transformer, autoencoder, chunk.condition, chunk.noise)
             yield jax.device_get(images)[: chunk.count]
+
+
+class Tools(NamedTuple):
+    """What a painter needs beside a transformer: the autoencoder's graph definition and parameters, text encoders."""
+
+    autoencoder: nnx.GraphDef
+    params: Params
+    encode: PromptEncoder
+
+
+def read_tools(
+    pipeline: str | os.PathLike, mesh: Mesh, family: Family, transformer: Any, compute: Compute, text_length: int
+) -> Tools:
+    """Reads them from a pipeline folder, for a transformer of this config.
+
+    Raises UserError for a folder that is not right.
+    """
+    place = sharding.of(mesh, family.decoder)
+    _, graphdef, params = folder.load(pathlib.Path(pipeline) / AUTOENCODER, family.decoder, compute, place)
+    encode = PromptEncoder(pipeline, family, transformer, compute, mesh, text_length)
+    return Tools(graphdef, params, encode)
+
+
+def make_sampler(
+    family: Family, transformer: nnx.GraphDef, autoencoder: nnx.GraphDef, sigmas: np.ndarray, look: Look
+) -> Callable[[Params, Params, Condition, jax.Array], jax.Array]:
+    """Builds ``sample(transformer_params, autoencoder_params, condition, noise) -> images``, ready for ``jax.jit``.
+
+    Args:
+      family: of both networks.
+      transformer, autoencoder: graph definitions.
+      sigmas: noise levels ``[S + 1]``. Times are not truncated to thousandths here: the released trainer does that, the
+        inference pipeline does not.
+      look: how pictures are drawn.
+
+    Returns:
+      A pure function of a condition [B, ...] and noise [B, N, C], giving uint8 pictures [B, height, width, 3].
+    """
+
+    def sample(
+        transformer_params: Params, autoencoder_params: Params, condition: Condition, noise: jax.Array
+    ) -> jax.Array:
+        network, scale = bind(transformer, transformer_params), jnp.full((len(noise),), look.guidance, jnp.float32)
+        steps = family.prepare_steps(network, condition, jnp.asarray(sigmas[:-1]), scale)
+
+        def velocity(x: jax.Array, sigma: jax.Array, index: jax.Array, memory: tuple) -> tuple[jax.Array, tuple]:
+            prepared = of_step(steps, index)
+            return family.velocity(network, x, condition, prepared, look.height, look.width), memory
+
+        latents = flow.sample(velocity, noise, sigmas)
+        decoded = family.decode(bind(autoencoder, autoencoder_params), latents, look.height, look.width)
+        return to_bytes(to_unit_range(decoded))
+
+    return sample
+
+
+def to_bytes(images: jax.Array) -> jax.Array:
+    """Pictures in [0, 1] as uint8."""
+    return jnp.round(images * 255).astype(jnp.uint8)
+
+
+def draw_noise(indices: jax.Array, seed: int, shape: tuple[int, int]) -> jax.Array:
+    """Initial noise [B, *shape], float32, of the pictures numbered ``indices`` [B].
+
+    Each number has a key of its own, so that a picture does not depend on how many are made at once.
+    """
+    keys = jax.vmap(lambda index: jax.random.fold_in(jax.random.key(seed), index))(indices)
+    return jax.vmap(lambda key: jax.random.normal(key, shape))(keys)
 
 
 def grid(images: np.ndarray, columns: int | None = None) -> Image.Image:

@@ -1,7 +1,13 @@
-"""Where arrays live: the mesh, one table of rules for the parameters of every network, and constraints on activations.
+"""Where arrays live: the mesh, the parameters of every network by its own rules, and constraints on activations.
+
+Every network's class has a table ``RULES``: (pattern, axes) on the dotted path of a parameter. Repeated blocks have a
+leading layer axis, which stays whole: the scan over layers reads one slice at a time. Within a pair of layers the first
+is split by columns and the second by rows, so that only the second one's result crosses "tensor". Parameters that the
+class says ``MAY_STAY_WHOLE`` (a pattern), those around attention heads of frozen networks, are split over "tensor" only
+where it divides them.
 
 Axes of the mesh:
-  data    splits the batch.
+  data    splits the batch; the only axis that goes from one TPU slice to another.
   fsdp    splits the batch, and parameters, gradients and optimiser state with it (each layer is gathered when it runs).
   tensor  splits attention heads and hidden features; devices along it hold the same samples.
 """
@@ -21,107 +27,89 @@ from jax.sharding import PartitionSpec as P
 from srpo_jax.errors import UserError
 from srpo_jax.models.compute import path_name
 from srpo_jax.optim import Optimizer
+from srpo_jax.weights import folder
 
 AXES = ("data", "fsdp", "tensor")
 BATCH = ("data", "fsdp")
-
-# (pattern, axes) on "<network>.<path>"; the first that matches the whole name decides. Networks are named as in
-# weights/folder. Repeated blocks have a leading layer axis, which stays whole: the scan over layers reads one slice at
-# a time. Within a pair of layers the first is split by columns and the second by rows, so that only the second one's
-# result crosses "tensor".
-RULES: tuple[tuple[str, P], ...] = (
-    # The transformer that is trained.
-    (r"flux\.(img_in|txt_in)\.kernel", P(None, "fsdp")),
-    (r"flux\.(time|guidance|vector)_in\.in_layer\.kernel", P(None, "fsdp")),
-    (r"flux\.(time|guidance|vector)_in\.out_layer\.kernel", P("fsdp", None)),
-    (r"flux\.\w+_blocks\.(img_|txt_|)mod\.kernel(\.codes|)", P(None, "fsdp", "tensor")),
-    (r"flux\.\w+_blocks\.(\w+_attn\.|)qkv\.kernel(\.codes|)", P(None, "fsdp", None, "tensor", None)),
-    (r"flux\.\w+_blocks\.(\w+_attn\.|)qkv\.bias", P(None, None, "tensor", None)),
-    (r"flux\.\w+_blocks\.(\w+_mlp\.in_layer|mlp_in)\.kernel(\.codes|)", P(None, "fsdp", "tensor")),
-    (r"flux\.\w+_blocks\.(\w+_mlp\.in_layer|mlp_in)\.bias", P(None, "tensor")),
-    (r"flux\.\w+_blocks\.(\w+_attn\.proj|\w+_mlp\.out_layer|out)\.kernel(\.codes|)", P(None, "tensor", "fsdp")),
-    # Scales of quantised kernels: blocks lie along the inputs, and are fewer.
-    (r"flux\.\w+_blocks\.(\w+_attn\.|)qkv\.kernel\.scales", P(None, None, None, "tensor", None)),
-    (r"flux\.\w+_blocks\.(\w+_attn\.proj|\w+_mlp\.out_layer|out)\.kernel\.scales", P(None, None, "fsdp")),
-    (r"flux\.\w+_blocks\..*kernel\.scales", P(None, None, "tensor")),
-    # Factors of LoRA: A's inputs lie as the kernel's, B's outputs as the kernel's; the rank is too small to be split.
-    (r"flux\.\w+_blocks\.(.*_attn\.proj|.*_mlp\.out_layer|out)\.lora_a", P(None, "tensor")),
-    (r"flux\.\w+_blocks\..*lora_a", P(None, "fsdp")),
-    (r"flux\.\w+_blocks\.(\w+_attn\.|)qkv\.lora_b", P(None, None, None, "tensor", None)),
-    (r"flux\.\w+_blocks\.(.*_attn\.proj|.*_mlp\.out_layer|out)\.lora_b", P(None, None, "fsdp")),
-    (r"flux\.\w+_blocks\..*lora_b", P(None, None, "tensor")),
-    (r"flux\.final_mod\.kernel", P("fsdp", "tensor")),
-    (r"flux\.final_out\.kernel", P("fsdp", None)),
-    (r"flux\..*(bias|scale)", P()),
-    # The autoencoder is small (84 million parameters in FLUX.1).
-    (r"autoencoder\..*", P()),
-    # Rewards (ViT-H-14: a billion parameters) and the text encoders.
-    (r"(clip|clip_text|t5)\..*blocks\.attn\.[qkv]\.kernel", P(None, "fsdp", "tensor")),
-    (r"(clip|clip_text|t5)\..*blocks\.attn\.[qkv]\.bias", P(None, "tensor")),
-    (r"(clip|clip_text|t5)\..*blocks\.mlp\.(in_layer|gate|up)\.kernel", P(None, "fsdp", "tensor")),
-    (r"(clip|clip_text|t5)\..*blocks\.mlp\.(in_layer|gate|up)\.bias", P(None, "tensor")),
-    (r"(clip|clip_text|t5)\..*blocks\.(attn\.proj|mlp\.out_layer|mlp\.down)\.kernel", P(None, "tensor", "fsdp")),
-    (r"(clip|clip_text|t5)\..*token_embedding", P(None, "fsdp")),
-    (r"clip\..*projection\.kernel", P("fsdp", None)),
-    (r"clip\.vision\.patch_embedding\.kernel|t5\.relative_bias\.embedding", P()),
-    (r"(clip|clip_text|t5)\..*(bias|scale|class_embedding|position_embedding)", P()),
-)
-
 
 # --- the mesh ---------------------------------------------------------------------------------------------------------
 
 
 def make_mesh(sizes: Any, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """The mesh of a config's ``mesh`` part (data, fsdp, tensor; one may be -1 and takes the rest of the devices).
+    """The mesh of so many devices along each axis (data, fsdp, tensor; one may be -1 and takes the rest of them).
+
+    Several TPU slices are joined by the data-centre network alone, which is too slow for weights: "data" goes from
+    slice to slice, and "fsdp" and "tensor" stay within one. GPUs of several hosts are in the order of their hosts.
 
     Args:
-      sizes: anything with an attribute per axis.
+      sizes: anything with an attribute per axis, as a config's ``mesh`` part.
       devices: all of the job's by default; may be those of a topology that is not there.
 
-    Raises UserError if the sizes do not multiply to the number of devices.
+    Raises UserError for sizes that are no numbers of devices, that do not multiply to the number of devices, and that
+    do not fit the slices.
     """
     devices = list(jax.devices() if devices is None else devices)
     shape = [getattr(sizes, axis) for axis in AXES]
-    named = ", ".join(f"{axis}={size}" for axis, size in zip(AXES, shape, strict=True))
+    named = "mesh: " + ", ".join(f"{axis}={size}" for axis, size in zip(AXES, shape, strict=True))
+    if any(size < 1 and size != -1 for size in shape):
+        raise UserError(f"{named}: each must be at least 1, or -1 for the rest of the devices")
+    if shape.count(-1) > 1:
+        raise UserError(f"{named}: only one of them can be -1 (the rest of the devices)")
     if -1 in shape:
         fixed = math.prod(size for size in shape if size != -1)
         if len(devices) % fixed:
-            raise UserError(f"config.mesh: {named} does not fit {len(devices)} devices: {fixed} does not divide them")
+            raise UserError(f"{named} does not fit {len(devices)} devices: {fixed} does not divide them")
         shape[shape.index(-1)] = len(devices) // fixed
     if math.prod(shape) != len(devices):
+        raise UserError(f"{named} needs {math.prod(shape)} devices, here are {len(devices)}; -1 takes the rest")
+    slices = _slices(devices)
+    if slices == 1:
+        return Mesh(mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True), AXES)
+    if shape[0] % slices:
         raise UserError(
-            f"config.mesh: {named} needs {math.prod(shape)} devices, here are {len(devices)}; -1 takes the rest"
+            f"{named}: the devices are {slices} slices, between which only the axis data can go; set data to {slices} "
+            "or a multiple of it"
         )
-    return Mesh(mesh_utils.create_device_mesh(shape, devices=devices, allow_split_physical_axes=True), AXES)
+    within, between = (shape[0] // slices, *shape[1:]), (slices, 1, 1)
+    grid = mesh_utils.create_hybrid_device_mesh(within, between, devices, allow_split_physical_axes=True)
+    return Mesh(grid, AXES)
+
+
+def _slices(devices: Sequence[Any]) -> int:
+    """How many TPU slices the devices are of. (JAX numbers the hosts of GPUs likewise, which need no such care.)"""
+    if devices[0].platform != "tpu":
+        return 1
+    # Devices of a single slice may have no such attribute.
+    return len({getattr(device, "slice_index", 0) for device in devices})
 
 
 # --- parameters -------------------------------------------------------------------------------------------------------
 
 
-def matches(pattern: str, name: str) -> bool:
-    """Whether a rule's pattern is for the parameter of this full name."""
-    return re.fullmatch(pattern, name) is not None
-
-
-def spec(name: str) -> P:
-    """The rule for a parameter by its full name, as ``flux.img_in.kernel``. Raises ValueError if there is none."""
-    for pattern, axes in RULES:
-        if matches(pattern, name):
+def spec(network: str, path: str) -> P:
+    """The rule for a parameter of a network by its dotted path, as ``img_in.kernel``: the first of the network's
+    ``RULES`` whose pattern matches the whole path. Raises ValueError if there is none."""
+    for pattern, axes in folder.classes(network)[1].RULES:
+        if re.fullmatch(pattern, path):
             return axes
-    raise ValueError(f"no rule of sharding.RULES matches the parameter {name}")
+    raise ValueError(f"no rule of the {network} network (RULES) matches its parameter {path}")
 
 
 def of(mesh: Mesh, network: str) -> Callable[[str, tuple[int, ...]], NamedSharding]:
     """``sharding(path, shape)`` for the parameters of a network, as ``weights.folder.load`` takes it.
 
-    That function raises UserError for a dimension that its mesh axis does not divide, naming the parameter.
+    That function raises UserError for a dimension that its mesh axis does not divide, naming the parameter; only what
+    ``MAY_STAY_WHOLE`` then is not split by "tensor".
     """
 
     def sharding(path: str, shape: tuple[int, ...]) -> NamedSharding:
         name = f"{network}.{path}"
-        axes = spec(name)
+        axes = spec(network, path)
         if len(axes) > len(shape):
             raise ValueError(f"the rule {axes} for {name} has more axes than its shape {shape}")
+        if re.fullmatch(getattr(folder.classes(network)[1], "MAY_STAY_WHOLE", ""), path):
+            whole = fitting(mesh, shape, axes)
+            axes = P(*(there if axis == "tensor" else axis for axis, there in zip(axes, whole, strict=True)))
         for size, axis in zip(shape, axes, strict=False):
             if axis is not None and size % mesh.shape[axis]:
                 raise UserError(
@@ -199,12 +187,13 @@ def batch_parts(mesh: Mesh) -> int:
 
 
 def constraint(mesh: Mesh) -> Callable[[jax.Array, str], jax.Array]:
-    """The ``constrain`` of ``models.compute.Compute``: samples stay on their devices, heads on their part of "tensor".
+    """The ``constrain`` of ``models.compute.Compute``: samples stay on their devices, heads on their part of "tensor",
+    or whole on all of it where it does not divide them (a transformer of which that is true has no place: ``of``).
 
     But for "features": vectors whose features are split over "fsdp" like the inputs of a kernel, for all samples of the
     devices along it.
 
-    Raises UserError while tracing for a batch or a number of heads that the mesh does not divide.
+    Raises UserError while tracing for a batch that the mesh does not divide.
     """
     activations = {
         "tokens": P(BATCH, None, None),
@@ -218,9 +207,10 @@ def constraint(mesh: Mesh) -> Callable[[jax.Array, str], jax.Array]:
     def constrain(x: jax.Array, name: str) -> jax.Array:
         if x.shape[0] % parts:
             raise UserError(f"config.mesh: data * fsdp = {parts} does not divide a batch of {x.shape[0]}")
+        axes = activations[name]
         if name == "heads" and x.shape[2] % tensor:
-            raise UserError(f"config.mesh.tensor={tensor} does not divide {x.shape[2]} attention heads")
-        return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, activations[name]))
+            axes = P(BATCH, None, None, None)
+        return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, axes))
 
     return constrain
 

@@ -18,10 +18,23 @@ import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
 
-from srpo_jax import checkpoint, conditions, distributed, metrics, program, pulse, sampling, sharding, storage
+from srpo_jax import (
+    architectures,
+    checkpoint,
+    conditions,
+    distributed,
+    metrics,
+    program,
+    pulse,
+    resume,
+    sampling,
+    sharding,
+    storage,
+    validation,
+)
 from srpo_jax import config as config_lib
-from srpo_jax.algorithm import flow
-from srpo_jax.algorithm.step import Frozen, TrainState
+from srpo_jax.algorithm.networks import Frozen
+from srpo_jax.algorithm.step import TrainState
 from srpo_jax.data import loading, sources
 from srpo_jax.errors import UserError
 from srpo_jax.models.compute import join
@@ -37,16 +50,18 @@ def train(config: ConfigDict, workdir: str | os.PathLike) -> int | None:
     metric is not finite: the checkpoints then end before that update.
     """
     # === Checks that need no device ===================================================================================
-    config_lib.validate(config)
-    checkpoint.check_workdir(workdir, config)
+    validation.validate(config)
+    validation.check_files(config)
+    models = resume.fingerprints(config)
+    checkpoint.check_workdir(workdir, config, models)
     workdir = storage.path(workdir)
     newest = distributed.largest(max(checkpoint.steps(workdir), default=0)) or None
     if newest is not None and newest >= config.steps:
         print(f"{workdir} has all of its {config.steps} updates; nothing to do")
         return None
-    architecture = program.read_architecture(config)
-    source = loading.open_source(config, architecture.transformer)
-    held_out = sources.read(config.sample.prompts)[: config.sample.count] if config.sample.every else []
+    architecture = architectures.read(config)
+    source = loading.open_examples(config, architecture)
+    held_out = sources.read(config.sample.prompts, config.sample.column) if config.sample.every else []
     if config.compilation_cache:
         jax.config.update("jax_compilation_cache_dir", os.path.expanduser(config.compilation_cache))
 
@@ -54,15 +69,15 @@ def train(config: ConfigDict, workdir: str | os.PathLike) -> int | None:
     mesh = sharding.make_mesh(config.mesh)
     built = program.build(config, mesh, architecture)
     online = config.data.encode == "online"
-    encode = conditions.text_encoders(config, built, architecture) if online or held_out else None
-    samples = SampleGrid(config, built, encode, held_out, workdir) if held_out else None
-    conditioner = conditions.Conditioner(config, built, architecture, encode if online else None)
-    del encode  # with stored features, T5 makes room here for what is trained
+    encode = conditions.prompt_encoder(config, built, architecture) if online or held_out else None
+    samples = SampleGrid(config, built, encode, held_out[: config.sample.count], workdir) if held_out else None
+    conditioner = conditions.Conditioner(config, built, encode if online else None)
+    del encode  # with stored features, text encoders make room here for what is trained
     state = program.initial_state(config, built) if newest is None else None
     frozen = program.load_frozen(config, built)
 
     # === State: new, or of the newest checkpoint; from here on the workdir belongs to this run ========================
-    checkpoint.write_config(workdir, config)
+    checkpoint.write_config(workdir, config, models)
     checkpoints = checkpoint.Checkpoints(workdir, config.checkpoint.keep, checkpoint.deadline_of(built.state))
     rows = sharding.local_rows(mesh, config.data.batch_size)
     stream = loading.batches(source, config.data.batch_size, config.seed, rows)
@@ -151,26 +166,23 @@ class SampleGrid:
         self,
         config: ConfigDict,
         built: program.Program,
-        encode: conditions.TextEncoders,
+        encode: conditions.PromptEncoder,
         held_out: list[str],
         workdir: epath.Path,
     ):
         self._folder = workdir / "samples"
-        settings, networks, sample = built.settings, built.networks, config.sample
-        parts = sharding.batch_parts(built.mesh)
-        # At most what is known to fit: the samples that pass through an update at once.
-        batch_size = min(config.data.batch_size // config.optim.accumulation, -(-len(held_out) // parts) * parts)
-        scheduler = sampling.read_scheduler(config.model.path)
-        function = sampling.make_sampler(
+        networks, sample = built.networks, config.sample
+        self._painter = sampling.Painter(
+            built.mesh,
+            networks.family,
             networks.transformer,
             networks.autoencoder,
-            height=settings.height,
-            width=settings.width,
-            sigmas=flow.pipeline_schedule(sample.steps, settings.tokens, scheduler),
-            guidance=sample.guidance if networks.guidance else None,
+            config.model.path,
+            sampling.Look(config.data.height, config.data.width, sample.steps, sample.guidance),
+            # At most what is known to fit: the samples that pass through an update at once.
+            at_once=min(config.data.batch_size // config.optim.accumulation, len(held_out)),
         )
-        self._sampler = sampling.Sampler(built.mesh, function, settings.tokens, batch_size)
-        self._chunks = self._sampler.prepare(encode, held_out, seed=sample.seed)
+        self._chunks = self._painter.prepare(encode, held_out, seed=sample.seed)
 
     def lacks(self, step: int) -> bool:
         """Whether the grid of a step was never drawn, as before training and where a run was stopped."""
@@ -179,7 +191,7 @@ class SampleGrid:
     def draw(self, step: int, state: TrainState, frozen: Frozen) -> None:
         """Draws with the moving average of the weights if there is one, and writes the grid."""
         params = join(state.params if state.ema is None else state.ema, frozen.base)
-        images = np.concatenate(list(self._sampler.draw(params, frozen.autoencoder, self._chunks)))
+        images = np.concatenate(list(self._painter.paint(params, frozen.autoencoder, self._chunks)))
         if jax.process_index() == 0:
             sampling.save_image(sampling.grid(images), self._file(step))
 

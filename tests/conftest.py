@@ -1,36 +1,63 @@
-"""Settings that hold for every test, made before JAX starts."""
+"""Settings that hold for every test, made before JAX starts, and the tiny models that many tests read."""
 
 import importlib.util
 import os
 
+import pytest
+from helpers import xla
+
 # The tests compile hundreds of small programs and run each for milliseconds: code that compiles an order of magnitude
 # faster is worth more than code that runs fast. Tests of several devices ask for them in processes of their own.
-os.environ.setdefault("XLA_FLAGS", "--xla_cpu_use_fusion_emitters=false --xla_backend_optimization_level=0")
+# Processes of pytest-xdist inherit what the first one found.
+if "XLA_FLAGS" not in os.environ:
+    os.environ["XLA_FLAGS"] = xla.known("--xla_cpu_use_fusion_emitters=false", "--xla_backend_optimization_level=0")
 # No test may reach for a hub.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-
-def _declare_torchvision_operators() -> None:
-    """Makes torchvision importable beside a CPU build of torch.
-
-    open_clip needs it, and transformers and diffusers import it wherever it is installed. PyPI's torchvision is built
-    against torch for CUDA. Beside a CPU build its operators do not load, and its import stops at two whose schemas it
-    expects from there. No test calls them: declaring them is enough.
-    """
-    import torch
-
-    try:
-        import torchvision  # noqa: F401
-    except RuntimeError as error:
-        if "torchvision::nms does not exist" not in str(error):
-            raise
-        operators = torch.library.Library("torchvision", "FRAGMENT")
-        for name in ("nms", "qnms"):
-            operators.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-        _KEPT.append(operators)  # torch forgets the schemas when the object goes
-        import torchvision  # noqa: F401
-
-
-_KEPT: list = []
 if importlib.util.find_spec("torchvision"):
-    _declare_torchvision_operators()
+    from helpers import torchvision_operators  # noqa: F401
+
+
+# --- made once, and read by all: who changes a file changes a copy ----------------------------------------------------
+
+
+def _files(path):
+    return {file: (file.stat().st_size, file.stat().st_mtime_ns) for file in path.rglob("*")}
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory):
+    """The folder of ``tiny.write_all``."""
+    from helpers import tiny
+
+    path = tiny.write_all(tmp_path_factory.mktemp("tiny") / "models")
+    made = _files(path)
+    yield path
+    assert _files(path) == made, "a test changed the models that all share"
+
+
+@pytest.fixture(scope="session")
+def model(models):
+    """The pipeline's folder among ``models``."""
+    return models / "pipeline"
+
+
+@pytest.fixture(scope="session")
+def pipelines(tmp_path_factory):
+    """(a pipeline as diffusers saves it, the same imported by us)."""
+    from helpers import references
+
+    from srpo_jax import convert
+
+    path = tmp_path_factory.mktemp("pipelines")
+    references.flux_pipeline(path / "diffusers")
+    convert.import_folder(path / "diffusers", path / "ours")
+    made = _files(path)
+    yield path / "diffusers", path / "ours"
+    assert _files(path) == made, "a test changed the pipelines that all share"
+
+
+@pytest.fixture(scope="session")
+def compiled(tmp_path_factory):
+    """A folder for compiled programs (``config.compilation_cache``): recipes of one shape compile theirs once."""
+    return str(tmp_path_factory.mktemp("xla"))

@@ -5,25 +5,12 @@ import json
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
+from helpers.states import abstract, make_state
 
 from srpo_jax import checkpoint
-from srpo_jax.algorithm.step import TrainState
 from srpo_jax.config import default
 from srpo_jax.errors import UserError
-
-
-def make_state(step, ema=True, dtype=jnp.float32):
-    params = {"block": {"kernel": jnp.arange(6.0, dtype=dtype).reshape(2, 3) * (1 + step)}, "bias": jnp.ones(3, dtype)}
-    optimizer = optax.adamw(1e-3)
-    _, opt_state = optimizer.update(params, optimizer.init(params), params)
-    average = jax.tree.map(lambda x: x / 3, params) if ema else None
-    return TrainState(jax.device_put(np.int32(step)), params, opt_state, average)
-
-
-def abstract(state):
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
 
 
 @pytest.fixture
@@ -79,13 +66,14 @@ def test_half_written_checkpoints_do_not_count(workdir):
     folder = workdir / "checkpoints"
     (folder / "4.orbax-checkpoint-tmp").mkdir()
     (folder / "7" / "params").mkdir(parents=True)
+    (folder / "7.incomplete").mkdir()  # an earlier one
     assert checkpoint.steps(workdir) == [2, 3]
     checkpoints = checkpoint.Checkpoints(workdir, keep=2)
     assert checkpoints.latest() == 3
     checkpoints.save(7, make_state(7), {})  # the place is free
     checkpoints.close()
     assert checkpoint.steps(workdir) == [3, 7]
-    assert sorted(path.name for path in folder.iterdir()) == ["3", "7", "7.incomplete"]
+    assert sorted(path.name for path in folder.iterdir()) == ["3", "7", "7.incomplete", "7.incomplete.2"]
 
 
 # --- export -----------------------------------------------------------------------------------------------------------
@@ -122,23 +110,23 @@ def test_parameters_that_are_not_there(workdir, tmp_path_factory):
 
 def test_a_workdir_belongs_to_one_config(tmp_path):
     config = default()
-    checkpoint.check_workdir(tmp_path / "new", config)
+    checkpoint.check_workdir(tmp_path / "new", config, {})
     assert not (tmp_path / "new").exists()
-    checkpoint.write_config(tmp_path / "new", config)
-    checkpoint.check_workdir(tmp_path / "new", config)
+    checkpoint.write_config(tmp_path / "new", config, {})
+    checkpoint.check_workdir(tmp_path / "new", config, {})
     assert json.loads((tmp_path / "new" / "config.json").read_text())["steps"] == 19
     config.seed, config.steps = 1, 99
     with pytest.raises(UserError, match=r"another config: seed is 0 there, 1 here\. Choose another --workdir"):
-        checkpoint.check_workdir(tmp_path / "new", config)
+        checkpoint.check_workdir(tmp_path / "new", config, {})
 
 
 def test_strange_workdirs(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="is a file"):
-        checkpoint.check_workdir(tmp_path / "file", default())
+        checkpoint.check_workdir(tmp_path / "file", default(), {})
     (tmp_path / "bare" / "checkpoints").mkdir(parents=True)
     with pytest.raises(UserError, match="no config.json"):
-        checkpoint.check_workdir(tmp_path / "bare", default())
+        checkpoint.check_workdir(tmp_path / "bare", default(), {})
     (tmp_path / "bare" / "config.json").write_text("{")
     with pytest.raises(UserError, match="cannot be read as JSON"):
-        checkpoint.check_workdir(tmp_path / "bare", default())
+        checkpoint.check_workdir(tmp_path / "bare", default(), {})

@@ -2,12 +2,7 @@
 
 import json
 import os
-import pathlib
 import shutil
-import signal
-import subprocess
-import sys
-import textwrap
 import types
 
 import diffusers
@@ -22,38 +17,22 @@ import torch
 import transformers
 from diffusers.loaders import single_file_utils
 from helpers import references
+from helpers.folders import same_files, tensors
 
-from srpo_jax import checkpoint, convert
+from srpo_jax import checkpoint, convert, importing
 from srpo_jax.algorithm.step import TrainState
+from srpo_jax.emoji import tokenizers
 from srpo_jax.errors import UserError
-from srpo_jax.weights import engine, files, folder, formats
+from srpo_jax.weights import engine, folder, formats
 from srpo_jax.weights.files import SafetensorsFile
 
 BF16 = np.dtype(ml_dtypes.bfloat16)
 COMPONENTS = ("transformer", "vae", "text_encoder", "text_encoder_2")
 
 
-def tensors(path):
-    """All tensors in a file or in the files of a folder, as raw bytes with shape and dtype."""
-    path = pathlib.Path(path)
-    found = {}
-    for file in [path] if path.is_file() else sorted(path.glob("*.safetensors")):
-        source = SafetensorsFile(file)
-        found |= {name: (spec, source.read(name).tobytes()) for name, spec in source.specs.items()}
-    return found
-
-
 def prefixed(found):
     """CLIP text tensors under the names of the hub's files; transformers 5 leaves the prefix out."""
     return {name if name.startswith("text_model.") else f"text_model.{name}": value for name, value in found.items()}
-
-
-def same_files(a, b):
-    """Every file of two folders, byte by byte."""
-    names = sorted(p.relative_to(a) for p in a.rglob("*") if p.is_file())
-    return names == sorted(p.relative_to(b) for p in b.rglob("*") if p.is_file()) and all(
-        (a / name).read_bytes() == (b / name).read_bytes() for name in names
-    )
 
 
 @pytest.fixture(scope="module", params=["float32", "bfloat16"])
@@ -84,7 +63,7 @@ def test_import_keeps_the_dtype_and_takes_along_what_is_no_network(pipeline, our
     assert len(list((pipeline / "transformer").glob("*.safetensors"))) > 1
     for part in COMPONENTS:
         assert sorted(os.listdir(ours / part)) == [folder.CONFIG, folder.WEIGHTS]
-        assert folder.read_config(ours / part)[0] == convert.COMPONENTS[part]
+        assert folder.read_config(ours / part)[0] == importing.COMPONENTS[part]
         assert {spec.dtype.name for spec in SafetensorsFile(ours / part / folder.WEIGHTS).specs.values()} == {dtype}
     for name in ("tokenizer", "tokenizer_2", "scheduler"):
         assert same_files(pipeline / name, ours / name)
@@ -220,10 +199,10 @@ def test_casting(pipeline, ours, tmp_path, dtype):
 @pytest.mark.parametrize("dtype", ["bfloat16"], indirect=True)
 def test_pipeline_put_together_by_hand_exports(ours, pipeline, tmp_path):
     shutil.copytree(ours, tmp_path / "ours")
-    (tmp_path / "ours" / convert.INDEX).unlink()
+    (tmp_path / "ours" / importing.INDEX).unlink()
     convert.export_folder(tmp_path / "ours", tmp_path / "out", "diffusers")
-    index = json.loads((tmp_path / "out" / convert.INDEX).read_text())
-    expected = json.loads((pipeline / convert.INDEX).read_text())
+    index = json.loads((tmp_path / "out" / importing.INDEX).read_text())
+    expected = json.loads((pipeline / importing.INDEX).read_text())
     assert index == {name: value for name, value in expected.items() if name in index}
     assert set(COMPONENTS) < set(index)
 
@@ -265,12 +244,18 @@ def test_trained_parameters_replace_the_transformer(ours, tmp_path):
 
 @pytest.fixture(scope="module")
 def clip(tmp_path_factory):
-    """HF's CLIPModel folder with position_ids buffers, as older files have them."""
-    path = tmp_path_factory.mktemp("clip") / "hf"
-    references.clip().save_pretrained(path)
-    arrays = safetensors.numpy.load_file(path / "model.safetensors")
-    arrays["text_model.embeddings.position_ids"] = np.arange(77)[None]
-    safetensors.numpy.save_file(arrays, path / "model.safetensors", {"format": "pt"})
+    return references.save_clip(tmp_path_factory.mktemp("clip") / "hf")
+
+
+def write_words(path, size=64):
+    """A CLIP tokenizer of ``size`` ids, the last of which ends a text."""
+    path.mkdir(exist_ok=True)
+    tokens = [chr(33 + number) for number in range(size - 2)] + [tokenizers.START, tokenizers.END]
+    specials = {"bos_token": tokenizers.START, "eos_token": tokenizers.END, "pad_token": tokenizers.END}
+    config = {"tokenizer_class": "CLIPTokenizer", "model_max_length": 77, "unk_token": tokenizers.END} | specials
+    (path / "vocab.json").write_text(json.dumps({token: number for number, token in enumerate(tokens)}))
+    (path / "merges.txt").write_text("#version: 0.2\n")
+    (path / "tokenizer_config.json").write_text(json.dumps(config))
     return path
 
 
@@ -315,9 +300,8 @@ def test_hps_pickle_with_a_tokenizer_from_elsewhere(clip, tmp_path):
     convert.import_folder(clip, tmp_path / "ours")
     torch.save({"epoch": 1, "state_dict": open_clip_tensors(tmp_path / "ours")}, tmp_path / "HPS.pt")
     (tmp_path / "config.json").write_text(json.dumps(OPEN_CLIP))
-    (tmp_path / "words").mkdir()
-    for name in ("vocab.json", "merges.txt", "unrelated.txt"):
-        (tmp_path / "words" / name).write_text(name)
+    write_words(tmp_path / "words")
+    (tmp_path / "words" / "unrelated.txt").write_text("unrelated")
     convert.import_folder(
         tmp_path / "HPS.pt",
         tmp_path / "hps",
@@ -326,7 +310,7 @@ def test_hps_pickle_with_a_tokenizer_from_elsewhere(clip, tmp_path):
         tokenizer=tmp_path / "words",
     )
     assert (tmp_path / "hps" / folder.WEIGHTS).read_bytes() == (tmp_path / "ours" / folder.WEIGHTS).read_bytes()
-    assert sorted(os.listdir(tmp_path / "hps" / "tokenizer")) == ["merges.txt", "vocab.json"]
+    assert sorted(os.listdir(tmp_path / "hps" / "tokenizer")) == ["merges.txt", "tokenizer_config.json", "vocab.json"]
     # Without a config it is taken for ViT-H-14, as HPS-v2.1 is, which this small one is not.
     with pytest.raises(
         UserError,
@@ -343,7 +327,7 @@ def test_hps_pickle_with_a_tokenizer_from_elsewhere(clip, tmp_path):
 
 def test_folder_with_the_same_network_twice(clip, tmp_path):
     shutil.copytree(clip, tmp_path / "hub")
-    (tmp_path / "hub" / "tokenizer.json").write_text("{}")
+    write_words(tmp_path / "hub")
     convert.import_folder(clip, tmp_path / "ours")
     torch.save(open_clip_tensors(tmp_path / "ours"), tmp_path / "hub" / "open_clip_pytorch_model.bin")
     (tmp_path / "hub" / "open_clip_config.json").write_text(json.dumps({"model_cfg": OPEN_CLIP}))
@@ -351,7 +335,48 @@ def test_folder_with_the_same_network_twice(clip, tmp_path):
         convert.import_folder(tmp_path / "hub", tmp_path / f"ours {name}", format=name)
         weights = (tmp_path / f"ours {name}" / folder.WEIGHTS).read_bytes()
         assert weights == (tmp_path / "ours" / folder.WEIGHTS).read_bytes()
-        assert os.listdir(tmp_path / f"ours {name}" / "tokenizer") == ["tokenizer.json"]
+        assert "vocab.json" in os.listdir(tmp_path / f"ours {name}" / "tokenizer")
+
+
+def test_a_rewards_tokenizer_is_the_networks(clip, tmp_path, capsys):
+    """One of another network is refused before anything is written; that there is none, or another goes, is said."""
+    shutil.copytree(clip, tmp_path / "hub")
+    convert.import_folder(tmp_path / "hub", tmp_path / "bare")
+    assert "note: no tokenizer went along; a run wants it in " in (said := capsys.readouterr().out)
+    assert str(tmp_path / "bare" / "tokenizer") in said
+    write_words(tmp_path / "hub")
+    convert.import_folder(tmp_path / "hub", tmp_path / "beside")
+    same = write_words(tmp_path / "same")
+    convert.import_folder(tmp_path / "hub", tmp_path / "equal", tokenizer=same)
+    assert capsys.readouterr().out == ""
+    other = write_words(tmp_path / "other")
+    (other / "merges.txt").write_text("#version: 0.2\nA B\n")
+    vocabulary = json.loads((other / "vocab.json").read_text())
+    vocabulary["AB"] = vocabulary.pop("!")
+    (other / "vocab.json").write_text(json.dumps(vocabulary))
+    convert.import_folder(tmp_path / "hub", tmp_path / "replaced", tokenizer=other)
+    assert f"note: the tokenizer of {other} went along, in place of the one beside" in capsys.readouterr().out
+    assert (tmp_path / "replaced" / "tokenizer" / "merges.txt").read_text().endswith("A B\n")
+    for size, words in ((65, "its ids reach 64, the network's end at 63"), (63, "it ends a text with 62, the network")):
+        wrong = write_words(tmp_path / f"words {size}", size)
+        with pytest.raises(UserError, match=f"words {size} is not this network's tokenizer: {words}"):
+            convert.import_folder(tmp_path / "hub", tmp_path / "no", tokenizer=wrong)
+        write_words(tmp_path / "hub", size)
+        with pytest.raises(UserError, match=f"hub is not this network's tokenizer: {words}"):
+            convert.import_folder(tmp_path / "hub", tmp_path / "no")
+    assert not (tmp_path / "no").exists()
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16"], indirect=True)
+def test_tokenizers_of_a_pipeline_are_its_encoders(pipeline, tmp_path):
+    """Exchanged, they are refused before anything is written."""
+    shutil.copytree(pipeline, tmp_path / "in")
+    (tmp_path / "in" / "tokenizer").rename(tmp_path / "in" / "other")
+    (tmp_path / "in" / "tokenizer_2").rename(tmp_path / "in" / "tokenizer")
+    (tmp_path / "in" / "other").rename(tmp_path / "in" / "tokenizer_2")
+    with pytest.raises(UserError, match="in/tokenizer is not this network's tokenizer"):
+        convert.import_folder(tmp_path / "in", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 # --- files without a config ---
@@ -389,278 +414,3 @@ def test_config_of_another_network_beside_a_loose_file_is_not_taken(ours, tmp_pa
     (tmp_path / "config.json").unlink()
     with pytest.raises(UserError, match=r"usual sizes were assumed.* instead of \[128, 3, 3, 3\]"):
         convert.import_folder(tmp_path / "ae.safetensors", tmp_path / "out")
-
-
-# --- what is refused ---
-
-LOOKS = {
-    "transformer_blocks.0.attn.to_q.lora_A.weight": "a LoRA",
-    "lora_unet_double_blocks_0_img_attn_proj.lora_down.weight": "a LoRA",
-    "model.diffusion_model.input_blocks.0.0.weight": "an all-in-one checkpoint",
-    "down_blocks.0.resnets.0.conv1.weight": "a U-Net",
-    "joint_blocks.0.context_block.attn.qkv.weight": "a Stable Diffusion 3",
-    "double_blocks.0.img_attn.qkv.scale_weight": "a quantised checkpoint",
-    "decoder.block.0.layer.0.SelfAttention.q.weight": "a T5 with its decoder",
-    "single_transformer_blocks.3.attn.to_q.weight": "a part of a FLUX transformer",
-    "model.layers.0.self_attn.q_proj.weight": "a language model",
-    "something.weight": "no network that is known here \\(2 tensors, as ",
-}
-
-
-@pytest.mark.parametrize("name", LOOKS)
-def test_wrong_kind_says_what_it_looks_like(tmp_path, name):
-    path = tmp_path / "file.safetensors"
-    safetensors.numpy.save_file({name: np.zeros(2, np.float32), "first_stage": np.zeros(2, np.float32)}, path)
-    for function in (lambda: convert.import_folder(path, tmp_path / "out"), lambda: list(convert.describe(path))):
-        with pytest.raises(UserError, match=f"file.safetensors looks like {LOOKS[name]}"):
-            function()
-    assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.parametrize("dtype", ["bfloat16"], indirect=True)
-def test_wrong_network_config_and_pipeline(pipeline, clip, ours, tmp_path):
-    out = tmp_path / "out"
-    for arguments, words in (
-        ((pipeline / "vae", out, "flux"), r"looks like autoencoder \(diffusers\); expected flux"),
-        ((pipeline / "vae", out, None, "bfl"), r"looks like autoencoder \(diffusers\); expected bfl"),
-        ((clip, out, "clip_text"), r"looks like clip \(hf\); expected clip_text"),
-        ((pipeline, out, "flux"), "whole pipeline, for which --network has no meaning"),
-        ((ours, out), "in our format already"),
-        ((ours / "vae", out), "in our format already"),
-        ((tmp_path / "none", out), "does not exist"),
-        ((pipeline / "tokenizer", out), "no weights under a usual name"),
-    ):
-        with pytest.raises(UserError, match=words):
-            convert.import_folder(*arguments)
-    shutil.copytree(pipeline / "vae", tmp_path / "mixed")
-    shutil.copy(pipeline / "transformer" / "config.json", tmp_path / "mixed" / "config.json")
-    with pytest.raises(UserError, match="describes FluxTransformer2DModel, but the weights look like autoencoder"):
-        convert.import_folder(tmp_path / "mixed", out)
-    config = json.loads((pipeline / "vae" / "config.json").read_text())
-    (tmp_path / "mixed" / "config.json").write_text(json.dumps(config | {"act_fn": "relu"}))
-    with pytest.raises(UserError, match="act_fn"):
-        convert.import_folder(tmp_path / "mixed", out)
-    index = json.loads((pipeline / convert.INDEX).read_text())
-    (tmp_path / "pipe").mkdir()
-    for content, words in (
-        (index | {"_class_name": "StableDiffusionXLPipeline"}, "describes a StableDiffusionXLPipeline"),
-        (index, "lacks the folders transformer, vae, text_encoder, text_encoder_2, tokenizer"),
-    ):
-        (tmp_path / "pipe" / convert.INDEX).write_text(json.dumps(content))
-        with pytest.raises(UserError, match=words):
-            convert.import_folder(tmp_path / "pipe", out)
-    for source in (pipeline, tmp_path / "none", clip):
-        with pytest.raises(UserError, match="is not a folder made by"):
-            convert.export_folder(source, out, "diffusers")
-    with pytest.raises(UserError, match="choose diffusers, bfl, comfyui"):
-        convert.export_folder(ours, out, "gguf")
-    for style in ("bfl", "comfyui"):
-        part = {"bfl": ours / "text_encoder", "comfyui": tmp_path / "reward"}[style]
-        if style == "comfyui":
-            convert.import_folder(clip, part)
-        with pytest.raises(UserError, match=f"{style} has no place for .*; use --format diffusers"):
-            convert.export_folder(part, out, style)
-    shutil.rmtree(tmp_path / "reward")
-    with pytest.raises(UserError, match="--tokenizer is for CLIP rewards; .* is a autoencoder network"):
-        convert.import_folder(pipeline / "vae", out, tokenizer=pipeline / "tokenizer")
-    assert sorted(os.listdir(tmp_path)) == ["mixed", "pipe"]
-
-
-def edit_shard(part, change):
-    """Rewrites the one shard that holds the tensor named in ``change`` (or the last), by ``change(arrays)``."""
-    file = sorted(part.glob("*.safetensors"))[-1]
-    arrays = safetensors.numpy.load_file(file)
-    change(arrays)
-    safetensors.numpy.save_file(arrays, file, {"format": "pt"})
-    index = part / "diffusion_pytorch_model.safetensors.index.json"
-    names = {name: f.name for f in part.glob("*.safetensors") for name in SafetensorsFile(f).specs}
-    index.write_text(json.dumps({"weight_map": names}))
-
-
-@pytest.mark.parametrize("dtype", ["bfloat16"], indirect=True)
-@pytest.mark.parametrize(
-    "fault", ["missing", "unused", "shape", "truncated", "pointer", "lost shard", "interrupt", "disk full"]
-)
-def test_a_fault_in_a_late_component_leaves_nothing(pipeline, tmp_path, fault, monkeypatch):
-    source, target = tmp_path / "in", tmp_path / "sub" / "out"
-    shutil.copytree(pipeline, source)
-    part = source / "vae"
-    last = sorted(part.glob("*.safetensors"))[-1]
-    error, words = UserError, ""
-    if fault == "missing":
-        edit_shard(part, lambda arrays: arrays.pop(sorted(arrays)[0]))
-        words = "autoencoder network: 1 missing: "
-    elif fault == "unused":
-        edit_shard(part, lambda arrays: arrays.update(extra=np.zeros(2, np.float32)))
-        words = "autoencoder network: 1 not used: extra"
-    elif fault == "shape":
-        edit_shard(part, lambda arrays: arrays.update({sorted(arrays)[0]: np.zeros((2, 9), np.float32)}))
-        words = r"1 wrong shape: .* \[2, 9\] instead of "
-    elif fault == "truncated":
-        last.write_bytes(last.read_bytes()[:-7])
-        words = "cut short .* download it, or convert it, again"
-    elif fault == "pointer":
-        last.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
-        words = "git-lfs pointer"
-    elif fault == "lost shard":
-        last.unlink()
-        words = "names files that are not there"
-    elif fault == "disk full":
-        usage = shutil.disk_usage(tmp_path)
-        monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
-        words = "0.0 GB free; flux needs"
-    else:
-        write, count, error = files.SafetensorsWriter.write, [], KeyboardInterrupt
-
-        def interrupted(self, *arguments):
-            count.append(1)
-            if len(count) > 60:
-                raise KeyboardInterrupt
-            write(self, *arguments)
-
-        monkeypatch.setattr(files.SafetensorsWriter, "write", interrupted)
-    with pytest.raises(error, match=words or None) as caught:
-        convert.import_folder(source, target)
-    assert "\n" not in str(caught.value)
-    assert os.listdir(tmp_path / "sub") == []
-
-
-@pytest.mark.parametrize("dtype", ["bfloat16"], indirect=True)
-def test_nothing_is_overwritten(pipeline, ours, tmp_path):
-    (tmp_path / "mine").write_text("precious")
-    for target in (tmp_path, tmp_path / "mine"):
-        with pytest.raises(UserError, match="exists already"):
-            convert.import_folder(pipeline / "vae", target)
-        with pytest.raises(UserError, match="exists already"):
-            convert.export_folder(ours / "vae", target, "diffusers")
-    assert os.listdir(tmp_path) == ["mine"] and (tmp_path / "mine").read_text() == "precious"
-
-
-# --- inspect ---
-
-
-@pytest.mark.parametrize("dtype", ["bfloat16"], indirect=True)
-def test_inspect_says_what_a_path_is(pipeline, ours, clip, tmp_path, capsys, dtype):
-    def inspect(path):
-        convert.main(["inspect", str(path)])
-        return capsys.readouterr().out
-
-    text = inspect(pipeline)
-    assert "FLUX pipeline, diffusers folder" in text and text.count("complete: every tensor fits") == 4
-    for words in ("flux (diffusers)", "autoencoder (diffusers)", "clip_text (hf)", "t5 (hf)"):
-        assert words in text
-    parameters = sum(p.numel() for p in references.flux_transformer().parameters())
-    assert f"{parameters:,} parameters" in text and f"x {dtype}" in text
-    assert f"   2 x transformer_blocks.*.attn.to_q.weight [32, 32] {dtype}" in text
-    text = inspect(ours / "transformer")
-    assert "flux, our format" in text and f"{parameters:,} parameters" in text and "num_single_layers=3" in text
-    assert "our format" in inspect(ours).splitlines()[0]
-    arrays = safetensors.numpy.load_file(clip / "model.safetensors")
-    del arrays["logit_scale"]
-    safetensors.numpy.save_file(arrays, tmp_path / "model.safetensors")
-    shutil.copy(clip / "config.json", tmp_path)
-    assert "does not convert as it is" in inspect(tmp_path) and "1 missing: logit_scale" in inspect(tmp_path)
-
-
-# --- the command line, in a process of its own ---
-
-
-def run(*arguments):
-    command = [sys.executable, "-m", "srpo_jax.convert", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, check=False)
-
-
-@pytest.mark.parametrize("dtype", ["bfloat16"], indirect=True)
-def test_command_line_errors_are_one_line_and_an_exit_code(pipeline, tmp_path):
-    result = run("import", "--source", pipeline / "tokenizer", "--target", tmp_path / "out")
-    assert result.returncode == 1 and result.stdout == ""
-    assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1
-    assert os.listdir(tmp_path) == []
-
-
-@pytest.mark.parametrize("text, size", [("10GB", 10**10), ("500mb", 5 * 10**8), ("1.5G", 15 * 10**8), ("77", 77)])
-def test_shard_sizes(text, size):
-    assert convert._size(text) == size
-
-
-@pytest.mark.parametrize("text", ["", "GB", "-3", "0", "10TB"])
-def test_shard_sizes_that_are_none(text, capsys):
-    with pytest.raises(SystemExit):
-        convert.main(["export", "--source", "a", "--target", "b", "--format", "bfl", "--max-shard-size", text])
-    assert "is not a size" in capsys.readouterr().err or text == "-3"
-
-
-MEASURED = """
-import runpy, sys
-source, imported, exported = sys.argv[1:]
-for arguments in (
-    ["import", "--source", source, "--target", imported],
-    ["export", "--source", imported, "--target", exported, "--format", "bfl"],
-):
-    sys.argv = ["convert", *arguments]
-    try:
-        runpy.run_module("srpo_jax.convert", run_name="__main__")
-    except SystemExit as stop:
-        assert not stop.code, stop.code
-assert "torch" not in sys.modules and "transformers" not in sys.modules
-status = open("/proc/self/status").read()
-print(next(line.split()[1] for line in status.splitlines() if line.startswith("VmHWM")))
-"""
-
-
-def peak(*paths):
-    """Peak resident memory in bytes of the real commands, in and out; they assert that torch stayed out of it."""
-    command = [sys.executable, "-c", MEASURED, *map(str, paths)]
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert result.returncode == 0, result.stderr
-    return int(result.stdout.splitlines()[-1]) * 1024
-
-
-@pytest.mark.skipif(not pathlib.Path("/proc/self/status").exists(), reason="memory is measured as Linux reports it")
-def test_memory_stays_near_the_largest_tensor(tmp_path):
-    """A 400 MB transformer of 5 MB tensors, in and out again, takes little more memory than one of 1 MB."""
-    sizes = {
-        "num_layers": 1,
-        "attention_head_dim": 128,
-        "axes_dims_rope": [16, 56, 56],
-        "in_channels": 64,
-        "joint_attention_dim": 64,
-        "pooled_projection_dim": 32,
-        "guidance_embeds": True,
-    }
-    form, peaks = formats.find("flux", "diffusers"), {}
-    for name, heads, layers in (("small", 1, 1), ("large", 4, 23)):
-        config = folder.make_config("flux", sizes | {"num_attention_heads": heads, "num_single_layers": layers}, name)
-        shapes = engine.source_shapes(form.table(config), folder.shapes("flux", config))
-        specs = {n: files.Spec(shape, np.dtype(np.float32)) for n, shape in shapes.items()}
-        source, imported, exported = tmp_path / f"{name}.safetensors", tmp_path / "in" / name, tmp_path / "out" / name
-        with files.SafetensorsWriter(source, specs) as out:
-            for n, spec in specs.items():
-                out.write(n, np.ones(spec.shape, np.float32))
-        peaks[name] = peak(source, imported, exported)
-        shutil.rmtree(tmp_path / "in")
-        shutil.rmtree(tmp_path / "out")
-    assert source.stat().st_size > 380e6 and max(spec.nbytes for spec in specs.values()) < 7e6
-    print(peaks)
-    assert peaks["large"] - peaks["small"] < 60e6
-
-
-def test_sigterm_leaves_nothing(tmp_path):
-    """Killed while writing, the command removes what it had begun."""
-    script = f"""
-        import os, signal, sys
-        from srpo_jax.weights import files
-        write = files.SafetensorsWriter.write
-        def killed(self, *arguments):
-            write(self, *arguments)
-            os.kill(os.getpid(), signal.SIGTERM)
-        files.SafetensorsWriter.write = killed
-        sys.argv = ["convert", "import", "--source", {str(tmp_path / "in")!r}, "--target", {str(tmp_path / "o")!r}]
-        import runpy
-        runpy.run_module("srpo_jax.convert", run_name="__main__")
-    """
-    references.clip().save_pretrained(tmp_path / "in")
-    command = [sys.executable, "-c", textwrap.dedent(script)]
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert result.returncode == 128 + signal.SIGTERM, result.stderr
-    assert os.listdir(tmp_path) == ["in"]

@@ -1,8 +1,6 @@
 """Encoding: the text encoders' numbers, going on after a kill, several devices and processes, and the command."""
 
 import json
-import os
-import pathlib
 import shutil
 import signal
 import subprocess
@@ -12,23 +10,16 @@ import types
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import tiny
-from test_distributed import free_port
+from helpers import children, encoders, tiny
 
-from srpo_jax import encode, sharding, text
+from srpo_jax import encode, sharding
 from srpo_jax.data import stored
 from srpo_jax.errors import UserError
+from srpo_jax.families.flux_text import FluxTextEncoders
 from srpo_jax.models.compute import Compute
 from srpo_jax.weights import fingerprint, folder
-from srpo_jax.weights.files import SafetensorsFile
 
 TEXTS = [*tiny.PROMPTS, *tiny.HELD_OUT]  # ten
-TESTS = pathlib.Path(__file__).parent
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return tiny.write_pipeline(tmp_path_factory.mktemp("models") / "pipeline")
 
 
 def run(model, out, **changes):
@@ -59,14 +50,14 @@ def shards(path):
 
 def test_features_are_those_of_the_text_encoders(model, whole):
     prompts, arrays = read(whole)
-    encoders = text.TextEncoders(model, Compute(dtype=jnp.bfloat16, param_dtype=jnp.bfloat16))
-    expected = dict(zip(("text", "pooled"), encoders.encode(TEXTS, tiny.LENGTH, batch=4), strict=True))
+    given = FluxTextEncoders(model, Compute(dtype=jnp.bfloat16, param_dtype=jnp.bfloat16))
+    expected = encoders.features(given, TEXTS, tiny.LENGTH, batch=4)
     assert prompts == TEXTS and arrays.keys() == expected.keys()
     for name, array in expected.items():
         assert arrays[name].dtype == jnp.bfloat16 and arrays[name].tobytes() == np.asarray(array).tobytes()
     manifest = stored.read_manifest(whole)
     assert manifest.arrays["text"].shape == (tiny.LENGTH, 32) and manifest.arrays["pooled"].shape == (16,)
-    assert manifest.encoders == fingerprint.of_text_encoders(model)
+    assert manifest.encoders == encoders.fingerprints(model)
 
 
 KILLED = """
@@ -91,9 +82,8 @@ test_encode.run(*sys.argv[1:])
 
 
 def test_a_killed_run_goes_on_where_it_stopped(model, whole, tmp_path, monkeypatch):
-    environment = os.environ | {"PYTHONPATH": f"{TESTS}:{TESTS.parent}"}
     words = [sys.executable, "-c", KILLED, model, tmp_path / "data"]
-    child = subprocess.run([*map(str, words)], env=environment, capture_output=True, text=True)
+    child = subprocess.run([*map(str, words)], env=children.environment(), capture_output=True, text=True)
     assert child.returncode == -signal.SIGKILL, child.stderr
     left = sorted(file.name for file in (tmp_path / "data").iterdir())
     assert left == [
@@ -115,7 +105,7 @@ def test_a_killed_run_goes_on_where_it_stopped(model, whole, tmp_path, monkeypat
         np.testing.assert_array_equal(read(tmp_path / "data")[1][name], array)
 
     # What is complete is left alone, and no encoder is loaded for it.
-    monkeypatch.setattr("srpo_jax.conditions.TextEncoders", lambda *args: pytest.fail("there is nothing to encode"))
+    monkeypatch.setattr("srpo_jax.conditions.PromptEncoder", lambda *args: pytest.fail("there is nothing to encode"))
     before = shards(tmp_path / "data")
     run(model, tmp_path / "data")
     assert shards(tmp_path / "data") == before
@@ -150,22 +140,7 @@ def on_devices(model, out):
 
 
 def test_eight_devices_give_the_numbers_of_one_and_share_t5(model, tmp_path):
-    flags = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
-    words = [
-        sys.executable,
-        "-c",
-        "import sys, test_encode; test_encode.on_devices(*sys.argv[1:])",
-        model,
-        tmp_path / "8",
-    ]
-    child = subprocess.run(
-        [*map(str, words)],
-        env=os.environ | {"PYTHONPATH": f"{TESTS}:{TESTS.parent}", "XLA_FLAGS": flags},
-        capture_output=True,
-        text=True,
-    )
-    assert child.returncode == 0, child.stderr
-    assert json.loads(child.stdout.splitlines()[-1]) == [1 / 4]
+    assert children.call(on_devices, model, tmp_path / "8") == [1 / 4]
     run(model, tmp_path / "1", dtype="float32")
     (prompts, found), (_, expected) = read(tmp_path / "8"), read(tmp_path / "1")
     assert prompts == TEXTS
@@ -185,15 +160,12 @@ def test_two_processes_write_what_is_missing(model, whole, tmp_path):
         (out / file).unlink()
     prompts.write_text(json.dumps(TEXTS))
     words = ["--model", model, "--prompts", prompts, "--out", out, "--text-length", tiny.LENGTH, "--batch", 4]
-    words += ["--coordinator", f"127.0.0.1:{free_port()}", "--process_count", 2, "--process_id"]
+    words += ["--coordinator", f"127.0.0.1:{children.free_port()}", "--process-count", 2, "--process-id"]
     command = [sys.executable, "-m", "srpo_jax.encode", *map(str, words)]
-    environment = os.environ | {"PYTHONPATH": f"{TESTS}:{TESTS.parent}"}
-    children = [
-        subprocess.Popen([*command, str(i)], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        for i in (0, 1)
-    ]
-    output = [child.communicate() for child in children]
-    assert [child.returncode for child in children] == [0, 0], output
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    pair = [subprocess.Popen([*command, str(i)], env=children.environment(), **pipes) for i in (0, 1)]
+    output = [child.communicate() for child in pair]
+    assert [child.returncode for child in pair] == [0, 0], output
     assert f"10 prompts in {out}" in output[0][0] and "10 prompts" not in output[1][0]
     assert "10/10" in output[0][1] and "/10" not in output[1][1]  # one progress bar
     (found, arrays), (_, expected) = read(out), read(whole)
@@ -236,14 +208,14 @@ def test_processes_are_grouped_by_what_they_hold():
 
 def test_fingerprints_tell_encoders_apart(model, tmp_path):
     shutil.copytree(model, tmp_path / "copy")
-    expected = fingerprint.of_text_encoders(model)
-    assert fingerprint.of_text_encoders(tmp_path / "copy") == expected and len(set(expected.values())) == 4
+    expected = encoders.fingerprints(model)
+    assert encoders.fingerprints(tmp_path / "copy") == expected and len(set(expected.values())) == 4
     weights = tmp_path / "copy" / "text_encoder_2" / "weights.safetensors"
     content = bytearray(weights.read_bytes())
     content[-1] ^= 1
     weights.write_bytes(content)
     (tmp_path / "copy" / "tokenizer" / "vocab.json").write_text("{}")
-    found = fingerprint.of_text_encoders(tmp_path / "copy")
+    found = encoders.fingerprints(tmp_path / "copy")
     assert {part for part in found if found[part] != expected[part]} == {"text_encoder_2", "tokenizer"}
 
 
@@ -254,10 +226,16 @@ def test_fingerprints_sample_large_tensors_to_their_ends():
     assert fingerprint._places(3000) == [0, 1024, 2048]
 
 
-def test_parameters_without_axes_have_fingerprints(model):
-    """Scalars as CLIP's temperature are read too."""
-    source = SafetensorsFile(model / "text_encoder" / "weights.safetensors")
-    assert source.specs and len(fingerprint.of_network(model / "text_encoder")) == 16
+def test_parameters_without_axes_have_fingerprints(models, tmp_path):
+    """CLIP's temperature is a scalar; another one is another network."""
+    _, config, source = folder.open_weights(models / "clip")
+    assert source.specs["logit_scale"].shape == ()
+    _, _, params = folder.load(models / "clip")
+    found = []
+    for name, change in (("same", 0.0), ("other", 0.25)):
+        folder.save(tmp_path / name, "clip", config, params | {"logit_scale": params["logit_scale"] + change})
+        found.append(fingerprint.of_network(tmp_path / name))
+    assert found[0] == fingerprint.of_network(models / "clip") != found[1]
 
 
 # --- the command ------------------------------------------------------------------------------------------------------
@@ -294,7 +272,7 @@ def test_an_interrupted_command_says_what_goes_on(model, tmp_path, monkeypatch):
         (["--model", "nothing"], "nothing/transformer is not a folder"),
         (["--min-length", "9"], "no prompt is left"),
         (["--fsdp", "3"], "needs 3 devices"),
-        (["--coordinator", "host:1"], "--process_id, --process_count is missing"),
+        (["--coordinator", "host:1"], "--process-id, --process-count is missing"),
     ],
 )
 def test_bad_flags_leave_no_folder(model, tmp_path, words, message):

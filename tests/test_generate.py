@@ -10,24 +10,27 @@ import pytest
 from helpers import references, tiny
 from PIL import Image
 
-from srpo_jax import checkpoint, convert, generate, sampling
+from srpo_jax import checkpoint, generate, sampling
 from srpo_jax.algorithm.step import TrainState
 from srpo_jax.errors import UserError
+from srpo_jax.families.flux import read_scheduler
 from srpo_jax.weights import folder
 
 PROMPTS = ["a red bird", "the big house, not drawn"]
 DYNAMIC = {"base_image_seq_len": 4, "max_image_seq_len": 16, "base_shift": 0.5, "max_shift": 1.15}
 
 
-@pytest.fixture(scope="module")
-def pipelines(tmp_path_factory):
-    """(diffusers' pipeline, our folder)."""
-    path = tmp_path_factory.mktemp("pipeline")
-    references.flux_pipeline(path / "diffusers")
-    convert.import_folder(path / "diffusers", path / "ours")
-    pipeline = diffusers.FluxPipeline.from_pretrained(path / "diffusers")
+@pytest.fixture
+def pair(pipelines, tmp_path):
+    """(diffusers' pipeline, our folder), whose schedules a test may change."""
+    pipeline = diffusers.FluxPipeline.from_pretrained(pipelines[0])
     pipeline.set_progress_bar_config(disable=True)
-    return pipeline, path / "ours"
+    ours = tmp_path / "ours"
+    ours.mkdir()
+    for part in pipelines[1].iterdir():
+        (ours / part.name).symlink_to(part)
+    (ours / "scheduler").unlink()
+    return pipeline, ours
 
 
 def pictures(paths):
@@ -37,8 +40,8 @@ def pictures(paths):
 @pytest.mark.parametrize(
     ("height", "width", "dynamic"), [(32, 48, True), (64, 32, False)], ids=["dynamic shift", "fixed shift"]
 )
-def test_the_pictures_are_those_of_diffusers(pipelines, tmp_path, height, width, dynamic):
-    pipeline, ours = pipelines
+def test_the_pictures_are_those_of_diffusers(pair, tmp_path, height, width, dynamic):
+    pipeline, ours = pair
     pipeline.scheduler = diffusers.FlowMatchEulerDiscreteScheduler(
         shift=3.0, use_dynamic_shifting=dynamic, **(DYNAMIC if dynamic else {})
     )
@@ -65,11 +68,6 @@ def test_the_pictures_are_those_of_diffusers(pipelines, tmp_path, height, width,
 
 SIZE = dict(height=32, width=32, steps=2, guidance=3.5)
 WORDS = ["--height=32", "--width=32", "--steps=2"]
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return tiny.write_pipeline(tmp_path_factory.mktemp("tiny") / "pipeline")
 
 
 @pytest.fixture(scope="module")
@@ -112,9 +110,19 @@ def test_files_are_named_by_number_and_prompt(model, tmp_path, capsys):
     assert "2 images" in capsys.readouterr().out
 
 
+def test_a_column_of_the_prompts(model, tmp_path):
+    (tmp_path / "p.csv").write_text("en,de\nred apple,roter Apfel\n")
+    words = [f"--model={model}", f"--prompts={tmp_path / 'p.csv'}", f"--out={tmp_path / 'out'}", *WORDS]
+    with pytest.raises(UserError, match="name the column of the prompts; there are 'en', 'de'"):
+        generate.main(words)
+    generate.main([*words, "--column=de"])
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["0000-roter-Apfel.png"]
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
+        (["--column=de"], "--column=de is of --prompts; leave it out"),
         (["--height=40"], "--height=40: must be a positive multiple of 16"),
         (["--steps=0"], "--steps=0"),
         (["--ema"], "--step and --ema choose from a --checkpoint"),
@@ -153,7 +161,7 @@ def test_other_schedules_are_refused(tmp_path, change):
     (tmp_path / "scheduler").mkdir()
     (tmp_path / "scheduler" / "scheduler_config.json").write_text(json.dumps(tiny.SCHEDULER | change))
     with pytest.raises(UserError, match="is not supported; FLUX.1 has"):
-        sampling.read_scheduler(tmp_path)
+        read_scheduler(tmp_path)
 
 
 def test_grid():

@@ -1,6 +1,7 @@
 """The description of a data set: what it says is what is there."""
 
 import re
+import shutil
 import types
 
 import pytest
@@ -9,18 +10,18 @@ from helpers import tiny
 from srpo_jax import encode, inspect_data, sharding
 from srpo_jax.data import stored
 from srpo_jax.errors import UserError
+from srpo_jax.weights import folder
 
 TEXTS = [*tiny.PROMPTS, "red apple red apple red apple red apple"]
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    path = tmp_path_factory.mktemp("data")
-    tiny.write_pipeline(path / "model")
+def data(model, tmp_path_factory):
+    path = tmp_path_factory.mktemp("data") / "set"
     mesh = sharding.make_mesh(types.SimpleNamespace(data=1, fsdp=-1, tensor=1))
     options = dict(text_length=4, dtype="float32", shard_size=3, source="p.txt: 8 prompts")
-    encode.encode_prompts(path / "model", TEXTS, path / "set", mesh=mesh, **options)
-    return path / "set"
+    encode.encode_prompts(model, TEXTS, path, mesh=mesh, **options)
+    return path
 
 
 def test_a_complete_data_set(data, capsys):
@@ -37,12 +38,12 @@ def test_a_complete_data_set(data, capsys):
     assert len(shown) == 3 and all(TEXTS[int(place)] == prompt for place, prompt in shown)
 
 
-def test_other_encoders_and_missing_shards(data, tmp_path, capsys):
+def test_other_encoders_and_missing_shards(data, model, tmp_path, capsys):
     stored.shard_file(data, stored.read_manifest(data), 1).unlink()
-    model = tiny.write_pipeline(tmp_path / "model")
-    _, config = inspect_data.fingerprint.folder.read_config(model / "text_encoder")
-    tiny.save_random(model / "text_encoder", "clip_text", config, 77)
-    inspect_data.main([str(data), "--model", str(model)])
+    other = shutil.copytree(model, tmp_path / "model")
+    _, config = folder.read_config(other / "text_encoder")
+    tiny.save_random(other / "text_encoder", "clip_text", config, 77)
+    inspect_data.main([str(data), "--model", str(other)])
     out = capsys.readouterr().out
     assert "8 examples, NOT COMPLETE: 1 of 3 shards are missing\n2 shards, " in out and "records" not in out
     assert re.findall(r"(\w+) +\w{16}  OTHER: \w{16}", out) == ["text_encoder"]

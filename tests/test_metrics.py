@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from tensorboardX.proto import event_pb2
+from helpers.runs import scalars
 
 from srpo_jax import metrics
 
@@ -32,19 +32,6 @@ def test_a_resumed_run_drops_what_came_after_its_checkpoint(tmp_path):
     assert [(r["step"], r["loss"]) for r in metrics.read(tmp_path)] == [(1, 1.0), (2, 1.0), (3, 2.0)]
 
 
-def scalars(folder):
-    """{(tag, step): value} of the event files of a folder: records of length (8 bytes), crc (4), data, crc (4)."""
-    found = {}
-    for file in sorted(folder.iterdir()):
-        data = file.read_bytes()
-        while data:
-            size = int.from_bytes(data[:8], "little")
-            event = event_pb2.Event.FromString(data[12 : 12 + size])
-            found |= {(value.tag, event.step): value.simple_value for value in event.summary.value}
-            data = data[16 + size :]
-    return found
-
-
 def test_tensorboard(tmp_path):
     report = metrics.Metrics(tmp_path, 0, 3)
     report.write(1, {"loss": 0.5})
@@ -66,6 +53,6 @@ def test_a_bar_on_a_terminal(tmp_path, capsys, monkeypatch):
 def test_only_finite_numbers_are_written(tmp_path):
     assert metrics.not_finite({"a": 1.0, "b": float("nan"), "c": float("-inf")}) == ["b", "c"]
     report = metrics.Metrics(tmp_path, 0, 3)
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match="not JSON compliant"):
         report.write(1, {"loss": float("nan")})
     report.close()

@@ -48,3 +48,14 @@ def test_licences_travel_with_the_pictures(name):
     folder = ROOT / "emoji" / "data"
     assert (folder / "LICENSES" / name).stat().st_size > 500
     assert "Microsoft Corporation, MIT" in (folder / "README.md").read_text(encoding="utf-8")
+
+
+def test_no_test_imports_another():
+    """What they share lies in helpers."""
+    found = []
+    for path in (ROOT.parent / "tests").rglob("test_*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            names = [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            names += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            found += [f"{path.name}: {name}" for name in names if name.startswith("test_")]
+    assert not found

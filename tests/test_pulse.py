@@ -8,7 +8,7 @@ import sys
 import time
 
 import pytest
-from test_distributed import free_port
+from helpers.children import free_port
 
 from srpo_jax import pulse
 

@@ -39,7 +39,7 @@ class Checker(HTMLParser):
 
 def example() -> report.Report:
     pixels = np.arange(8 * 8 * 3, dtype=np.uint8).reshape(8, 8, 3)
-    pictures = (report.Picture(pixels, "judge: 3D"), report.Picture(255 - pixels))
+    pictures = (report.Shown(pixels, "judge: 3D"), report.Shown(255 - pixels))
     return report.Report(
         title="Aligned <b>& well</b>",
         lead="What was done.",
@@ -59,7 +59,7 @@ def example() -> report.Report:
                 "Share", "Judged.", {"3D": [(0, 0.25), (20, 0.75)], "Flat": [(0, 0.5), (20, 0.25)]}, percent=True
             ),
         ),
-        tables=(report.Table("Config", ("key", "value"), (("a.b", "<script>alert(1)</script>"),)),),
+        tables=(report.PageTable("Config", ("key", "value"), (("a.b", "<script>alert(1)</script>"),)),),
     )
 
 
@@ -68,7 +68,7 @@ def test_page_is_well_formed_and_loads_nothing():
     checker = Checker()
     checker.feed(page)
     assert checker.open == []
-    assert all(link.startswith("data:image/png;base64,") for link in checker.links)
+    assert checker.links and all(link.startswith("data:image/png;base64,") for link in checker.links)
     assert "url(" not in page and "@import" not in page and "http" not in page
     assert "<script" not in page and "<b>" not in page
     assert "Aligned <b>& well</b>" in checker.text  # escaped in the source, whole for the reader
@@ -109,7 +109,7 @@ def test_ticks_enclose_the_range_evenly(low, high):
 
 
 def test_bad_material_is_refused():
-    floats = report.Gallery("g", "", ("a",), (report.Comparison("p", ((report.Picture(np.zeros((4, 4, 3))),),)),))
+    floats = report.Gallery("g", "", ("a",), (report.Comparison("p", ((report.Shown(np.zeros((4, 4, 3))),),)),))
     with pytest.raises(ValueError, match=r"must be \[H, W, 3\] uint8, not \[4, 4, 3\] float64"):
         report.render(report.Report("t", "", (), (floats,), (), ()))
     with pytest.raises(ValueError, match="'p' has 0 columns for 1 stages"):

@@ -6,10 +6,9 @@ import jax
 import numpy as np
 import pytest
 from helpers import bucket, tiny
+from helpers.runs import numbers, scalars
+from helpers.states import abstract, make_state
 from PIL import Image
-from test_checkpoint import abstract, make_state
-from test_metrics import scalars
-from test_train import numbers
 
 from srpo_jax import checkpoint, config, generate, metrics, storage, train
 from srpo_jax.errors import UserError
@@ -35,7 +34,7 @@ def test_paths_that_are_not_supported(monkeypatch):
         storage.path("gs://")
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(UserError, match="gs://b/run: this needs another package; run `pip install gcsfs`"):
-        checkpoint.check_workdir("gs://b/run", config.default())
+        checkpoint.check_workdir("gs://b/run", config.default(), {})
 
 
 def test_a_local_file_is_replaced_as_a_whole(tmp_path):
@@ -48,9 +47,9 @@ def test_a_local_file_is_replaced_as_a_whole(tmp_path):
 
 def test_a_bucket_that_refuses_is_named(server):
     with pytest.raises(UserError, match=r"gs://forbidden/run cannot be read \(.*gcloud auth application-default login"):
-        checkpoint.check_workdir("gs://forbidden/run", config.default())
+        checkpoint.check_workdir("gs://forbidden/run", config.default(), {})
     with pytest.raises(UserError, match=r"gs://missing/run/config.json cannot be written \(.*check the bucket's name"):
-        checkpoint.write_config("gs://missing/run", config.default())
+        checkpoint.write_config("gs://missing/run", config.default(), {})
 
 
 # --- what a run writes ------------------------------------------------------------------------------------------------
@@ -97,9 +96,8 @@ def test_checkpoints_in_a_bucket(server):
     jax.tree.map(np.testing.assert_array_equal, state, make_state(2))
 
 
-def test_a_run_in_a_bucket_goes_on_with_the_numbers_of_a_local_one(server, tmp_path):
-    models = tiny.write_all(tmp_path / "models")
-    changes = dict(checkpoint__every=1, compilation_cache=str(tmp_path / "cache"))
+def test_a_run_in_a_bucket_goes_on_with_the_numbers_of_a_local_one(server, models, compiled, tmp_path):
+    changes = dict(checkpoint__every=1, compilation_cache=compiled)
     workdir, local = storage.path("gs://bucket/runs/a"), storage.path(tmp_path / "local")
     train.train(tiny.config(models, steps=1, **changes), workdir)
     train.train(tiny.config(models, steps=2, **changes), workdir)

@@ -8,10 +8,12 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from helpers import encoders
 
 from srpo_jax import text
 from srpo_jax.emoji import tokenizers
 from srpo_jax.errors import UserError
+from srpo_jax.families.flux_text import FluxTextEncoders
 from srpo_jax.models.clip import ClipText, ClipTextConfig
 from srpo_jax.models.compute import Compute, build
 from srpo_jax.models.t5 import T5Config, T5Encoder
@@ -63,21 +65,22 @@ def test_padding_and_truncation(pipeline):
 
 def test_encoders_match_transformers(pipeline):
     """Features of prompts equal those of transformers' encoders with the same weights and tokenizers."""
-    encoders = text.TextEncoders(pipeline)
-    features, pooled = encoders.encode(PROMPTS, 10, batch=2)  # the last batch is not full
+    given = FluxTextEncoders(pipeline)
+    found = encoders.features(given, PROMPTS, 10, batch=2)  # the last batch is not full
+    features, pooled = found["text"], found["pooled"]
     assert features.shape == (3, 10, 16) and pooled.shape == (3, 16)
-    config = encoders.clip_config
+    config = folder.read_config(pipeline / "text_encoder")[1]
     theirs = transformers.CLIPTextModel(transformers.CLIPTextConfig(**vars(config)))
     table = clip.hf_text_rules(config)
-    load(theirs, {k.removeprefix("text_model."): v for k, v in engine.from_params(table, encoders.params[0]).items()})
+    load(theirs, {k.removeprefix("text_model."): v for k, v in engine.from_params(table, given.params[0]).items()})
     ids = transformers.AutoTokenizer.from_pretrained(pipeline / "tokenizer")(
         PROMPTS, padding="max_length", max_length=12, return_tensors="pt"
     ).input_ids
     np.testing.assert_allclose(pooled, theirs(input_ids=ids).pooler_output.detach(), atol=1e-5)
 
-    config = encoders.t5_config
+    config = folder.read_config(pipeline / "text_encoder_2")[1]
     theirs = transformers.T5EncoderModel(transformers.T5Config(**vars(config), feed_forward_proj="gated-gelu"))
-    load(theirs, engine.from_params(t5.hf_rules(config), encoders.params[1]))
+    load(theirs, engine.from_params(t5.hf_rules(config), given.params[1]))
     ids = transformers.AutoTokenizer.from_pretrained(pipeline / "tokenizer_2")(
         PROMPTS, padding="max_length", max_length=10, return_tensors="pt"
     ).input_ids
@@ -93,16 +96,17 @@ def load(model, tensors):
 
 def test_batches_do_not_matter(pipeline):
     """A prompt's features do not depend on what it is encoded with."""
-    encoders = text.TextEncoders(pipeline)
-    together, alone = encoders.encode(PROMPTS, 8), encoders.encode(PROMPTS[1:2], 8)
-    for a, b in zip(together, alone, strict=True):
-        np.testing.assert_allclose(a[1], b[0], atol=1e-6)
+    given = FluxTextEncoders(pipeline)
+    together, alone = (encoders.features(given, prompts, 8, 3) for prompts in (PROMPTS, PROMPTS[1:2]))
+    for name, array in together.items():
+        np.testing.assert_allclose(array[1], alone[name][0], atol=1e-6)
 
 
 def test_bfloat16_encoders(pipeline):
     """The features have the compute dtype."""
-    encoders = text.TextEncoders(pipeline, Compute(dtype=jnp.bfloat16, param_dtype=jnp.bfloat16))
-    assert {features.dtype for features in encoders.encode(PROMPTS, 8)} == {jnp.dtype(jnp.bfloat16)}
+    given = FluxTextEncoders(pipeline, Compute(dtype=jnp.bfloat16, param_dtype=jnp.bfloat16))
+    found = encoders.features(given, PROMPTS, 8, 3)
+    assert {array.dtype for array in found.values()} == {jnp.dtype(jnp.bfloat16)}
 
 
 def test_errors(pipeline, tmp_path):
@@ -117,7 +121,5 @@ def test_errors(pipeline, tmp_path):
     (tmp_path / "tokenizer.json").write_text("{")
     with pytest.raises(UserError, match="cannot be read as a tokenizer"):
         text.load_tokenizer(tmp_path)
-    with pytest.raises(ValueError, match="no prompts"):
-        text.TextEncoders(pipeline).encode([], 8)
     with pytest.raises(UserError, match="tokenizer is not a folder"):
-        text.TextEncoders(tmp_path)
+        FluxTextEncoders(tmp_path / "empty")

@@ -2,8 +2,6 @@
 
 import dataclasses
 import json
-import os
-import pathlib
 import shutil
 import signal
 import subprocess
@@ -12,26 +10,21 @@ import sys
 import jax
 import numpy as np
 import pytest
-from helpers import tiny
+from helpers import children, tiny
+from helpers.runs import arrays, assert_same, numbers
 from ml_collections import ConfigDict
 from PIL import Image
 
-from srpo_jax import checkpoint, conditions, config, encode, metrics, optim, program, sharding, train
+from srpo_jax import architectures, checkpoint, conditions, config, encode, metrics, optim, program, sharding, train
 from srpo_jax.data import loading
 from srpo_jax.errors import UserError
 from srpo_jax.weights import folder
 
 
 @pytest.fixture(scope="module")
-def models(tmp_path_factory):
-    return tiny.write_all(tmp_path_factory.mktemp("models"))
-
-
-@pytest.fixture(scope="module")
-def recipe(models, tmp_path_factory):
-    """A function from changes to a config; its programs are compiled once for the whole module."""
-    cache = str(tmp_path_factory.mktemp("xla"))
-    return lambda **changes: tiny.config(models, **{"compilation_cache": cache, **changes})
+def recipe(models, compiled):
+    """A function from changes to a config."""
+    return lambda **changes: tiny.config(models, **{"compilation_cache": compiled, **changes})
 
 
 @pytest.fixture(scope="module")
@@ -40,31 +33,6 @@ def whole(recipe, tmp_path_factory):
     workdir = tmp_path_factory.mktemp("whole") / "run"
     assert train.train(recipe(steps=4, optim__ema_decay=0.5, sample__every=2), workdir) is None
     return workdir
-
-
-def arrays(workdir, step):
-    """Every array of a checkpoint by item and path, and its JSON part."""
-    folder = workdir / "checkpoints" / str(step)
-    found = {}
-    for item in [item for item in checkpoint.ARRAYS if (folder / item).exists()]:
-        found |= {item + path: array for path, array in tiny.read_arrays(folder / item).items()}
-    return found, json.loads((folder / "run" / "metadata").read_text())
-
-
-def same(first, second, configs=True):
-    """Asserts that two checkpoints are equal bit for bit, and their configurations too unless told otherwise."""
-    (mine, run), (other, other_run) = first, second
-    if not configs:
-        run, other_run = ({key: value for key, value in r.items() if key != "config"} for r in (run, other_run))
-    assert mine.keys() == other.keys() and run == other_run
-    different = [name for name in mine if mine[name].tobytes() != other[name].tobytes()]
-    assert not different
-
-
-def numbers(workdir):
-    """The metrics of a run without its clock."""
-    clock = {"step_seconds", "images_per_second", "data_seconds"}
-    return [{name: value for name, value in record.items() if name not in clock} for record in metrics.read(workdir)]
 
 
 # --- what a run leaves ------------------------------------------------------------------------------------------------
@@ -115,7 +83,7 @@ def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(whole, recipe, t
     assert checkpoint.steps(workdir) == [2, 4]
     expected, run = arrays(whole, 4)
     found, other_run = arrays(workdir, 4)
-    same((expected, run), (found, other_run))
+    assert_same((expected, run), (found, other_run))
     assert numbers(workdir) == numbers(whole)
     for name in ("000002.png", "000004.png"):
         assert (workdir / "samples" / name).read_bytes() == (whole / "samples" / name).read_bytes()
@@ -129,7 +97,7 @@ def test_a_run_resumed_between_the_updates_of_a_rollout(recipe, tmp_path):
     for later in (2, 3):
         shutil.rmtree(tmp_path / "resumed" / "checkpoints" / f"{later}")
     train.train(config, tmp_path / "resumed")
-    same(arrays(tmp_path / "whole", 3), arrays(tmp_path / "resumed", 3))
+    assert_same(arrays(tmp_path / "whole", 3), arrays(tmp_path / "resumed", 3))
     assert numbers(tmp_path / "whole") == numbers(tmp_path / "resumed")
     first, second, third = (arrays(tmp_path / "resumed", step)[0] for step in (1, 2, 3))
     for name in [name for name in first if name.startswith("rollout")]:
@@ -149,7 +117,7 @@ def test_a_run_in_few_bits_goes_on_bit_for_bit(recipe, tmp_path):
     for later in (2, 3):
         shutil.rmtree(tmp_path / "resumed" / "checkpoints" / f"{later}")
     train.train(config, tmp_path / "resumed")
-    same(arrays(tmp_path / "whole", 3), arrays(tmp_path / "resumed", 3))
+    assert_same(arrays(tmp_path / "whole", 3), arrays(tmp_path / "resumed", 3))
     assert numbers(tmp_path / "whole") == numbers(tmp_path / "resumed")
     first, third = (arrays(tmp_path / "whole", step)[0] for step in (1, 3))
     dtypes = {kind: {str(a.dtype) for name, a in first.items() if name.startswith(kind)} for kind in ("params", "ema")}
@@ -163,10 +131,10 @@ def test_moments_in_the_hosts_memory_are_the_same(whole, recipe, tmp_path, monke
     monkeypatch.setattr(optim, "LARGEST", 1000)  # stacks go layer by layer
     train.train(recipe(steps=2, optim__ema_decay=0.5, sample__every=2), tmp_path / "run")
     offloaded = recipe(steps=4, optim__ema_decay=0.5, sample__every=2, optim__offload=True)
-    kinds = program.build(offloaded, sharding.make_mesh(offloaded.mesh), program.read_architecture(offloaded)).state
+    kinds = program.build(offloaded, sharding.make_mesh(offloaded.mesh), architectures.read(offloaded)).state
     assert {leaf.sharding.memory_kind for leaf in jax.tree.leaves(kinds.opt_state.mean)} == {"pinned_host"}
     train.train(offloaded, tmp_path / "run")
-    same(arrays(whole, 4), arrays(tmp_path / "run", 4), configs=False)
+    assert_same(arrays(whole, 4), arrays(tmp_path / "run", 4), configs=False)
 
 
 def test_a_finished_run_has_nothing_to_do(whole, recipe, capsys):
@@ -207,10 +175,9 @@ sys.exit(errors.run(main.main))
 def test_a_terminated_run_saves_and_goes_on(whole, recipe, models, tmp_path):
     workdir = tmp_path / "run"
     changes = dict(steps=4, optim__ema_decay=0.5, sample__every=2, compilation_cache=recipe().compilation_cache)
-    tests = pathlib.Path(__file__).parent
     child = subprocess.run(
         [sys.executable, "-c", CHILD, models, workdir, json.dumps(changes)],
-        env=os.environ | {"PYTHONPATH": f"{tests}:{tests.parent}"},
+        env=children.environment(),
         capture_output=True,
         text=True,
     )
@@ -218,7 +185,7 @@ def test_a_terminated_run_saves_and_goes_on(whole, recipe, models, tmp_path):
     assert "stopped after update 3" in child.stderr
     assert checkpoint.steps(workdir) == [2, 3]
     train.train(recipe(**changes), workdir)
-    same(arrays(whole, 4), arrays(workdir, 4))
+    assert_same(arrays(whole, 4), arrays(workdir, 4))
     assert numbers(workdir) == numbers(whole)
 
 
@@ -244,9 +211,9 @@ def test_a_step_that_is_not_finite_ends_the_run_before_it_is_saved(recipe, tmp_p
     [
         ({"data__prompts": "none.txt"}, "none.txt cannot be read"),
         ({"model__path": "nothing"}, "nothing/transformer is not a folder"),
-        ({"reward__paths__clip": "nothing"}, "nothing is not a folder"),
+        ({"reward__models__clip__path": "nothing"}, "nothing is not a folder"),
         ({"optim__accumulation": 3}, "optim.accumulation=3"),
-        ({"mesh__fsdp": 3}, "config.mesh: data=1, fsdp=3, tensor=1 needs 3 devices, here are 1"),
+        ({"mesh__fsdp": 3}, "mesh: data=1, fsdp=3, tensor=1 needs 3 devices, here are 1"),
         ({"data__height": 40}, "data.height=40"),
     ],
 )
@@ -255,6 +222,22 @@ def test_bad_input_leaves_no_workdir(recipe, tmp_path, changes, message):
         train.train(recipe(**changes), tmp_path / "run")
     assert "\n" not in str(error.value)
     assert not (tmp_path / "run").exists()
+
+
+def test_all_paths_that_lead_nowhere_are_named_at_once(recipe, tmp_path):
+    changes = {"model__path": "nothing", "data__prompts": "none.txt", "sample__prompts": "data/*.csv"}
+    with pytest.raises(UserError, match="^not there: config.model.path=nothing, config.data.prompts=none.txt$"):
+        train.train(recipe(sample__every=1, **changes), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_column_of_the_held_out_prompts(recipe, tmp_path):
+    (tmp_path / "p.csv").write_text("en,de\nred apple,roter Apfel\n")
+    changes = {"sample__every": 1, "sample__prompts": str(tmp_path / "p.csv")}
+    with pytest.raises(UserError, match="name the column of the prompts; there are 'en', 'de'"):
+        train.train(recipe(**changes), tmp_path / "run")
+    with pytest.raises(UserError, match="no column 'fr'; there are 'en', 'de'"):
+        train.train(recipe(sample__column="fr", **changes), tmp_path / "run")
 
 
 def test_a_reward_in_the_place_of_the_transformer(recipe, models, tmp_path):
@@ -304,25 +287,24 @@ def test_every_key_is_read(recipe, tmp_path, monkeypatch):
     """A key that the program checks and writes down but never uses would be a promise that it breaks."""
     every = dict(
         steps=2, sample__every=2, sample__count=1, optim__ema_decay=0.5, optim__warmup_steps=2, optim__accumulation=2,
-        reward__weights__hps=0.5, reward__weights__pickscore=0.5, lora__rank=2,
+        reward__models__hps__weight=0.5, reward__models__pickscore__weight=0.5, lora__rank=2,
     )  # fmt: skip
     plain = recipe(**every)
-    plain.reward.paths.hps = plain.reward.paths.pickscore = plain.reward.paths.clip
-    seen = set()
+    plain.reward.models.hps.path = plain.reward.models.pickscore.path = plain.reward.models.clip.path
+    keys, seen = set(config.flatten(plain)), set()
     recorded = Recording(plain).note_reads(seen)
     for name in ("flatten", "to_json", "validate"):
         function = getattr(config, name)
         monkeypatch.setattr(config, name, lambda c, f=function: f(plain if isinstance(c, Recording) else c))
     train.train(recorded, tmp_path / "run")
+    assert len(keys & seen) > 50 and "data.path" not in seen, "what is not read must not count as read"
     # What another source of data reads.
     data = tmp_path / "data"
     mesh, options = sharding.make_mesh(plain.mesh), dict(text_length=plain.data.text_length, dtype=plain.model.dtype)
     encode.encode_prompts(plain.model.path, tiny.PROMPTS, data, mesh=mesh, **options)
     recorded.data.encode, recorded.data.path = "stored", str(data)
-    assert len(loading.open_source(recorded, tiny.FLUX)) == len(tiny.PROMPTS)
+    assert len(loading.open_examples(recorded, architectures.read(recorded))) == len(tiny.PROMPTS)
     # Where no factors are trained, but the transformer itself.
     recorded.lora.rank = 0
     assert program.computes(recorded, mesh).transformer.param_dtype == plain.optim.weights
-    unread = set(config.flatten(plain)) - seen
-    assert not unread
-    assert "optim.lr" not in seen and len(seen) > 50
+    assert not keys - seen

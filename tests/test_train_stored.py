@@ -8,10 +8,10 @@ import weakref
 import numpy as np
 import pytest
 from helpers import tiny
-from test_images import write_folder
-from test_train import arrays, numbers, same
+from helpers.photos import write_folder
+from helpers.runs import arrays, assert_same, numbers
 
-from srpo_jax import conditions, encode, program, sharding, train
+from srpo_jax import architectures, conditions, encode, program, sharding, train
 from srpo_jax.algorithm import step
 from srpo_jax.data import loading, stored
 from srpo_jax.errors import UserError
@@ -19,23 +19,18 @@ from srpo_jax.weights import folder
 
 
 @pytest.fixture(scope="module")
-def models(tmp_path_factory):
-    return tiny.write_all(tmp_path_factory.mktemp("models"))
-
-
-@pytest.fixture(scope="module")
-def data(models):
+def data(models, tmp_path_factory):
     """The training prompts of the tiny models, encoded."""
+    out = tmp_path_factory.mktemp("encoded") / "data"
     mesh, options = sharding.make_mesh(tiny.config(models).mesh), dict(text_length=tiny.LENGTH, dtype="float32")
-    encode.encode_prompts(models / "pipeline", tiny.PROMPTS, models / "data", mesh=mesh, shard_size=3, **options)
-    return models / "data"
+    encode.encode_prompts(models / "pipeline", tiny.PROMPTS, out, mesh=mesh, shard_size=3, **options)
+    return out
 
 
 @pytest.fixture(scope="module")
-def recipe(models, data, tmp_path_factory):
-    """A function from changes to a config that reads the data set; its programs are compiled once."""
-    cache = str(tmp_path_factory.mktemp("xla"))
-    usual = {"compilation_cache": cache, "data__encode": "stored", "data__path": str(data), "data__prompts": None}
+def recipe(models, data, compiled):
+    """A function from changes to a config that reads the data set."""
+    usual = {"compilation_cache": compiled, "data__encode": "stored", "data__path": str(data), "data__prompts": None}
     return lambda **changes: tiny.config(models, **usual | changes)
 
 
@@ -62,7 +57,7 @@ def checkpoint_source(workdir, step):
 def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(whole, recipe, tmp_path, monkeypatch):
     """And, without samples to draw, needs no text encoders."""
     train.train(recipe(steps=1, sample__every=0), tmp_path / "run")
-    monkeypatch.setattr(conditions, "TextEncoders", lambda *args: pytest.fail("the features are stored"))
+    monkeypatch.setattr(conditions, "PromptEncoder", lambda *args: pytest.fail("the features are stored"))
     (tmp_path / "run" / "config.json").write_text((whole / "config.json").read_text())
     resumed = recipe(steps=4, sample__every=0)
     train.train(resumed, tmp_path / "run")
@@ -70,20 +65,20 @@ def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(whole, recipe, t
     for description in (run, other):
         for key in ("sample.every", "steps"):
             description["config"].pop(key)
-    same((expected, run), (found, other))
+    assert_same((expected, run), (found, other))
     assert numbers(tmp_path / "run") == numbers(whole)
 
 
 def test_the_encoders_leave_memory_before_anything_is_loaded(recipe, tmp_path, monkeypatch):
     """They are there for the samples alone."""
-    made, load, events = conditions.TextEncoders.__init__, train.program.load_frozen, []
+    made, load, events = conditions.PromptEncoder.__init__, train.program.load_frozen, []
 
     def make(self, *args):
         made(self, *args)
         events.append("loaded")
         weakref.finalize(self, events.append, "freed")
 
-    monkeypatch.setattr(conditions.TextEncoders, "__init__", make)
+    monkeypatch.setattr(conditions.PromptEncoder, "__init__", make)
     monkeypatch.setattr(train.program, "load_frozen", lambda *args: (events.append("training"), load(*args))[1])
     train.train(recipe(steps=1, sample__every=1, sample__count=1), tmp_path / "run")
     assert events == ["loaded", "freed", "training"]
@@ -106,7 +101,7 @@ def test_prompts_that_changed_are_noticed(recipe, data, tmp_path):
     ("changes", "message"),
     [
         ({"data__path": "nothing"}, "nothing is not a folder; expected a data set"),
-        ({"data__path": None}, r"config.data.path=None: give a path"),
+        ({"data__path": None}, r"give a path: --config.data.path=..."),
         ({"data__text_length": 4}, r"encoded with 8 tokens .*; set --config.data.text_length=8, or .*--text-length=4"),
         ({"model__dtype": "bfloat16"}, "encoded in float32, .*; encode again with --dtype=bfloat16"),
         ({"data__filter__min_length": 99}, "no prompt is left: 7 prompts; left out: 7 shorter than 99"),
@@ -146,10 +141,11 @@ def test_features_for_another_transformer(recipe, models, tmp_path):
 
 
 @pytest.fixture(scope="module")
-def pictures(models):
+def pictures(models, tmp_path_factory):
     """Seven pictures of the training prompts, encoded; a data set."""
-    encode_pictures(models, write_folder(models / "photos"), models / "pictures")
-    return models / "pictures"
+    path = tmp_path_factory.mktemp("pictures")
+    encode_pictures(models, write_folder(path / "photos"), path / "data")
+    return path / "data"
 
 
 def encode_pictures(models, photos, out):
@@ -160,17 +156,17 @@ def encode_pictures(models, photos, out):
 
 @pytest.fixture(scope="module")
 def offline(recipe, pictures):
-    usual = {"data__rollout": "offline", "data__path": str(pictures)}
+    usual = {"data__images": "stored", "data__path": str(pictures)}
     return lambda **changes: recipe(**usual | changes)
 
 
 def test_an_offline_run_resumes_bit_for_bit_and_makes_no_rollout(offline, tmp_path, monkeypatch):
     monkeypatch.setattr(step, "rollout", lambda *args: pytest.fail("real pictures take the place of rollouts"))
-    monkeypatch.setattr(conditions, "TextEncoders", lambda *args: pytest.fail("the features are stored"))
+    monkeypatch.setattr(conditions, "PromptEncoder", lambda *args: pytest.fail("the features are stored"))
     train.train(offline(steps=4), tmp_path / "whole")
     train.train(offline(steps=3), tmp_path / "run")
     train.train(offline(steps=4), tmp_path / "run")
-    same(arrays(tmp_path / "whole", 4), arrays(tmp_path / "run", 4))
+    assert_same(arrays(tmp_path / "whole", 4), arrays(tmp_path / "run", 4))
     assert numbers(tmp_path / "run") == numbers(tmp_path / "whole")
     moved = [arrays(tmp_path / "whole", update)[0] for update in (2, 4)]
     assert any(moved[0][name].tobytes() != moved[1][name].tobytes() for name in moved[0])
@@ -179,11 +175,11 @@ def test_an_offline_run_resumes_bit_for_bit_and_makes_no_rollout(offline, tmp_pa
 def test_a_batch_has_each_captions_own_picture(offline, pictures, models):
     """Packed as the transformer takes them: token (row, column) holds that 2x2 square of every channel."""
     config = offline(data__batch_size=3)
-    architecture = program.read_architecture(config)
+    architecture = architectures.read(config)
     built = program.build(config, sharding.make_mesh(config.mesh), architecture)
-    conditioner = conditions.Conditioner(config, built, architecture, None)
+    conditioner = conditions.Conditioner(config, built, None)
     stored_ = {example["prompt"]: example["latents"] for example in stored.DataSet(pictures).read(range(7))}
-    stream = loading.batches(loading.open_source(config, architecture.transformer), 3, seed=0)
+    stream = loading.batches(loading.open_examples(config, architecture), 3, seed=0)
     for update in (1, 2):
         examples = next(stream)
         batch = conditioner.batch(examples, update)
@@ -196,7 +192,7 @@ def test_a_batch_has_each_captions_own_picture(offline, pictures, models):
 
 
 def test_pictures_serve_a_run_with_rollouts_as_prompts(offline, whole, tmp_path):
-    train.train(offline(steps=2, data__rollout="online"), tmp_path / "run")
+    train.train(offline(steps=2, data__images="rollout"), tmp_path / "run")
     assert numbers(tmp_path / "run") == numbers(whole)[:2]
 
 
@@ -221,7 +217,7 @@ def test_pictures_that_changed_under_the_same_captions_are_noticed(offline, mode
         ({"rollout__noise": "shared"}, r"rollout.noise='shared'"),
         (
             {"data__encode": "online", "data__prompts": "prompts.txt"},
-            r"data.encode='online': data.rollout=offline needs encoded pictures",
+            r"data.encode='online': data.images=stored needs encoded pictures",
         ),
     ],
 )
@@ -243,6 +239,6 @@ def test_latents_of_another_autoencoder(offline, models, tmp_path):
         (other / part.name).symlink_to(part)
     (other / "vae").unlink()
     tiny.save_random(other / "vae", "autoencoder", tiny.VAE, 99)
-    train.train(offline(steps=1, model__path=str(other), data__rollout="online"), tmp_path / "online")
+    train.train(offline(steps=1, model__path=str(other), data__images="rollout"), tmp_path / "online")
     with pytest.raises(UserError, match=r"by another vae than .*encode again with --model="):
         train.train(offline(model__path=str(other)), tmp_path / "run")

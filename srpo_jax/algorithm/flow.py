@@ -1,4 +1,4 @@
-"""Rectified flow: noise levels, the Euler sampler, and FLUX's packing of latents into tokens.
+"""Rectified flow: noise levels, and samplers of first and second order.
 
 Notation: ``sigma`` in [0, 1] is the noise level of ``x = (1 - sigma) * x0 + sigma * eps``; a network predicts the
 velocity ``v = eps - x0``. Schedules are small host-side float32 arrays that a compiled step holds as constants.
@@ -11,9 +11,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-
-PATCH = 2  # FLUX packs 2x2 latent positions into one token
-
 
 # --- noise levels ---------------------------------------------------------------------------------------------------
 
@@ -45,25 +42,6 @@ def shifted_schedule(steps: int, shift: float) -> np.ndarray:
     return time_shift(linspace(1.0, 0.0, steps + 1), np.float32(shift)).astype(np.float32)
 
 
-def pipeline_schedule(steps: int, tokens: int, scheduler: dict) -> np.ndarray:
-    """The noise levels ``[steps + 1]`` that FLUX's inference pipeline uses for an image of ``tokens`` tokens, float32.
-
-    Args:
-      steps: Euler steps.
-      tokens: image tokens, ``(H / 16) * (W / 16)``.
-      scheduler: the values of a diffusers ``scheduler_config.json`` (FlowMatchEulerDiscreteScheduler). With
-        ``use_dynamic_shifting`` the shift is ``exp(mu)``, mu linear in the number of tokens; else it is ``shift``.
-    """
-    sigmas = np.linspace(1.0, 1.0 / steps, steps)
-    if scheduler["use_dynamic_shifting"]:
-        low, high = scheduler["base_image_seq_len"], scheduler["max_image_seq_len"]
-        slope = (scheduler["max_shift"] - scheduler["base_shift"]) / (high - low)
-        shift = np.exp(scheduler["base_shift"] + slope * (tokens - low))
-    else:
-        shift = scheduler["shift"]
-    return np.append(time_shift(sigmas, shift), 0.0).astype(np.float32)
-
-
 def truncate_time(sigma: jax.Array) -> jax.Array:
     """The time that SRPO's trainer gives to the network: whole thousandths, rounded down from a float32 product."""
     return jnp.floor(sigma.astype(jnp.float32) * 1000.0) / 1000.0
@@ -85,7 +63,7 @@ def euler_step(x: jax.Array, velocity: jax.Array, sigma_from: jax.Array, sigma_t
 
 
 def per_sample(value: jax.Array, ndim: int) -> jax.Array:
-    """Appends axes to ``[B]`` so that it multiplies a batch of ``ndim`` axes; scalars pass."""
+    """Appends axes to ``[B]`` or ``[B, n]`` so that it multiplies a batch of ``ndim`` axes; scalars pass."""
     value = jnp.asarray(value)
     return value if value.ndim == 0 else value.reshape(value.shape + (1,) * (ndim - value.ndim))
 
@@ -94,25 +72,25 @@ def sample(
     velocity: Callable[..., Any],
     noise: jax.Array,
     sigmas: np.ndarray,
-    stop: jax.Array | None = None,
+    keep: jax.Array | None = None,
     solver: str = "euler",
-    memory: Any = None,
-) -> jax.Array:
+    memory: Any = (),
+) -> Any:
     """Integrates a velocity field over a schedule of noise levels, one evaluation a step.
 
     Args:
-      velocity: ``velocity(x, sigma)`` with a scalar ``sigma``; with a memory, ``velocity(x, sigma, index, memory) ->
-        (v, memory)``, where ``index`` counts the steps from 0.
+      velocity: ``velocity(x, sigma, index, memory) -> (v, memory)`` with a scalar ``sigma``; ``index`` counts the steps
+        from 0.
       noise: the state at ``sigmas[0]``, float32, any shape with a leading batch axis.
       sigmas: noise levels ``[S + 1]``.
-      stop: optional number of steps ``[B]`` after which a sample stays as it is (0 .. S).
+      keep: optional numbers of steps ``[B, n]`` (0 .. S - 1), counted from 0, at whose start a sample's state is kept.
       solver: "euler", or "ab2": the Adams-Bashforth method of second order for uneven steps (Hairer, Norsett, Wanner,
         Solving Ordinary Differential Equations I, III.5), which goes along the line through the last two velocities.
         Its first step is Euler's.
       memory: tree of arrays that one evaluation leaves to the next, as the first one gets it.
 
     Returns:
-      The state after the last step, or after ``stop`` steps of each sample.
+      The state after the last step; with ``keep``, a pair of it and the states that were kept, ``[B, n, ...]``.
     """
     if solver not in ("euler", "ab2"):
         raise ValueError(f"solver={solver!r} is unknown; choose euler or ab2")
@@ -121,49 +99,18 @@ def sample(
     lead = np.concatenate([[0.0], steps[1:] / (2 * steps[:-1])]).astype(np.float32)
 
     def body(carry: tuple, inputs: tuple) -> tuple[tuple, None]:
-        (x, before, memory), (index, sigma, sigma_next, ahead) = carry, inputs
-        if memory is None:
-            v = velocity(x, sigma)
-        else:
-            v, memory = velocity(x, sigma, index, memory)
+        (x, before, memory, kept), (index, sigma, sigma_next, ahead) = carry, inputs
+        if keep is not None:
+            kept = jnp.where(per_sample(keep == index, x.ndim + 1), x[:, None], kept)
+        v, memory = velocity(x, sigma, index, memory)
         if solver == "ab2":
             v = v.astype(jnp.float32)
             v, before = v + ahead * (v - before), v
-        stepped = euler_step(x, v, sigma, sigma_next)
-        if stop is not None:
-            stepped = jnp.where(per_sample(index < stop, x.ndim), stepped, x)
-        return (stepped, before, memory), None
+        return (euler_step(x, v, sigma, sigma_next), before, memory, kept), None
 
     # The velocity before the first step is read by no one, and not kept where none is needed.
     before = jnp.zeros_like(noise) if solver == "ab2" else None
+    kept = None if keep is None else jnp.zeros((*keep.shape, *noise.shape[1:]), noise.dtype)
     inputs = jnp.arange(len(steps)), jnp.asarray(sigmas[:-1]), jnp.asarray(sigmas[1:]), jnp.asarray(lead)
-    return jax.lax.scan(body, (noise, before, memory), inputs)[0][0]
-
-
-# --- tokens ---------------------------------------------------------------------------------------------------------
-
-
-def pack(latents: jax.Array) -> jax.Array:
-    """Latents ``[B, h, w, C]`` to tokens ``[B, (h/2)*(w/2), 4*C]``, channel-major in a token as FLUX has them."""
-    batch, height, width, channels = latents.shape
-    x = latents.reshape(batch, height // PATCH, PATCH, width // PATCH, PATCH, channels)
-    return x.transpose(0, 1, 3, 5, 2, 4).reshape(batch, (height // PATCH) * (width // PATCH), channels * PATCH**2)
-
-
-def unpack(tokens: jax.Array, height: int, width: int) -> jax.Array:
-    """The inverse of ``pack``; ``height`` and ``width`` are those of the latents (an eighth of the image's)."""
-    batch, _, features = tokens.shape
-    channels = features // PATCH**2
-    x = tokens.reshape(batch, height // PATCH, width // PATCH, channels, PATCH, PATCH)
-    return x.transpose(0, 1, 4, 2, 5, 3).reshape(batch, height, width, channels)
-
-
-def image_ids(height: int, width: int) -> np.ndarray:
-    """Position ids ``[(h/2)*(w/2), 3]`` of image tokens, (0, row, column), float32, for latents of that size."""
-    rows, columns = np.mgrid[0 : height // PATCH, 0 : width // PATCH]
-    return np.stack([np.zeros_like(rows), rows, columns], axis=-1).reshape(-1, 3).astype(np.float32)
-
-
-def text_ids(length: int) -> np.ndarray:
-    """Position ids ``[length, 3]`` of text tokens: all zero."""
-    return np.zeros((length, 3), np.float32)
+    last, _, _, kept = jax.lax.scan(body, (noise, before, memory, kept), inputs)[0]
+    return last if keep is None else (last, kept)

@@ -1,39 +1,38 @@
-"""What each method asks of a step: where its gradient-carrying transformer steps start and land, and what reward
-they follow.
+"""The methods: what each asks of an update, and where its gradient-carrying transformer steps start and land.
 
-SRPO, Direct-Align, ReFL and DRaFT-LV share one formula (``direct_align.recover``): step from ``sigma_from`` to
-``sigma_to``, recover an image, score it against a text direction. With ``sigma_to = 0`` the recovery is the ordinary
-one-step prediction, so the relatives are other choices of the same few arrays. A method is a function that makes a
-stack of ``Term``; the step runs them one after the other and adds their gradients.
+All are one formula, ``grad theta = sum_i VJP[v at stored x_i](c_i)``: passes through the transformer at states that are
+constants, each with a cotangent that the reward's gradient gives. Here a pass is a ``Term``: step from ``sigma_from``
+to ``sigma_to``, recover an image (``direct_align.recover``), score it. With ``sigma_to = 0`` the recovery is the
+ordinary one-step prediction, so that SRPO, Direct-Align, ReFL and DRaFT-LV are choices of the same few arrays.
+
+A new method is an entry of ``METHODS``; docs/extending.md has the way. The step runs the terms one after the other and
+adds their gradients.
 """
 
-from typing import NamedTuple
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from srpo_jax.algorithm import direct_align, flow, rewards
-from srpo_jax.algorithm.direct_align import Grid, Step
+from srpo_jax.algorithm import direct_align, flow, preference
+from srpo_jax.algorithm.batch import GRID_POSITION, LATE_STEP, RENOISING, Images
+from srpo_jax.algorithm.direct_align import Step
+from srpo_jax.algorithm.preference import CAPTION, NEGATIVE, POSITIVE, Coefficients
+from srpo_jax.algorithm.settings import Settings
 
-Embeddings = dict[str, dict[str, jax.Array]]  # reward name -> {"positive" | "negative" | "caption": [B, E]}
-
-# The names of a method's terms, in the order in which they run.
-TERM_NAMES = {
-    "srpo": ("denoise", "inversion"),
-    "direct_align": ("denoise",),
-    "refl": ("late",),
-    "draft_lv": ("renoised",),
-}
+KeyFor = Callable[[int], jax.Array]  # an update's key for a purpose, see batch
 
 
 class Term(NamedTuple):
     """One gradient-carrying step and its objective. A stack of terms has a leading axis in every leaf.
 
     Attributes:
-      noisy: packed latents at ``sigma_from``, ``[B, N, 64]``, float32.
-      noise: the noise to remove in the recovery, ``[B, N, 64]``.
+      noisy: packed latents at ``sigma_from``, ``[B, N, C]``, float32.
+      noise: the noise to remove in the recovery, ``[B, N, C]``.
       sigma_from, sigma_to: noise levels ``[B]``.
-      targets: by reward name, the text direction ``[B, E]``.
+      coefficients: of the rewards of the caption's variants, which the step follows, ``[B]`` each.
       weight: of each sample's loss, ``[B]``.
     """
 
@@ -41,106 +40,149 @@ class Term(NamedTuple):
     noise: jax.Array
     sigma_from: jax.Array
     sigma_to: jax.Array
-    targets: dict[str, jax.Array]
+    coefficients: Coefficients
     weight: jax.Array
 
 
-def _stack(terms: list[Term]) -> Term:
+def _nothing(*_: Any) -> None:
+    return None
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+    """What a method asks of an update.
+
+    Attributes:
+      names: ``names(settings)``, of its terms in the order in which they run: so many passes with a gradient a sample
+        takes. Terms that share a name have one entry in the metrics, their mean.
+      terms: ``terms(settings, images, own) -> Term``, a stack, one for each name.
+      draw: ``draw(settings, key_for, shape) -> own``: its random numbers beside the noise, a tree of arrays [B, ...];
+        ``shape`` is (B, N, C).
+      keep: ``keep(settings, own, batch) -> [B, n]``: steps of the rollout at whose start it wants the state
+        (``Images.states``); None for none. A method that keeps states needs a rollout of its own at every update.
+      offline: whether real pictures can take the rollout's place.
+      follows: the variants of a caption whose rewards a term follows.
+    """
+
+    names: Callable[[Settings], tuple[str, ...]]
+    terms: Callable[[Settings, Images, Any], Term]
+    draw: Callable[[Settings, KeyFor, tuple[int, int, int]], Any] = _nothing
+    keep: Callable[[Settings, Any, int], jax.Array] | None = None
+    offline: bool = True
+    follows: tuple[str, ...] = (CAPTION,)
+
+
+def stack(terms: list[Term]) -> Term:
+    """Terms of one structure as a stack."""
     return jax.tree.map(lambda *leaves: jnp.stack(leaves), *terms)
 
 
-def _known_noise_term(
-    x0: jax.Array, noise: jax.Array, step: Step, targets: dict[str, jax.Array], weight: jax.Array
-) -> Term:
-    noisy = flow.add_noise(x0, noise, step.sigma_from)
-    return Term(noisy, noise, step.sigma_from, step.sigma_to, targets, weight)
+def known_noise(x0: jax.Array, noise: jax.Array, step: Step, coefficients: Coefficients, weight: jax.Array) -> Term:
+    """A term that starts where ``noise`` is mixed into clean latents ``x0``, both [B, N, C]."""
+    return Term(flow.add_noise(x0, noise, step.sigma_from), noise, step.sigma_from, step.sigma_to, coefficients, weight)
 
 
-def _captions(text: Embeddings) -> dict[str, jax.Array]:
-    return {name: embeddings["caption"] for name, embeddings in text.items()}
+def one_step(state: jax.Array, sigma: jax.Array, weight: float = 1.0) -> Term:
+    """A term that predicts the image in one step from a state [B, N, C] at noise level ``sigma`` [B], and follows the
+    plain reward of the caption."""
+    nothing, ones = jnp.zeros_like(state), jnp.ones_like(sigma)
+    return Term(state, nothing, sigma, jnp.zeros_like(sigma), preference.plain(len(state)), weight * ones)
 
 
-def srpo(
-    x0: jax.Array,
-    noise: jax.Array,
-    mid: jax.Array,
-    grid: Grid,
-    text: Embeddings,
-    *,
-    form: str,
-    branches: tuple[str, ...],
-) -> Term:
+# --- SRPO, Direct-Align -----------------------------------------------------------------------------------------------
+
+
+def _grid_position(settings: Settings, key_for: KeyFor, shape: tuple[int, int, int]) -> jax.Array:
+    """``mid`` [B]."""
+    return direct_align.sample_mid(key_for(GRID_POSITION), shape[0], settings.grid.length)
+
+
+def srpo(settings: Settings, images: Images, mid: jax.Array) -> Term:
     """SRPO: a denoising step under the wanted words and an inversion step with the words exchanged.
 
     The network's output enters the inverted state with the opposite sign, so that this branch pushes down what the
     reward model likes whatever the words: the method's guard against reward hacking.
-
-    Args:
-      x0: clean packed latents ``[B, N, 64]``.
-      noise: the known noise, same shape.
-      mid: grid positions ``[B]``.
-      grid: the recipe's training grid.
-      text: text features by reward.
-      form: of the relative reward, see ``rewards.relative_target``.
-      branches: which of ``TERM_NAMES["srpo"]`` run; both are the method.
-
-    Returns:
-      A stack of one term a branch, each weighted by 1 / number of branches.
     """
     choices = {
-        "denoise": (direct_align.denoising_step, "positive", "negative"),
-        "inversion": (direct_align.inversion_step, "negative", "positive"),
+        "denoise": (direct_align.denoising_step, POSITIVE, NEGATIVE),
+        "inversion": (direct_align.inversion_step, NEGATIVE, POSITIVE),
     }
-    weight = jnp.full(mid.shape, 1 / len(branches), jnp.float32)
+    weight = jnp.full(mid.shape, 1 / len(settings.branches), jnp.float32)
     terms = []
-    for branch in branches:
+    for branch in settings.branches:
         make_step, plus, minus = choices[branch]
-        step = make_step(grid, mid)
-        targets = {
-            name: rewards.relative_target(embeddings[plus], embeddings[minus], step.discount, form)
-            for name, embeddings in text.items()
-        }
-        terms.append(_known_noise_term(x0, noise, step, targets, weight))
-    return _stack(terms)
+        step = make_step(settings.grid, mid)
+        coefficients = preference.relative(plus, minus, step.discount, settings.form)
+        terms.append(known_noise(images.latents, images.noise, step, coefficients, weight))
+    return stack(terms)
 
 
-def direct_align_only(
-    x0: jax.Array, noise: jax.Array, mid: jax.Array, grid: Grid, text: Embeddings, weights: tuple[float, float]
-) -> Term:
+def direct_align_only(settings: Settings, images: Images, mid: jax.Array) -> Term:
     """Direct-Align alone: the denoising step with the plain reward of the caption.
 
-    ``weights`` are the loss weights at the grid's (low noise, high noise) ends, linear between: the paper's discount
-    that decays towards low noise, where rewards are easiest to hack.
+    ``settings.weights`` are the loss weights at the grid's (low noise, high noise) ends, linear between: the paper's
+    discount that decays towards low noise, where rewards are easiest to hack.
     """
-    weight = jnp.asarray(flow.linspace(*weights, grid.length))[mid]
-    return _stack([_known_noise_term(x0, noise, direct_align.denoising_step(grid, mid), _captions(text), weight)])
+    weight = jnp.asarray(flow.linspace(*settings.weights, settings.grid.length))[mid]
+    step = direct_align.denoising_step(settings.grid, mid)
+    return stack([known_noise(images.latents, images.noise, step, preference.plain(len(mid)), weight)])
 
 
-def refl(noisy: jax.Array, sigma: jax.Array, text: Embeddings) -> Term:
-    """ReFL (ImageReward, arXiv 2304.05977): one-step prediction from a late state of the rollout itself.
+# --- ReFL (ImageReward, arXiv 2304.05977) -----------------------------------------------------------------------------
 
-    Args:
-      noisy: states of the rollout ``[B, N, 64]`` at noise levels ``sigma`` ``[B]``.
-      sigma: see ``noisy``.
-      text: text features by reward.
+
+def _late_step(settings: Settings, key_for: KeyFor, shape: tuple[int, int, int]) -> jax.Array:
+    first = settings.rollout_steps - settings.late_steps
+    return jax.random.randint(key_for(LATE_STEP), (shape[0],), first, settings.rollout_steps)
+
+
+def _keep_late(settings: Settings, step: jax.Array, batch: int) -> jax.Array:
+    del settings, batch
+    return step[:, None]
+
+
+def refl(settings: Settings, images: Images, step: jax.Array) -> Term:
+    """One-step prediction from the state of the rollout at the start of a late ``step`` [B]."""
+    sigmas = flow.shifted_schedule(settings.rollout_steps, settings.shift)
+    return stack([one_step(images.states[:, 0], jnp.asarray(sigmas)[step])])
+
+
+# --- DRaFT-LV (arXiv 2309.17400) --------------------------------------------------------------------------------------
+
+
+def _renoising(settings: Settings, key_for: KeyFor, shape: tuple[int, int, int]) -> jax.Array:
+    """Fresh noise [B, n, N, C]."""
+    batch, *rest = shape
+    return jax.random.normal(key_for(RENOISING), (batch, settings.renoisings, *rest))
+
+
+def _keep_last(settings: Settings, own: Any, batch: int) -> jax.Array:
+    del own
+    return jnp.full((batch, 1), settings.rollout_steps - 1, jnp.int32)
+
+
+def draft_lv(settings: Settings, images: Images, noises: jax.Array) -> Term:
+    """The last step alone: of the rollout itself, and of several re-noisings of its image; the mean of all.
+
+    Of real pictures, which no rollout made, there are the re-noisings alone.
     """
-    ones = jnp.ones_like(sigma)
-    return _stack([Term(noisy, jnp.zeros_like(noisy), sigma, jnp.zeros_like(sigma), _captions(text), ones)])
-
-
-def draft_lv(x0: jax.Array, noises: jax.Array, sigma: float, text: Embeddings) -> Term:
-    """DRaFT-LV (arXiv 2309.17400): the last step alone, averaged over several re-noisings of the final sample.
-
-    Args:
-      x0: final samples ``[B, N, 64]``.
-      noises: fresh noise ``[n, B, N, 64]``, one re-noising each.
-      sigma: the noise level at which the rollout's last step starts.
-      text: text features by reward.
-
-    Returns:
-      A stack of n terms, each weighted by 1/n.
-    """
-    level = jnp.full(x0.shape[0], sigma, jnp.float32)
+    count, batch = noises.shape[1] + (images.states is not None), len(noises)
+    level = jnp.full(batch, flow.shifted_schedule(settings.rollout_steps, settings.shift)[-2], jnp.float32)
     step = Step(level, jnp.zeros_like(level), jnp.zeros_like(level))
-    weight = jnp.full(x0.shape[0], 1 / len(noises), jnp.float32)
-    return _stack([_known_noise_term(x0, noise, step, _captions(text), weight) for noise in noises])
+    weight = jnp.full(batch, 1 / count, jnp.float32)
+    terms = [] if images.states is None else [one_step(images.states[:, 0], level, 1 / count)]
+    for noise in noises.swapaxes(0, 1):
+        terms.append(known_noise(images.latents, noise, step, preference.plain(batch), weight))
+    return stack(terms)
+
+
+def _draft_names(settings: Settings) -> tuple[str, ...]:
+    return (*(() if settings.offline else ("base",)), *("renoised",) * settings.renoisings)
+
+
+METHODS: dict[str, Method] = {
+    "srpo": Method(lambda settings: settings.branches, srpo, _grid_position, follows=(POSITIVE, NEGATIVE)),
+    "direct_align": Method(lambda _: ("denoise",), direct_align_only, _grid_position),
+    "refl": Method(lambda _: ("late",), refl, _late_step, _keep_late, offline=False),
+    "draft_lv": Method(_draft_names, draft_lv, _renoising, _keep_last),
+}

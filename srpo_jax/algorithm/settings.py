@@ -3,11 +3,8 @@
 import dataclasses
 from typing import Any
 
-from srpo_jax.algorithm import direct_align, flow, methods
+from srpo_jax.algorithm import direct_align
 from srpo_jax.algorithm.direct_align import Grid
-
-LATENT_FACTOR = 8  # pixels of an image per latent position, along each side
-LATENT_CHANNELS = 16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -17,6 +14,7 @@ class Settings:
     method: str
     height: int
     width: int
+    offline: bool
     rollout_steps: int
     solver: str
     rollout_dtype: str
@@ -57,6 +55,7 @@ class Settings:
             method=config.method,
             height=config.data.height,
             width=config.data.width,
+            offline=config.data.images == "stored",
             rollout_steps=config.rollout.steps,
             solver=config.rollout.solver,
             rollout_dtype=config.rollout.dtype,
@@ -80,28 +79,3 @@ class Settings:
             ema_decay=config.optim.ema_decay,
             round_time=config.model.round_time,
         )
-
-    @property
-    def latent_height(self) -> int:
-        """Rows of latent positions."""
-        return self.height // LATENT_FACTOR
-
-    @property
-    def latent_width(self) -> int:
-        """Columns of latent positions."""
-        return self.width // LATENT_FACTOR
-
-    @property
-    def tokens(self) -> int:
-        """Image tokens, N."""
-        return self.latent_height * self.latent_width // flow.PATCH**2
-
-    @property
-    def token_width(self) -> int:
-        """Features of an image token: 2x2 positions of 16 latent channels."""
-        return LATENT_CHANNELS * flow.PATCH**2
-
-    @property
-    def term_names(self) -> tuple[str, ...]:
-        """What the method's terms are called in the metrics; several re-noisings share one name."""
-        return self.branches if self.method == "srpo" else methods.TERM_NAMES[self.method]

@@ -1,4 +1,4 @@
-"""The arithmetic of one update, part by part, from sizes alone: no array, no device, no compiler.
+"""The arithmetic of each network, from sizes alone: no array, no device, no compiler. ``work`` adds up an update's.
 
 A multiply and its add are two FLOPs. Matrix products, convolutions and attention are counted; norms, activations,
 rotary embeddings, softmax and the resize before a reward are not (1 % or less at FLUX's widths). Attention counts every
@@ -15,22 +15,11 @@ XLA's own ``cost_analysis`` counts the body of a scan once, however often it run
 """
 
 import dataclasses
-import math
 from typing import NamedTuple
 
-from ml_collections import ConfigDict
-
-from srpo_jax.algorithm import flow
-from srpo_jax.algorithm.settings import LATENT_FACTOR
-from srpo_jax.architectures import TextArchitecture
 from srpo_jax.models.autoencoder import AutoencoderConfig
 from srpo_jax.models.clip import ClipConfig, ClipTextConfig
-from srpo_jax.models.flux import FluxConfig, is_modulation
-from srpo_jax.models.flux_layers import MLP_RATIO, TIME_CHANNELS
-from srpo_jax.models.lora import STACKS, Lora, chosen, factor_shapes
 from srpo_jax.models.t5 import T5Config
-from srpo_jax.program import CAPTIONS, Architecture, used_rewards
-from srpo_jax.weights import folder
 
 FUSED_ATTENTION = ("cudnn", "splash")  # backends that keep no attention matrix and make the logits again
 
@@ -94,90 +83,11 @@ class Forward:
         return Work(model, model + again)
 
 
-# --- networks ---------------------------------------------------------------------------------------------------------
-
-
-def transformer(config: FluxConfig, image_tokens: int, text_tokens: int) -> Forward:
-    """FLUX: one sample, embedders and modulations included."""
-    width, tokens = config.width, image_tokens + text_tokens
-    blocks = config.num_layers + config.num_single_layers
-    products = _block_products(config, tokens)
-    attention = blocks * 2 * 2 * tokens**2 * width
-    vectors = 2 + config.guidance_embeds  # time, pooled text, perhaps guidance
-    inputs = TIME_CHANNELS * (vectors - 1) + config.pooled_projection_dim
-    ends = vectors * 2 * width**2 + 2 * 2 * width**2 + 2 * width * config.out_channels * image_tokens
-    first = 2 * width * (config.in_channels * image_tokens + config.joint_attention_dim * text_tokens + inputs)
-    return Forward(
-        products=products + _modulations(config) + ends,
-        first=first,
-        attention=attention,
-        # The gates' gradients read each block's last products, so none is spared.
-        again={"none": 0, "dots": 0, "full": products},
-        again_attention={"none": 0, "dots": attention, "full": attention},
-    )
-
-
-def _modulations(config: FluxConfig) -> float:
-    """Shift, scale and gate of one vector, for each of two streams' two halves, or once."""
-    return (config.num_layers * 12 + config.num_single_layers * 3) * 2.0 * config.width**2
-
-
 class Factors(NamedTuple):
     """LoRA's low-rank factors: how many numbers, and the FLOPs of their products for one sample's forward pass."""
 
     parameters: int
     products: float
-
-
-def factors(config: FluxConfig, lora: Lora, image_tokens: int, text_tokens: int) -> Factors:
-    """All factors beside the transformer's layers."""
-    count, products = 0, 0.0
-    for name, kernel in _adapted(config, lora).items():
-        size = sum(math.prod(shape) for shape in factor_shapes(kernel, lora.rank))
-        stream = image_tokens if ".img_" in name else text_tokens if ".txt_" in name else image_tokens + text_tokens
-        count += size
-        products += 2 * size * (1 if is_modulation(name) else stream)
-    return Factors(count, products)
-
-
-def _adapted(config: FluxConfig, lora: Lora) -> dict[str, tuple[int, ...]]:
-    """The shapes of the kernels that have factors, by layer."""
-    kernels = {
-        name.removesuffix(".kernel"): shape
-        for name, shape in folder.shapes("flux", config).items()
-        if name.startswith(STACKS) and name.endswith(".kernel")
-    }
-    return {name: kernels[name] for name in chosen(lora, kernels)}
-
-
-def adapted(config: FluxConfig, lora: Lora, image_tokens: int, text_tokens: int, *, remat: str, attention: str) -> Work:
-    """A forward and a backward pass of the transformer in which factors alone are trained.
-
-    Frozen kernels have no gradient, and the gradient that passes through the blocks does not go on to the condition:
-    modulations are constants, unless they are adapted.
-    """
-    flux, low = transformer(config, image_tokens, text_tokens), factors(config, lora, image_tokens, text_tokens)
-    width, tokens, names = config.width, image_tokens + text_tokens, _adapted(config, lora)
-    through = _block_products(config, tokens) + 2 * width * config.out_channels * image_tokens
-    model = flux.total + low.products + through + 2 * flux.attention + 2 * low.products
-    again = flux.again_attention[remat]
-    if remat == "full":
-        again += flux.again["full"] + low.products
-        # A block's last products are read by the gradient of their gate alone.
-        for mod, layers, wide, count in (
-            ("double_blocks.img_mod", config.num_layers, MLP_RATIO, image_tokens),
-            ("double_blocks.txt_mod", config.num_layers, MLP_RATIO, text_tokens),
-            ("single_blocks.mod", config.num_single_layers, 1 + MLP_RATIO, tokens),
-        ):
-            again -= 0 if mod in names else layers * wide * 2 * width**2 * count
-    if attention in FUSED_ATTENTION:
-        again += flux.attention / 2
-    return Work(model, model + again)
-
-
-def _block_products(config: FluxConfig, tokens: int) -> float:
-    """Both kinds of block: qkv 3, out 1, MLP 2 * MLP_RATIO widths squared a token."""
-    return (config.num_layers + config.num_single_layers) * (4 + 2 * MLP_RATIO) * 2 * config.width**2 * tokens
 
 
 def decoder(config: AutoencoderConfig, height: int, width: int) -> Forward:
@@ -281,126 +191,3 @@ def t5(config: T5Config, tokens: int) -> Forward:
     products = config.num_layers * 2 * tokens * (4 * config.d_model * inner + 3 * config.d_model * config.d_ff)
     nothing = {"none": 0.0, "dots": 0.0, "full": 0.0}
     return Forward(products, 0.0, config.num_layers * 2 * 2 * tokens**2 * inner, nothing, nothing)
-
-
-# --- the optimiser ----------------------------------------------------------------------------------------------------
-
-# AdamW behind the clip, of one parameter: norm 2, clip 1, two moments 3 + 4, the second from its root 1, their
-# corrections 2, epsilon and quotient 2, decay 2, rate 1, difference 1; roots are not counted. It is memory that limits
-# this part, not arithmetic.
-ADAMW = 19
-
-
-def parameters(config: FluxConfig) -> int:
-    """How many the transformer has, biases and the scales of its norms included."""
-    width, head = config.width, config.attention_head_dim
-    stream = (6 + 4 + 2 * MLP_RATIO) * width**2 + (6 + 4 + MLP_RATIO + 1) * width + 2 * head
-    single = (3 + 4 + 2 * MLP_RATIO) * width**2 + (3 + 3 + MLP_RATIO + 1) * width + 2 * head
-    vectors = [TIME_CHANNELS, config.pooled_projection_dim] + [TIME_CHANNELS] * config.guidance_embeds
-    embedders = sum(inputs * width + width + width**2 + width for inputs in vectors)
-    ends = (config.in_channels + config.joint_attention_dim) * width + 2 * width  # img_in and txt_in
-    ends += 2 * width**2 + 2 * width + width * config.out_channels + config.out_channels  # final_mod and final_out
-    return config.num_layers * 2 * stream + config.num_single_layers * single + embedders + ends
-
-
-# --- an update --------------------------------------------------------------------------------------------------------
-
-# The parts of an update, in the order in which they run.
-PARTS = ("captions", "rollout", "transformer", "autoencoder", "reward", "optimizer")
-
-
-def terms(config: ConfigDict) -> int:
-    """How many gradient-carrying steps a sample takes in one update."""
-    return {
-        "srpo": len(config.align.branches),
-        "direct_align": 1,
-        "refl": 1,
-        "draft_lv": config.draft_lv.renoisings,
-    }[config.method]
-
-
-def tokens(config: ConfigDict) -> tuple[int, int]:
-    """(image tokens, text tokens) of a sample in the transformer."""
-    side = LATENT_FACTOR * flow.PATCH
-    return (config.data.height // side) * (config.data.width // side), config.data.text_length
-
-
-def rollout(config: ConfigDict, sizes: FluxConfig) -> Work:
-    """One sample's rollout, or its share of one that serves several updates; none where real pictures take its place.
-
-    A step is a whole forward pass, or one with few blocks where the others' change is kept. Modulations are made of all
-    steps and blocks at once.
-    """
-    if config.data.rollout == "offline":
-        return Work(0.0, 0.0)
-    first, last = config.rollout.cache_ends
-    lora = Lora.from_config(config.lora)
-
-    def step(blocks: FluxConfig, share: float) -> Work:
-        low = 0.0 if lora is None else share * factors(sizes, lora, *tokens(config)).products
-        low += _modulations(sizes) - _modulations(blocks)
-        return transformer(blocks, *tokens(config)).inference() + Work(low, low)
-
-    renewals = -(-config.rollout.steps // config.rollout.cache)
-    whole = step(sizes, 1.0) * (renewals / config.rollout.reuse)
-    if renewals == config.rollout.steps:
-        return whole
-    few = dataclasses.replace(sizes, num_layers=first, num_single_layers=last)
-    # Of the factors, as many as of the blocks: both kinds of block have about the same.
-    share = (first + last) / (sizes.num_layers + sizes.num_single_layers)
-    return whole + step(few, share) * ((config.rollout.steps - renewals) / config.rollout.reuse)
-
-
-def sample(config: ConfigDict, architecture: Architecture) -> dict[str, Work]:
-    """The work that one sample of a batch takes in one update, by part, without the optimiser's.
-
-    captions     the rewards' text towers, each on every caption variant of the prompt
-    rollout      the transformer without gradient, once a step; where a rollout serves several updates, its share; none
-                 where real pictures take its place
-    transformer  forward and backward, once a term
-    autoencoder  the decoder, forward and backward, once a term
-    reward       the rewards' vision towers, forward and backward, once a term
-    """
-    data, remat = config.data, config.remat
-    flux = transformer(architecture.transformer, *tokens(config))
-    vae = decoder(architecture.autoencoder, data.height, data.width)
-    count, nothing = terms(config), Work(0.0, 0.0)
-    lora = Lora.from_config(config.lora)
-    options = dict(remat=remat.transformer, attention=config.model.attention)
-    if lora is None:
-        trained = flux.gradient(trained=True, **options)
-    else:
-        sizes = architecture.transformer, lora, *tokens(config)
-        trained = adapted(*sizes, **options)
-    towers = [architecture.rewards[name] for name in used_rewards(config)]
-    return {
-        "captions": sum(
-            (text_tower(clip.text_config, clip.projection_dim).inference() * len(CAPTIONS) for clip in towers), nothing
-        ),
-        "rollout": rollout(config, architecture.transformer),
-        "transformer": trained * count,
-        # The frozen networks attend in plain XLA whatever the backend.
-        "autoencoder": vae.gradient(trained=False, remat=remat.autoencoder, attention="xla") * count,
-        "reward": sum(
-            (image_tower(clip).gradient(trained=False, remat=remat.reward, attention="xla") for clip in towers),
-            nothing,
-        )
-        * count,
-    }
-
-
-def update(config: ConfigDict, architecture: Architecture) -> dict[str, Work]:
-    """The work of one whole update over all devices, by part (``PARTS``): samples times the batch, and the optimiser.
-
-    Text encoders are not in it: they run beside the update, see ``text_encoders``.
-    """
-    parts = {name: work * config.data.batch_size for name, work in sample(config, architecture).items()}
-    lora = Lora.from_config(config.lora)
-    sizes = architecture.transformer
-    once = float(ADAMW * (parameters(sizes) if lora is None else factors(sizes, lora, 0, 0).parameters))
-    return parts | {"optimizer": Work(once, once)}
-
-
-def text_encoders(text: TextArchitecture, tokens: int) -> Work:
-    """CLIP and T5 on one prompt of so many T5 tokens."""
-    return text_tower(text.clip).inference() + t5(text.t5, tokens).inference()

@@ -1,6 +1,6 @@
 """An update taken apart: each of its parts as a program of its own, which can be compiled and timed alone.
 
-The parts are those of ``flops.PARTS`` and call the functions that the update calls, as the update does: rollouts on the
+The parts are those of ``work.PARTS`` and call the functions that the update calls, as the update does: rollouts on the
 whole batch, the others on one part of it (``optim.accumulation``). What the compiler does across their borders is lost.
 """
 
@@ -14,9 +14,12 @@ import optax
 from ml_collections import ConfigDict
 
 from srpo_jax import sharding
-from srpo_jax.algorithm import rewards, step
-from srpo_jax.algorithm.step import Batch
-from srpo_jax.costs import flops
+from srpo_jax.algorithm import networks as calls
+from srpo_jax.algorithm import preference
+from srpo_jax.algorithm import rollout as rollouts
+from srpo_jax.algorithm.batch import Batch
+from srpo_jax.algorithm.methods import METHODS
+from srpo_jax.costs import work
 from srpo_jax.models.compute import join, path_name
 from srpo_jax.program import Program, compiler_options, in_float32, with_sharding
 
@@ -27,7 +30,7 @@ class Part(NamedTuple):
     """A program and what it is called with.
 
     Attributes:
-      name: one of ``flops.PARTS``.
+      name: one of ``work.PARTS``.
       function: jitted.
       arguments: trees of ``ShapeDtypeStruct`` with shardings.
       calls: how often it runs in an update; below 1 where a rollout serves several updates.
@@ -43,14 +46,14 @@ def take_apart(config: ConfigDict, built: Program) -> Iterator[Part]:
     """The parts of a program, in the order in which an update runs them."""
     networks, settings, mesh = built.networks, built.settings, built.mesh
     passes, split = settings.accumulation, sharding.of_batch(mesh)
-    count, terms = config.data.batch_size // passes, flops.terms(config)
+    count, terms = config.data.batch_size // passes, work.terms(config)
     # Samples of a gradient, and gradients of a pass.
     wide, gradients = (count * terms, 1) if settings.merge_terms else (count, terms)
     params, opt_state = built.state.params, built.state.opt_state
     frozen, base = built.frozen._replace(base=None), built.frozen.base
     in_place = jax.tree.map(lambda leaf: leaf.sharding, params)
     # An update casts its weights before it uses them: once for all rollouts, once for the gradients of a part.
-    weights = jax.eval_shape(lambda params, base: step.in_compute_dtype(networks, params, base), params, base)
+    weights = jax.eval_shape(lambda params, base: calls.in_compute_dtype(networks, params, base), params, base)
     weights = with_sharding(weights, in_place)
 
     def rows(size: int, tree: Any) -> Any:
@@ -61,35 +64,36 @@ def take_apart(config: ConfigDict, built: Program) -> Iterator[Part]:
 
     jit = functools.partial(jax.jit, compiler_options=compiler_options(mesh))
     batch = rows(count, built.batch)
-    tokens = array(settings.tokens, settings.token_width)
+    tokens = array(*networks.tokens(settings))
     picture = array(settings.height, settings.width, 3)
 
     def captions(frozen: Any, batch: Batch) -> Any:
-        return step.embed_captions(networks, frozen, batch)
+        return preference.prepare(networks.rewards, frozen.rewards, batch.reward_tokens)
 
     def rollout(weights: Any, base: Any, batch: Batch, noise: jax.Array) -> jax.Array:
-        return step.rollout(networks, settings, join(weights, base), batch, noise)
+        return rollouts.rollout(networks, settings, join(weights, base), batch, noise)[0]
 
     def transformer(weights: Any, base: Any, batch: Batch, x: jax.Array, sigma: jax.Array, cotangent: jax.Array) -> Any:
         def product(weights: Any) -> jax.Array:
-            read = join(weights, base)
-            return jnp.vdot(cotangent, step.velocity(networks, settings, read, batch, x, sigma, settings.guidance))
+            given = join(weights, base), batch.condition, x, sigma, settings.guidance
+            return jnp.vdot(cotangent, calls.velocity(networks, settings, *given))
 
         return jax.grad(product)(weights)
 
     def autoencoder(frozen: Any, x: jax.Array, cotangent: jax.Array) -> jax.Array:
         def product(x: jax.Array) -> jax.Array:
-            return jnp.vdot(cotangent, step.decode(networks, settings, frozen.autoencoder, x))
+            return jnp.vdot(cotangent, calls.decode(networks, settings, frozen.autoencoder, x))
 
         return jax.grad(product)(x)
 
-    targets = jax.eval_shape(captions, frozen, batch)
-    targets = {name: array(*features["caption"].shape[1:]) for name, features in targets.items()}
+    prepared = rows(wide, jax.eval_shape(captions, frozen, batch))
+    followed = METHODS[settings.method].follows
 
-    def reward(frozen: Any, decoded: jax.Array, targets: dict[str, jax.Array]) -> jax.Array:
+    def reward(frozen: Any, decoded: jax.Array, prepared: Any) -> jax.Array:
         def total(decoded: jax.Array) -> jax.Array:
-            images = rewards.embed_images(networks.rewards, frozen.rewards, step.to_unit_range(decoded))
-            return rewards.mixture(networks.rewards, frozen.rewards, images, targets).sum()
+            seen = preference.look(networks.rewards, frozen.rewards, calls.to_unit_range(decoded))
+            weights = {variant: jnp.ones(len(decoded)) for variant in followed}
+            return preference.mixture(networks.rewards, frozen.rewards, seen, prepared, weights).sum()
 
         return jax.grad(total)(decoded)
 
@@ -97,14 +101,14 @@ def take_apart(config: ConfigDict, built: Program) -> Iterator[Part]:
         return built.optimizer.apply(params, grads, opt_state, jax.random.key(0), optax.tree.norm(grads))
 
     yield Part("captions", jit(captions), (frozen, batch), passes)
-    if config.data.rollout == "online":
+    if config.data.images == "rollout":
         whole = built.batch, rows(config.data.batch_size, tokens)
         yield Part("rollout", jit(rollout), (weights, base, *whole), 1 / settings.reuse)
     gradients *= passes
     arguments = weights, base, rows(wide, batch), tokens, array(), tokens
     yield Part("transformer", jit(transformer, out_shardings=in_place), arguments, gradients)
     yield Part("autoencoder", jit(autoencoder), (frozen, tokens, picture), gradients)
-    yield Part("reward", jit(reward), (frozen, picture, targets), gradients)
+    yield Part("reward", jit(reward), (frozen, picture, prepared), gradients)
     yield Part(
         "optimizer",
         jit(

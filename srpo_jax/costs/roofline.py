@@ -6,7 +6,8 @@
                    use them) and reads and writes weights and state; and, where attention is not fused, its matrix,
                    which passes through memory between the products on both sides of it; and moments that stay in the
                    hosts' memory (optim.offload), which come and go through the device's link to its host
-    interconnect   the collectives of the compiled program, each on the links between the devices of its groups
+    interconnect   the collectives of the compiled program, each on the links between the devices of its groups; what
+                   goes between TPU slices or hosts of GPUs, on their share of the data-centre network
 
 Compute and memory follow each other, the interconnect may work beside both. Elementwise work, the reading of weights
 and the activations of convolutions count as hidden behind products: FLUX's, of 2,537 tokens and more, are bound by
@@ -21,11 +22,12 @@ from typing import Any, NamedTuple
 import jax
 from ml_collections import ConfigDict
 
-from srpo_jax.costs import flops, topologies
+from srpo_jax.architectures import Architecture
+from srpo_jax.costs import flops, topologies, work
 from srpo_jax.costs.flops import Work
 from srpo_jax.costs.hlo import Collective
 from srpo_jax.costs.topologies import Target
-from srpo_jax.models.flux import FluxConfig
+from srpo_jax.program import in_float32
 
 # The share of the peak that large products, with all that comes between them, are taken to reach: an assumption.
 UTILISATION = 0.6
@@ -71,72 +73,102 @@ class Estimate(NamedTuple):
 
 def estimate(
     config: ConfigDict,
-    transformer: FluxConfig,
-    work: dict[str, Work],
+    architecture: Architecture,
+    parts: dict[str, Work],
     optimizer_bytes: float,
     host_bytes: float,
     collectives: Sequence[Collective],
     target: Target,
-    devices: Sequence[Any],
+    places: Sequence[tuple[int, ...]],
 ) -> Estimate:
     """Estimates an update.
 
     Args:
       config: its configuration.
-      transformer: sizes.
-      work: of the whole batch, by part (``flops.update``).
+      architecture: sizes.
+      parts: the work of the whole batch, by part (``work.update``).
       optimizer_bytes: that the optimiser moves on a device (``optimizer_traffic``).
       host_bytes: of its state that lie in the host's memory, for a device.
       collectives: of the compiled update.
       target: what it was compiled for.
-      devices: those, in the program's order.
+      places: of its devices, in the program's order (``topologies.place``); not read without collectives.
     """
-    chip, count = target.chip, len(devices)
+    chip, count = target.chip, target.count
     # The optimiser's few FLOPs are not of matrix products.
-    compute = {name: part.hardware / count / chip.flops for name, part in work.items() if name != "optimizer"}
+    compute = {name: part.hardware / count / chip.flops for name, part in parts.items() if name != "optimizer"}
     memory = {"optimizer": optimizer_bytes / chip.bandwidth}
     if host_bytes:
         memory["host"] = host_bytes / HOST_LINK  # in and out at once
     if config.model.attention not in flops.FUSED_ATTENTION:
-        memory["attention"] = attention_traffic(config, transformer) / count / chip.bandwidth
+        memory["attention"] = attention_traffic(config, architecture) / count / chip.bandwidth
     interconnect: dict[str, float] = {}
-    places = [topologies.place(target, device) for device in devices] if collectives else []
     for item in collectives:
         seconds = item.runs * duration(item, target, places)
-        interconnect[item.kind] = interconnect.get(item.kind, 0.0) + seconds
+        name = kind(item, target, places)
+        interconnect[name] = interconnect.get(name, 0.0) + seconds
     return Estimate(compute, memory, interconnect)
 
 
+def kind(item: Collective, target: Target, places: Sequence[tuple[int, ...]]) -> str:
+    """What a collective is called: "all-reduce", or "all-reduce between slices" (GPUs: hosts) where it leaves one."""
+    if all(len({places[member][0] for member in group}) == 1 for group in item.groups):
+        return item.kind
+    return f"{item.kind} between {'slices' if target.platform == 'tpu' else 'hosts'}"
+
+
 def duration(item: Collective, target: Target, places: Sequence[tuple[int, ...]]) -> float:
-    """Seconds of one run of a collective at the peak of the links between its devices.
+    """Seconds of one run of a collective at the peak of what joins its devices.
+
+    Devices of one TPU slice, or one host of GPUs, exchange over their links. What comes from other slices or hosts
+    comes over the data-centre network, through each device's share of it (``Target.network``), and is passed on over
+    the links: both work at a time, so that the slower one counts.
 
     A permutation goes around a ring: on one link each way, and XLA sends halves of the data both ways.
     """
     if not item.traffic:
         return 0.0
     if item.kind == "collective-permute":
+        if any(places[one][0] != places[other][0] for one, other in item.groups):
+            return item.bytes / target.network
         members = sorted({place for pair in item.groups for place in pair})
         rate = topologies.bandwidth(target, [places[member] for member in members])
-        if target.platform == "tpu":
-            rate = min(rate, 2 * target.chip.link)
-    else:
-        rate = min(topologies.bandwidth(target, [places[member] for member in group]) for group in item.groups)
-    return item.traffic / rate
+        return item.bytes / (min(rate, 2 * target.chip.link) if target.platform == "tpu" else rate)
+    return max(_exchange(item, target, [places[member] for member in group]) for group in item.groups)
 
 
-def attention_traffic(config: ConfigDict, transformer: FluxConfig) -> float:
+def _exchange(item: Collective, target: Target, places: Sequence[tuple[int, ...]]) -> float:
+    """Seconds of a group, whose devices lie at ``places``: the same number of them in every slice or host."""
+    apart = len({place[0] for place in places})
+    near = [place for place in places if place[0] == places[0][0]]
+    width, count = len(near), len(places)
+    # Bytes that a device gets from its own slice, and by the network: of what its slice lacks, it fetches its share.
+    within, between = {
+        "all-gather": ((count - apart) * item.bytes, (apart - 1) * item.bytes),
+        "all-reduce": (2 * (width - 1) / width * item.bytes, 2 * (apart - 1) / apart * item.bytes / width),
+        "reduce-scatter": ((width - 1) / width * item.bytes, (apart - 1) / apart * item.bytes / width),
+        "all-to-all": ((width - 1) / count * item.bytes, (count - width) / count * item.bytes),
+        "collective-broadcast": (item.bytes * (width > 1), item.bytes * (apart > 1)),
+    }[item.kind]
+    return max(within and within / topologies.bandwidth(target, near), between / target.network)
+
+
+def attention_traffic(config: ConfigDict, architecture: Architecture) -> float:
     """Bytes of attention matrices that an update writes and reads where attention is not fused."""
-    blocks = transformer.num_layers + transformer.num_single_layers
-    entries = blocks * transformer.num_attention_heads * sum(flops.tokens(config)) ** 2
-    again = config.remat.transformer != "none"
-    gradient = MATRIX_FORWARD * (1 + again) + MATRIX_BACKWARD
-    rollouts = config.rollout.steps / config.rollout.reuse
-    return config.data.batch_size * entries * (rollouts * MATRIX_FORWARD + flops.terms(config) * gradient)
+    family, tokens = architecture.family, sum(work.tokens(config, architecture.family))
+    gradient = MATRIX_FORWARD * (1 + (config.remat.transformer != "none")) + MATRIX_BACKWARD
+    moved = gradient * work.terms(config) * family.attention_entries(architecture.transformer, tokens)
+    for sizes, passes in work.rollout_passes(config, architecture):
+        moved += MATRIX_FORWARD * passes * family.attention_entries(sizes, tokens)
+    return config.data.batch_size * moved
 
 
 def optimizer_traffic(params: Any, opt_state: Any) -> float:
-    """Bytes that AdamW moves on a device: trees of ``ShapeDtypeStruct`` with shardings."""
-    return 2 * shard_bytes(params) + 2 * (shard_bytes(params) + shard_bytes(opt_state))
+    """Bytes that AdamW moves on a device: trees of ``ShapeDtypeStruct`` with shardings.
+
+    Gradients are float32 whatever the weights are, and are read twice.
+    """
+    gradients = shard_bytes(in_float32(params))
+    return 2 * gradients + 2 * (shard_bytes(params) + shard_bytes(opt_state))
 
 
 def shard_bytes(tree: Any, host: bool = False) -> int:

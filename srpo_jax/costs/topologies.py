@@ -1,6 +1,7 @@
 """Accelerators that are not there: their devices by name, for compiling ahead of time.
 
     v5p:2x2x2, v5e:8x8    a TPU slice, by type and shape in chips
+    v5e:4x4*2             so many slices of one shape, which the data-centre network joins
     h100:8, h200:1        GPUs of one host
     h100:4x8              hosts x GPUs
 
@@ -17,13 +18,14 @@ from typing import Any, NamedTuple
 import jax
 
 from srpo_jax.costs import hardware
+from srpo_jax.costs.hardware import GIB
 from srpo_jax.errors import UserError
 
 GPUS_PER_HOST = 8
 # Bytes/s of one GPU to other hosts: a 400 Gbit/s adapter for each GPU, as in a DGX H100. No data sheet of a GPU says.
 GPU_NETWORK = 50e9
 
-MIB, KIB, GIB = 2**20, 2**10, 2**30
+MIB, KIB = 2**20, 2**10
 
 
 class Tpu(NamedTuple):
@@ -35,19 +37,23 @@ class Tpu(NamedTuple):
       ring: length by which an axis is closed: of v4 and v5p, if all of the slice's are multiples of it; of v5e and v6e,
         an axis as long as this.
       memory: bytes of a chip that libtpu gives to programs; it keeps the rest. From its messages (libtpu 0.0.42).
+      network: bytes/s of a chip, each way, to other slices: the share that each of a pod's 256 chips has in its
+        published data-centre network (cloud.google.com/tpu/docs/v6e: 6.4 Tbit/s of v5e, 25.6 of v6e). None is published
+        on the pages of v4 and v5p: taken for as slow as v5e's, the slowest that is.
     """
 
     kind: str
     axes: int
     ring: int
     memory: float
+    network: float
 
 
 TPUS = {
-    "v4": Tpu("TPU v4", 3, 4, 30.75 * GIB),
-    "v5e": Tpu("TPU v5e", 2, 16, 15.75 * GIB),
-    "v5p": Tpu("TPU v5p", 3, 4, 95.74 * GIB),
-    "v6e": Tpu("TPU v6e", 2, 16, 31.25 * GIB),
+    "v4": Tpu("TPU v4", 3, 4, 30.75 * GIB, 6.4e12 / 8 / 256),
+    "v5e": Tpu("TPU v5e", 2, 16, 15.75 * GIB, 6.4e12 / 8 / 256),
+    "v5p": Tpu("TPU v5p", 3, 4, 95.74 * GIB, 6.4e12 / 8 / 256),
+    "v6e": Tpu("TPU v6e", 2, 16, 31.25 * GIB, 25.6e12 / 8 / 256),
 }
 
 # Packages of the compilers, by platform: setup.py's extras.
@@ -97,8 +103,9 @@ class Target(NamedTuple):
       name: as given.
       platform: "tpu" or "gpu".
       chip: its figures.
-      shape: chips along each axis of a TPU's torus, or (hosts, GPUs of each).
+      shape: chips along each axis of a TPU slice's torus, or (hosts, GPUs of each).
       generation: key of ``TPUS`` or ``GPUS``.
+      slices: of that shape, of a TPU.
     """
 
     name: str
@@ -106,11 +113,17 @@ class Target(NamedTuple):
     chip: hardware.Chip
     shape: tuple[int, ...]
     generation: str
+    slices: int = 1
 
     @property
     def count(self) -> int:
         """Devices."""
-        return math.prod(self.shape)
+        return math.prod(self.shape) * self.slices
+
+    @property
+    def network(self) -> float:
+        """Bytes/s of a device, each way, to other slices or hosts."""
+        return TPUS[self.generation].network if self.platform == "tpu" else GPU_NETWORK
 
     @property
     def memory(self) -> float:
@@ -123,26 +136,29 @@ class Target(NamedTuple):
 
 def parse(name: str) -> Target:
     """Reads a target's name. Raises UserError for one that is not understood."""
-    match = re.fullmatch(r"([a-z0-9-]+):(\d+(?:x\d+)*)", name.lower())
+    match = re.fullmatch(r"([a-z0-9-]+):(\d+(?:x\d+)*)(?:\*(\d+))?", name.lower())
     generation, shape = (match[1], tuple(map(int, match[2].split("x")))) if match else (name, ())
+    slices = int(match[3] or 1) if match else 1
     if generation in TPUS:
         kind, axes = TPUS[generation][:2]
         if len(shape) != axes or not all(shape):
             raise UserError(f"--topology={name}: a {generation} slice has {axes} axes, as "
                             f"{generation}:{'x'.join(['2'] * axes)}")  # fmt: skip
-        return Target(name, "tpu", hardware.find(kind), shape, generation)
+        if not slices:
+            raise UserError(f"--topology={name}: 0 slices hold no chip; give a number from 1")
+        return Target(name, "tpu", hardware.find(kind), shape, generation, slices)
     if generation in GPUS:
         if len(shape) == 1 and shape[0] > GPUS_PER_HOST and not shape[0] % GPUS_PER_HOST:
             shape = (shape[0] // GPUS_PER_HOST, GPUS_PER_HOST)
         elif len(shape) == 1 and shape[0] <= GPUS_PER_HOST:
             shape = (1, *shape)
-        if len(shape) != 2 or not all(shape):
+        if len(shape) != 2 or not all(shape) or match[3]:
             raise UserError(f"--topology={name}: give a number of GPUs up to {GPUS_PER_HOST}, or hosts x GPUs, as "
                             f"{generation}:4x8")  # fmt: skip
         return Target(name, "gpu", hardware.find(GPUS[generation].kind), shape, generation)
     raise UserError(
-        f"--topology={name}: known are TPU slices ({', '.join(TPUS)}, as v5p:2x2x2) and GPUs ({', '.join(GPUS)}, "
-        "as h100:8)"
+        f"--topology={name}: known are TPU slices ({', '.join(TPUS)}, as v5p:2x2x2, or two of them as v5p:2x2x2*2) and "
+        f"GPUs ({', '.join(GPUS)}, as h100:8)"
     )
 
 
@@ -208,10 +224,10 @@ def _joined(shape: Sequence[int]) -> str:
 
 
 def _tpu_options(target: Target) -> dict[str, Any]:
-    options = {}
+    options = {} if target.slices == 1 else {"num_slices": target.slices}
     if target.generation == "v4":
         options["chip_config_name"] = "megacore"  # both cores of a chip are one device, as on Cloud TPU
-    if target.count == 1:
+    if math.prod(target.shape) == 1:
         options["chips_per_host_bounds"] = (1, 1, 1)
     return options
 
@@ -259,29 +275,29 @@ device_description_str: "{gpu.kind}"
 
 
 def bandwidth(target: Target, places: Sequence[tuple[int, ...]]) -> float:
-    """Bytes/s that a device can get from others of its group, which lie at ``places``, if all links work.
+    """Bytes/s that a device can get from others of its group in its slice or host, if all links work.
 
     Args:
       target: of which the devices are.
-      places: in a TPU's torus, or (host, GPU).
+      places: of these devices, as ``place`` says; all in one slice or host.
 
     Of a TPU, one link for each axis along which the group extends; two if it goes all around a closed one. Of a GPU,
-    its link; between hosts, no more than their adapters together, through which every byte passes once.
+    its link. Nothing of this goes to other slices or hosts: that is ``Target.network``.
     """
-    spans = [{place[axis] for place in places} for axis in range(len(target.shape))]
     if target.platform == "gpu":
-        hosts, width = map(len, spans)
-        return target.chip.link if hosts == 1 else min(target.chip.link, width * GPU_NETWORK)
+        return target.chip.link
     tpu, links = TPUS[target.generation], 0
     cubes = tpu.axes == 2 or not any(size % tpu.ring for size in target.shape)
-    for span, size in zip(spans, target.shape, strict=True):
-        around = len(span) == size and cubes and size % tpu.ring == 0
-        links += 0 if len(span) == 1 else 2 if around else 1
+    for axis, size in enumerate(target.shape, 1):
+        span = len({place[axis] for place in places})
+        around = span == size and cubes and size % tpu.ring == 0
+        links += 0 if span == 1 else 2 if around else 1
     return links * target.chip.link
 
 
 def place(target: Target, device: Any) -> tuple[int, ...]:
-    """Where a device of ``devices`` lies, as ``bandwidth`` takes it."""
+    """Where a device of ``devices`` lies: (slice, place in its torus), or (host, GPU)."""
     if target.platform == "tpu":
-        return tuple(device.coords[: len(target.shape)])
+        # Devices of a single slice have no such attribute.
+        return getattr(device, "slice_index", 0), *device.coords[: len(target.shape)]
     return divmod(device.id, target.shape[1])

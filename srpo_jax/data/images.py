@@ -40,7 +40,7 @@ class Picture(NamedTuple):
     content: Callable[[], bytes]
 
 
-class Images(NamedTuple):
+class PictureSet(NamedTuple):
     """Pictures to be encoded at one size (pixels); ``digest`` tells them, in this order and size, from others."""
 
     pictures: list[Picture]
@@ -219,7 +219,7 @@ class Loader:
     Raises UserError for a picture that has been damaged or removed since.
     """
 
-    def __init__(self, images: Images):
+    def __init__(self, images: PictureSet):
         self._images, self._pool = images, concurrent.futures.ThreadPoolExecutor(THREADS)
 
     def __call__(self, places: Sequence[int]) -> np.ndarray:

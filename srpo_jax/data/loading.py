@@ -8,15 +8,14 @@ import grain
 import numpy as np
 from ml_collections import ConfigDict
 
-from srpo_jax import program
-from srpo_jax.algorithm.settings import LATENT_FACTOR
+from srpo_jax.architectures import Architecture
 from srpo_jax.data import filters, sources, stored
 from srpo_jax.errors import UserError
-from srpo_jax.models.flux import FluxConfig
+from srpo_jax.families.base import AUTOENCODER
 from srpo_jax.weights import fingerprint
 
 
-class Source(Protocol):
+class ExampleSource(Protocol):
     """Examples that can be read in any order.
 
     ``read(places)`` gives one dictionary each, with ``prompt`` and arrays by name. ``digest`` tells these examples from
@@ -42,7 +41,7 @@ class Examples(NamedTuple):
 
 
 class Prompts:
-    """Prompts in memory as a ``Source``; ``summary`` as ``filters.describe`` makes it."""
+    """Prompts in memory as an ``ExampleSource``; ``summary`` as ``filters.describe`` makes it."""
 
     ahead = 0  # strings cost nothing to read: no threads
 
@@ -58,12 +57,12 @@ class Prompts:
 
 
 class Encoded:
-    """Examples of a data set as a ``Source``: those at ``places``, with these ``prompts``.
+    """Examples of a data set as an ``ExampleSource``: those at ``places``, with these ``prompts``.
 
     ``latents`` says that the pictures count: ``digest`` then tells them from others with the same captions.
     """
 
-    ahead = 2  # batches; of FLUX.1's size, 32 examples are 134 MB
+    ahead = 2  # batches; 32 examples of T5-XXL's features are 134 MB
 
     def __init__(
         self,
@@ -84,15 +83,15 @@ class Encoded:
         return self._data.read([self._places[place] for place in places])
 
 
-def open_source(config: ConfigDict, transformer: FluxConfig) -> Source:
-    """The examples of a validated configuration for this transformer.
+def open_examples(config: ConfigDict, architecture: Architecture) -> ExampleSource:
+    """The examples of a validated configuration for these networks.
 
     Raises UserError if they cannot be read, or were encoded otherwise than the configuration would.
     """
     where, data = config.data.prompts, None
     if config.data.encode == "stored":
         where, data = config.data.path, stored.DataSet(config.data.path)
-        check_encoding(data.manifest, config, transformer)
+        check_encoding(data.manifest, config, architecture)
     prompts = sources.read(where, config.data.column) if data is None else stored.read_prompts(where)
     wanted = config.data.filter
     chosen = filters.Filter(wanted.min_length, wanted.max_length, wanted.include, wanted.exclude, wanted.unique)
@@ -100,32 +99,35 @@ def open_source(config: ConfigDict, transformer: FluxConfig) -> Source:
     summary, kept = f"{where}: {filters.describe(len(prompts), counts)}", [prompts[place] for place in places]
     if data is None:
         return Prompts(kept, summary)
-    return Encoded(data, places, kept, summary, latents=config.data.rollout == "offline")
+    return Encoded(data, places, kept, summary, latents=config.data.images == "stored")
 
 
-def check_encoding(manifest: stored.Manifest, config: ConfigDict, transformer: FluxConfig) -> None:
+def check_encoding(manifest: stored.Manifest, config: ConfigDict, architecture: Architecture) -> None:
     """Raises UserError, with the remedy, if stored arrays are not what ``config``'s encoders would make."""
-    path, text = config.data.path, manifest.arrays["text"]
-    found, wanted = text.shape[1], transformer.joint_attention_dim
-    if found != wanted:
-        raise UserError(
-            f"{path} has features of width {found}; the transformer of {config.model.path} expects {wanted}"
-        )
-    if text.shape[0] != config.data.text_length:
-        length = config.data.text_length
-        raise UserError(
-            f"{path} was encoded with {text.shape[0]} tokens a prompt, config.data.text_length={length}; "
-            f"set --config.data.text_length={text.shape[0]}, or encode again with --text-length={length}"
-        )
-    if str(text.dtype) != config.model.dtype:
-        raise UserError(
-            f"{path} was encoded in {text.dtype}, config.model.dtype={config.model.dtype}; encode again with "
-            f"--dtype={config.model.dtype}"
-        )
-    here = fingerprint.of_text_encoders(config.model.path)
-    if config.data.rollout == "offline":
-        _check_latents(manifest, config)
-        here[program.AUTOENCODER] = fingerprint.of_network(pathlib.Path(config.model.path) / program.AUTOENCODER)
+    path, family, length = config.data.path, architecture.family, config.data.text_length
+    for name, shape in family.condition(architecture.transformer, length).items():
+        if name not in manifest.arrays:
+            raise UserError(f"{path} holds no {name}, which {family.name} reads; encode again")
+        found = manifest.arrays[name]
+        if found.shape[-1] != shape[-1]:
+            raise UserError(
+                f"{path} has features of width {found.shape[-1]} ({name}); the transformer of {config.model.path} "
+                f"expects {shape[-1]}"
+            )
+        if found.shape != shape:
+            raise UserError(
+                f"{path} was encoded with {found.shape[0]} tokens a prompt, config.data.text_length={length}; "
+                f"set --config.data.text_length={found.shape[0]}, or encode again with --text-length={length}"
+            )
+        if str(found.dtype) != config.model.dtype:
+            raise UserError(
+                f"{path} was encoded in {found.dtype}, config.model.dtype={config.model.dtype}; encode again with "
+                f"--dtype={config.model.dtype}"
+            )
+    here = fingerprint.of_parts(config.model.path, family.text_folders, family.tokenizers)
+    if config.data.images == "stored":
+        _check_latents(manifest, config, family.factor)
+        here[AUTOENCODER] = fingerprint.of_network(pathlib.Path(config.model.path) / AUTOENCODER)
     if different := [part for part in here if manifest.encoders.get(part) != here[part]]:
         raise UserError(
             f"{path} was encoded by another {' and another '.join(different)} than config.model.path="
@@ -133,15 +135,15 @@ def check_encoding(manifest: stored.Manifest, config: ConfigDict, transformer: F
         )
 
 
-def _check_latents(manifest: stored.Manifest, config: ConfigDict) -> None:
+def _check_latents(manifest: stored.Manifest, config: ConfigDict, factor: int) -> None:
     path, height, width = config.data.path, config.data.height, config.data.width
     if stored.LATENTS not in manifest.arrays:
         raise UserError(
-            f"{path} holds prompts without pictures; config.data.rollout=offline needs a data set made by "
+            f"{path} holds prompts without pictures; config.data.images=stored needs a data set made by "
             "`python -m srpo_jax.encode --images=...`"
         )
     rows, columns, _ = manifest.arrays[stored.LATENTS].shape
-    found = rows * LATENT_FACTOR, columns * LATENT_FACTOR
+    found = rows * factor, columns * factor
     if found != (height, width):
         raise UserError(
             f"{path} holds pictures of {found[0]}x{found[1]} (height x width), config.data.height={height} and width="
@@ -151,7 +153,7 @@ def _check_latents(manifest: stored.Manifest, config: ConfigDict) -> None:
 
 
 def batches(
-    source: Source, batch_size: int, seed: int, rows: Sequence[int] | None = None
+    source: ExampleSource, batch_size: int, seed: int, rows: Sequence[int] | None = None
 ) -> grain.DatasetIterator[Examples]:
     """An endless stream of batches: every example once in a random order, then again in another.
 

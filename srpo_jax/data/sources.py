@@ -22,9 +22,9 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 from srpo_jax.errors import UserError
+from srpo_jax.values import TFDS
 
 COLUMNS = ("prompt", "caption", "text")  # taken where no column is named
-TFDS = "tfds:"
 
 
 def read(spec: str | os.PathLike, column: str | None = None) -> list[str]:

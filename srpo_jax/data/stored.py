@@ -7,8 +7,8 @@
 
 A record holds ``prompt`` (text) and arrays, bit for bit: ``text`` [T, C] and ``pooled`` [P], the text encoders'
 features; of a picture also ``latents`` [H/8, W/8, 16], float32, scaled as the transformer takes them. ArrayRecord
-compresses each record (zstd): FLUX.1's features in bfloat16, 4.2 MB a prompt, take at most some 3.3 MB. Those at
-padding are kept: FLUX attends to them, and they differ from each other.
+compresses each record (zstd): T5-XXL's features of 512 tokens in bfloat16, 4.2 MB a prompt, take at most some 3.3 MB.
+Those at padding are kept: transformers attend to them, and they differ from each other.
 """
 
 import dataclasses

@@ -5,10 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from srpo_jax.algorithm import rewards
 from srpo_jax.emoji import pictures, world
 from srpo_jax.emoji.degrade import degrade
 from srpo_jax.models.compute import Params, bind
+from srpo_jax.rewards import clip as clip_rewards
 
 STYLES = len(world.STYLES)
 
@@ -25,13 +25,13 @@ class Evaluation:
         self._params, self._graphdef, self.images = params, graphdef, images
         self._embed = jax.jit(self._features)
         self.image = self.embed(images)
-        embed_text = jax.jit(lambda p, x: rewards.unit(bind(graphdef, p).encode_text(x)))
+        embed_text = jax.jit(lambda p, x: clip_rewards.unit(bind(graphdef, p).encode_text(x)))
         parts = [np.asarray(embed_text(params, part)) for part in np.array_split(ids.reshape(-1, ids.shape[-1]), 8)]
         self.texts = np.concatenate(parts).reshape(*ids.shape[:2], -1)[:-1]
 
     def _features(self, params: Params, images: jax.Array) -> jax.Array:
-        pixels = rewards.preprocess(images, pictures.SIZE)
-        return rewards.unit(bind(self._graphdef, params).encode_image(pixels))
+        pixels = clip_rewards.preprocess(images, pictures.SIZE)
+        return clip_rewards.unit(bind(self._graphdef, params).encode_image(pixels))
 
     def embed(self, images: np.ndarray, key: jax.Array | None = None) -> np.ndarray:
         """Features [..., E] of uint8 pictures [..., 64, 64, 3], degraded if a key is given."""

@@ -13,7 +13,6 @@ again goes on where it was broken off.
 """
 
 import argparse
-import importlib.util
 import json
 import pathlib
 import sys
@@ -24,7 +23,7 @@ import numpy as np
 from absl import logging
 from ml_collections import ConfigDict
 
-from srpo_jax import checkpoint, convert, errors, metrics, report, train
+from srpo_jax import checkpoint, command, convert, errors, metrics, report, train
 from srpo_jax.emoji import judge, measure, results, world
 from srpo_jax.emoji.results import CONTRAST, GUARDED
 from srpo_jax.errors import UserError
@@ -40,10 +39,7 @@ def load_recipe(path: pathlib.Path = RECIPE) -> ConfigDict:
     """The configuration that a recipe file makes. Raises UserError if the file is missing."""
     if not path.is_file():
         raise UserError(f"{path} does not exist; run the demonstration from a checkout of the project")
-    spec = importlib.util.spec_from_file_location("recipe", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.get_config()
+    return command.read_recipe(str(path))
 
 
 def prepare(out: pathlib.Path, config: ConfigDict) -> None:
@@ -57,7 +53,7 @@ def prepare(out: pathlib.Path, config: ConfigDict) -> None:
         lines = [world.prompt(concept) + "\n" for concept in world.split(split)]
         (prompts / f"{split}.txt").write_text("".join(lines), encoding="utf-8")
     config.model.path = str(models / "pipeline")
-    config.reward.paths.clip = str(models / "reward")
+    config.reward.models.clip.path = str(models / "reward")
     config.data.prompts = str(prompts / "train.txt")
     config.sample.prompts = str(prompts / "holdout.txt")
 
@@ -86,8 +82,8 @@ def demonstrate(
     lap("convert pipeline, reward and judge")
     critic = judge.Judge(out / "models" / "judge")
     prompts = [world.prompt(concept) for concept in concepts]
-    painter = measure.Painter(config.model.path, prompts, config, seeds)
-    before = measure.measure(painter(painter.base), concepts, critic)
+    easel = measure.Easel(config.model.path, prompts, config, seeds)
+    before = measure.measure(easel(easel.base), concepts, critic)
     print(f"before: {before}", flush=True)
     lap("draw and judge before training")
 
@@ -102,7 +98,7 @@ def demonstrate(
         curves[run] = {0: before}
         for step in checkpoint.steps(workdir):
             params = jax.tree.map(np.asarray, checkpoint.load_params(workdir, step))
-            curves[run][step] = measure.measure(painter(params), concepts, critic)
+            curves[run][step] = measure.measure(easel(params), concepts, critic)
             print(f"{run}, update {step}: {curves[run][step]}", flush=True)
         records[run] = metrics.read(workdir)
         lap(f"draw and judge along: {run}")
@@ -110,28 +106,30 @@ def demonstrate(
     found = results.Results(config, concepts, curves, records, laps)
     (out / "metrics.json").write_text(json.dumps(found.content(), indent=2) + "\n", encoding="utf-8")
     (out / "report.html").write_text(report.render(results.page(found)), encoding="utf-8")
-    results.sheet(found).save(out / "before_after.png")
+    results.before_after_sheet(found).save(out / "before_after.png")
     return found
+
+
+def add_size(parser: argparse.ArgumentParser) -> None:
+    """The flags of what is written where, and of how much is trained and drawn."""
+    most, words = len(world.split("holdout")), "folder of what is written (default: demo)"
+    parser.add_argument("--out", type=command.local, default=pathlib.Path("demo"), help=words)
+    words = "of each run, for a shorter look (default: the recipe's)"
+    parser.add_argument("--updates", type=command.at_least(1), metavar="N", help=words)
+    words = "held-out concepts drawn (default: all)"
+    parser.add_argument("--concepts", type=command.between(1, most), default=most, metavar="N", help=words)
+    words = f"pictures of each concept (default: {SEEDS})"
+    parser.add_argument("--seeds", type=command.between(1, 64), default=SEEDS, metavar="N", help=words)
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Runs the command line. Raises UserError."""
-    concepts = world.split("holdout")
-    parser = argparse.ArgumentParser(
-        prog="python -m srpo_jax.emoji.demo", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("demo"), help="folder of what is written")
-    parser.add_argument("--updates", type=int, help="of each run, for a shorter look (default: the recipe's)")
-    parser.add_argument("--concepts", type=int, default=len(concepts), help="held-out concepts drawn (default: all)")
-    parser.add_argument("--seeds", type=int, default=SEEDS, help=f"pictures of each concept (default: {SEEDS})")
+    parser = command.parser("emoji.demo", __doc__)
+    add_size(parser)
     args = parser.parse_args(arguments)
-    config = load_recipe()
+    config, concepts = load_recipe(), world.split("holdout")
     if args.updates is not None:
         config.steps = args.updates
-    for flag, value, most in (("concepts", args.concepts, len(concepts)), ("seeds", args.seeds, 64)):
-        if not 1 <= value <= most:
-            raise UserError(f"--{flag}={value}: give a number from 1 to {most}")
-
     logging.set_verbosity(logging.ERROR)  # Orbax tells every step of every save
     found = demonstrate(args.out, config, concepts[: args.concepts], args.seeds)
     print()

@@ -13,10 +13,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from srpo_jax import text
-from srpo_jax.algorithm.rewards import Reward
+from srpo_jax import text, tokens
 from srpo_jax.emoji import world
 from srpo_jax.models.compute import Params
+from srpo_jax.rewards.clip import ClipReward
 from srpo_jax.weights import folder
 
 
@@ -64,11 +64,13 @@ class Judge:
 
     def __init__(self, path: str | os.PathLike):
         config, graphdef, self._params = folder.load(path, "clip")
-        self._clip = Reward(graphdef, config.vision_config.image_size, "clip")
-        tokenizer = text.load_tokenizer(pathlib.Path(path) / "tokenizer")
+        self._clip = ClipReward(config, graphdef)
+        where = pathlib.Path(path) / "tokenizer"
+        tokenizer = text.load_tokenizer(where)
+        tokens.check(tokenizer, config.text_config, where)
         prompts = [world.prompt(concept, style) for style in world.STYLES for concept in world.world()]
         ids = text.tokenize(tokenizer, prompts, config.text_config.max_position_embeddings)
-        self._prompts = jax.jit(self._clip.embed_text)(self._params, ids)
+        self._prompts = jax.jit(self._clip.prepare)(self._params, ids)
         self._probabilities = jax.jit(self._probabilities)
 
     def __call__(self, images: np.ndarray, batch: int = 64) -> Judgement:
@@ -88,7 +90,7 @@ class Judge:
 
     def _probabilities(self, params: Params, prompts: jax.Array, images: jax.Array) -> jax.Array:
         """Joint probabilities ``[N, styles, concepts]``: CLIP's softmax over all prompts."""
-        features = self._clip.embed_images(params, images)
+        features = self._clip.look(params, images)
         scale = jnp.exp(params["logit_scale"].astype(jnp.float32))
         joint = jax.nn.softmax(scale * features @ prompts.T, axis=-1)
         return joint.reshape(len(images), len(world.STYLES), len(world.world()))

@@ -8,9 +8,9 @@ from collections.abc import Sequence
 import numpy as np
 from ml_collections import ConfigDict
 
-from srpo_jax import conditions, program, sampling, sharding
-from srpo_jax.algorithm import flow
+from srpo_jax import architectures, sampling, sharding
 from srpo_jax.emoji import judge, pictures, world
+from srpo_jax.families.base import TRANSFORMER
 from srpo_jax.models.compute import Compute, Params
 from srpo_jax.weights import folder
 
@@ -18,46 +18,36 @@ WANTED = "3D"  # the style that the demonstration steers to
 BATCH = 32  # pictures drawn at once, at most
 
 
-class Painter:
-    """Draws the same prompts from the same noise with different weights, as FLUX's inference pipeline does.
+class Easel:
+    """Draws the same prompts from the same noise with different weights, as the pipeline's own inference does.
 
     Args:
       pipeline: a converted pipeline folder.
       prompts: P prompts.
       config: of the run, for size, text length and the settings of samples.
       seeds: pictures of each prompt.
+
+    Attributes:
+      base: the pipeline's own parameters of its transformer.
     """
 
     def __init__(self, pipeline: str | os.PathLike, prompts: Sequence[str], config: ConfigDict, seeds: int):
-        pipeline = pathlib.Path(pipeline)
-        mesh = sharding.make_mesh(config.mesh)
-        sizes, graphdef, self.base = folder.load(
-            pipeline / program.TRANSFORMER, "flux", sharding=sharding.of(mesh, "flux")
-        )
-        _, decoder, self._decoder = folder.load(
-            pipeline / program.AUTOENCODER, "autoencoder", sharding=sharding.of(mesh, "autoencoder")
-        )
-        height, width = config.data.height, config.data.width
-        tokens = height // 16 * (width // 16)
-        sampler = sampling.make_sampler(
-            graphdef,
-            decoder,
-            height=height,
-            width=width,
-            sigmas=flow.pipeline_schedule(config.sample.steps, tokens, sampling.read_scheduler(pipeline)),
-            guidance=config.sample.guidance,
-        )
-        encode = conditions.TextEncoders(pipeline, Compute(), mesh, sizes, config.data.text_length)
+        family, sizes = architectures.read_pipeline(pipeline)
+        mesh, path = sharding.make_mesh(config.mesh), pathlib.Path(pipeline) / TRANSFORMER
+        _, graphdef, self.base = folder.load(path, family.network, sharding=sharding.of(mesh, family.network))
+        given = mesh, family, sizes.transformer, Compute(), config.data.text_length
+        self._tools = sampling.read_tools(pipeline, *given)
         self._shape = len(prompts), seeds
         repeated = [prompt for prompt in prompts for _ in range(seeds)]
-        parts = sharding.batch_parts(mesh)
-        batch = -(-min(BATCH, len(repeated)) // parts) * parts
-        self._sampler = sampling.Sampler(mesh, sampler, tokens, batch)
-        self._chunks = self._sampler.prepare(encode, repeated, seed=config.sample.seed)
+        look = sampling.Look(config.data.height, config.data.width, config.sample.steps, config.sample.guidance)
+        self._painter = sampling.Painter(
+            mesh, family, graphdef, self._tools.autoencoder, pipeline, look, at_once=min(BATCH, len(repeated))
+        )
+        self._chunks = self._painter.prepare(self._tools.encode, repeated, seed=config.sample.seed)
 
     def __call__(self, params: Params) -> np.ndarray:
-        """uint8 pictures ``[P, seeds, H, W, 3]`` by a transformer's parameters (``base`` holds the pipeline's own)."""
-        images = np.concatenate(list(self._sampler.draw(params, self._decoder, self._chunks)))
+        """uint8 pictures ``[P, seeds, H, W, 3]`` by a transformer's parameters."""
+        images = np.concatenate(list(self._painter.paint(params, self._tools.params, self._chunks)))
         return images.reshape(*self._shape, *images.shape[1:])
 
 

@@ -24,7 +24,7 @@ SHOWN = 24  # concepts in the open gallery; the others are folded
 
 
 @dataclasses.dataclass(frozen=True)
-class Target:
+class Goal:
     """A figure that was to be reached."""
 
     name: str
@@ -61,18 +61,18 @@ class Results:
         """The last moment of a run."""
         return self.curves[run][max(self.curves[run])]
 
-    def targets(self) -> tuple[Target, ...]:
+    def targets(self) -> tuple[Goal, ...]:
         """What SRPO was to do, and whether it did."""
         first, last = self.curves[GUARDED][0].figures, self.end(GUARDED).figures
         share, accuracy = (first[WANTED], last[WANTED]), (first["accuracy"], last["accuracy"])
         return (
-            Target(
+            Goal(
                 f"Judged {WANTED}",
                 f"the share at least doubles or reaches {SHARE_WANTED:.0%}",
                 *share,
                 reached=share[1] >= SHARE_WANTED or share[1] >= 2 * share[0] > 0,
             ),
-            Target(
+            Goal(
                 "Concept right",
                 f"the share falls by at most {100 * FALL_ALLOWED:.0f} points",
                 *accuracy,
@@ -145,13 +145,13 @@ def page(results: Results) -> report.Report:
         galleries=tuple(galleries(results)),
         charts=tuple(charts(results)),
         tables=(
-            report.Table(
+            report.PageTable(
                 "What was run",
                 ("part", "time"),
                 tuple((lap["part"], f"{lap['seconds']:.0f} s") for lap in content["laps"]),
             ),
-            report.Table("Environment", ("part", "version"), tuple(content["environment"].items())),
-            report.Table(
+            report.PageTable("Environment", ("part", "version"), tuple(content["environment"].items())),
+            report.PageTable(
                 "Configuration",
                 ("key", "value"),
                 tuple((key, str(value)) for key, value in content["config"].items()),
@@ -174,7 +174,7 @@ def galleries(results: Results) -> Iterator[report.Gallery]:
         for measured in moments.values():
             first = index * measured.images.shape[1]
             images = enumerate(measured.images[index], first)
-            columns.append(tuple(report.Picture(image, measured.judgement.note(place)) for place, image in images))
+            columns.append(tuple(report.Shown(image, measured.judgement.note(place)) for place, image in images))
         comparisons.append(report.Comparison(concept.caption, tuple(columns)))
     # Even steps through the table of concepts show animals, food, vehicles and signs alike.
     chosen = set(np.linspace(0, len(comparisons) - 1, min(SHOWN, len(comparisons))).round().astype(int).tolist())
@@ -188,12 +188,12 @@ def galleries(results: Results) -> Iterator[report.Gallery]:
             yield report.Gallery(title, text, tuple(moments), members, folded=not open_)
 
 
-def sheet(results: Results) -> Image.Image:
+def before_after_sheet(results: Results) -> Image.Image:
     """Before and after SRPO on one sheet."""
-    return compare({"before": results.curves[GUARDED][0], "after": results.end(GUARDED)}, results.concepts)
+    return moments_sheet({"before": results.curves[GUARDED][0], "after": results.end(GUARDED)}, results.concepts)
 
 
-def compare(moments: dict[str, Measured], concepts: Sequence[world.Concept], columns: int = 14) -> Image.Image:
+def moments_sheet(moments: dict[str, Measured], concepts: Sequence[world.Concept], columns: int = 14) -> Image.Image:
     """Two seeds of some concepts at each moment on one white sheet, for places that show no HTML."""
     chosen = np.linspace(0, len(concepts) - 1, min(columns, len(concepts))).round().astype(int)
     first = next(iter(moments.values())).images

@@ -8,7 +8,7 @@ cache n      all blocks of the transformer run at every n-th step (config.rollou
              with "ends" the first double and the last single block (config.rollout.cache_ends)
 int8, float8 the blocks' matrix products in 8 bits (config.rollout.dtype)
 reuse n      a rollout serves n updates (config.rollout.reuse)
-offline      no rollout: the artists' pictures of the train split, encoded (config.data.rollout): of all three styles,
+offline      no rollout: the artists' pictures of the train split, encoded (config.data.images): of all three styles,
              as a collection that nobody has sorted, or of the wanted style alone
 
 All runs take as many updates, with names of the train split, and are judged as the demonstration is. OUT gets
@@ -16,7 +16,6 @@ rollouts.md and rollouts.json (the table) and rollouts.png (held-out concepts af
 where it was broken off.
 """
 
-import argparse
 import json
 import pathlib
 import sys
@@ -29,8 +28,8 @@ from absl import logging
 from ml_collections import ConfigDict
 from PIL import Image
 
-from srpo_jax import checkpoint, encode, errors, metrics, program, train
-from srpo_jax.costs import flops
+from srpo_jax import architectures, checkpoint, command, encode, errors, metrics, train
+from srpo_jax.costs import work
 from srpo_jax.data import images
 from srpo_jax.emoji import demo, judge, measure, pictures, results, world
 from srpo_jax.errors import UserError
@@ -83,7 +82,7 @@ def run(out: pathlib.Path, config: ConfigDict, case: str) -> tuple[ConfigDict, p
     if styles:
         folder = out / "pictures" / name
         write_pictures(folder, styles)
-        own.data.encode, own.data.rollout = "stored", "offline"
+        own.data.encode, own.data.images = "stored", "stored"
         own.data.path = str(out / "pictures" / f"{name}_encoded")
         encode_pictures(folder, pathlib.Path(own.data.path), own)
     if train.train(own, workdir) is not None:
@@ -106,24 +105,24 @@ def compare(
     demo.prepare(out, config)
     critic = judge.Judge(out / "models" / "judge")
     prompts = [world.prompt(concept) for concept in concepts]
-    painter = measure.Painter(config.model.path, prompts, config, seeds)
-    moments = {"before": measure.measure(painter(painter.base), concepts, critic)}
+    easel = measure.Easel(config.model.path, prompts, config, seeds)
+    moments = {"before": measure.measure(easel(easel.base), concepts, critic)}
     rows: list[dict[str, Any]] = [{"case": "before"} | moments["before"].figures]
     for case in cases:
         own, workdir = run(out, config, case)
         params = jax.tree.map(np.asarray, checkpoint.load_params(workdir, own.steps))
-        moments[case] = measure.measure(painter(params), concepts, critic)
+        moments[case] = measure.measure(easel(params), concepts, critic)
         print(f"{case}, {own.steps} updates: {moments[case]}", flush=True)
-        work = flops.update(own, program.read_architecture(own))
+        spent = work.update(own, architectures.read(own))
         # The mean, since only every n-th update of "reuse n" makes a rollout.
         seconds = float(np.mean([record["step_seconds"] for record in metrics.read(workdir)]))
         rows.append({
             "case": case, "updates": own.steps, "seconds": seconds, "images_per_second": own.data.batch_size / seconds,
-            "tflop": sum(part.hardware for part in work.values()) / 1e12,
+            "tflop": sum(part.hardware for part in spent.values()) / 1e12,
         } | moments[case].figures)  # fmt: skip
         (out / "rollouts.json").write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
         (out / "rollouts.md").write_text(table(rows), encoding="utf-8")
-        results.compare(moments, concepts).save(out / "rollouts.png")
+        results.moments_sheet(moments, concepts).save(out / "rollouts.png")
     return rows
 
 
@@ -144,24 +143,13 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
 
 def main(arguments: list[str] | None = None) -> None:
     """Runs the command line. Raises UserError."""
-    concepts = world.split("holdout")
-    parser = argparse.ArgumentParser(
-        prog="python -m srpo_jax.emoji.rollouts",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("demo"), help="folder of what is written")
+    parser = command.parser("emoji.rollouts", __doc__)
+    demo.add_size(parser)
     parser.add_argument("--case", action="append", choices=CASES, help="of those above, may be repeated (default: all)")
-    parser.add_argument("--updates", type=int, help="of each run, for a shorter look (default: the recipe's)")
-    parser.add_argument("--concepts", type=int, default=len(concepts), help="held-out concepts drawn (default: all)")
-    parser.add_argument("--seeds", type=int, default=demo.SEEDS, help="pictures of each concept (default: 3)")
     args = parser.parse_args(arguments)
-    config = demo.load_recipe()
+    config, concepts = demo.load_recipe(), world.split("holdout")
     if args.updates is not None:
         config.steps = args.updates
-    for flag, value, most in (("concepts", args.concepts, len(concepts)), ("seeds", args.seeds, 64)):
-        if not 1 <= value <= most:
-            raise UserError(f"--{flag}={value}: give a number from 1 to {most}")
     logging.set_verbosity(logging.ERROR)  # Orbax tells every step of every save
     print(table(compare(args.out, config, args.case or list(CASES), concepts[: args.concepts], args.seeds)))
 

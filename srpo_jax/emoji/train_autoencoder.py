@@ -11,7 +11,6 @@ and covariance 1. So there is no KL term: a fixed small noise on the latents ask
 of a flow model. The loss is squared error with extra weight on colour, and a little absolute error for clean flats.
 """
 
-import argparse
 import dataclasses
 import functools
 import json
@@ -19,18 +18,16 @@ import math
 import pathlib
 import shutil
 import sys
-import time
-from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import orbax.checkpoint as ocp
+from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
-from srpo_jax import convert, errors
-from srpo_jax.emoji import pictures, world
+from srpo_jax import command, convert, errors
+from srpo_jax.emoji import pictures, training, world
 from srpo_jax.models.autoencoder import Autoencoder, AutoencoderConfig
 from srpo_jax.models.compute import Compute, Params, bind, build
 from srpo_jax.weights import folder
@@ -43,7 +40,7 @@ WORLD_WEIGHT = 12.0  # how much more often a picture of the world is drawn than 
 
 
 @dataclasses.dataclass(frozen=True)
-class Data:
+class PictureData:
     """Pictures to train on, with the probability of each, and the two sets on which quality is told.
 
     ``train`` uint8 [N, 64, 64, 3] and ``probabilities`` [N]; ``held_out`` and ``world`` uint8 [styles, K, 64, 64, 3].
@@ -55,14 +52,14 @@ class Data:
     world: np.ndarray
 
 
-def load_data() -> Data:
+def load_pictures() -> PictureData:
     """Everything is trained on, the whole world too, except the holdout concepts outside the world."""
     inside = set(world.world())
     held_out = [concept for concept in world.concepts() if concept.split == "holdout" and concept not in inside]
     train = [concept for concept in world.concepts() if concept not in set(held_out)]
     weights = np.tile([WORLD_WEIGHT if concept in inside else 1.0 for concept in train], len(world.STYLES))
     images = pictures.load(train)
-    return Data(
+    return PictureData(
         train=images.reshape(-1, *images.shape[2:]),
         probabilities=weights / weights.sum(),
         held_out=pictures.load(held_out),
@@ -70,14 +67,13 @@ def load_data() -> Data:
     )
 
 
-def batches(data: Data, seed: int, start: int, batch: int) -> Iterator[np.ndarray]:
-    """Endless float32 batches [batch, 64, 64, 3] in [-1, 1] from step ``start``; each depends on (seed, step) alone."""
-    for step in range(start, sys.maxsize):
-        chosen = np.random.default_rng((seed, step)).choice(len(data.train), batch, p=data.probabilities)
-        yield pictures.to_float(data.train[chosen])
+def choose_pictures(data: PictureData, seed: int, step: int, batch: int) -> np.ndarray:
+    """The pictures of a step, float32 [batch, 64, 64, 3] in [-1, 1], with repetition."""
+    chosen = np.random.default_rng((seed, step)).choice(len(data.train), batch, p=data.probabilities)
+    return pictures.to_float(data.train[chosen])
 
 
-def fresh_params(config: AutoencoderConfig, seed: int) -> tuple:
+def fresh_params(config: AutoencoderConfig, seed: int) -> tuple[nnx.GraphDef, Params]:
     """Graph definition and parameters: residual branches start at zero, the log variance is the training noise's."""
     graphdef, params = build(lambda rngs: Autoencoder(config, Compute(), rngs=rngs), seed)
 
@@ -92,7 +88,9 @@ def fresh_params(config: AutoencoderConfig, seed: int) -> tuple:
     return graphdef, params
 
 
-def loss_fn(params: Params, graphdef, images: jax.Array, key: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
+def reconstruction_loss(
+    graphdef: nnx.GraphDef, params: Params, images: jax.Array, key: jax.Array
+) -> tuple[jax.Array, training.Values]:
     """The loss of a batch [B, H, W, 3] in [-1, 1], and its parts."""
     model = bind(graphdef, params)
     latents = model.scale_latents(model.encode(images)[0])
@@ -108,26 +106,18 @@ def loss_fn(params: Params, graphdef, images: jax.Array, key: jax.Array) -> tupl
     return loss, {"squared": squared, "colour": colour, "absolute": absolute, "white": white}
 
 
-def optimiser(steps: int, learning_rate: float) -> optax.GradientTransformation:
-    """Adam with a warm-up and a decay to zero; the decay takes half of the run and replaces weight averaging."""
+def make_transformation(steps: int, learning_rate: float) -> optax.GradientTransformation:
+    """Adam whose decay to zero takes half of the run and replaces weight averaging."""
+    decay = optax.cosine_decay_schedule(learning_rate, steps - steps // 2)
     warmup = min(200, steps // 10)
-    schedule = optax.join_schedules(
-        [
-            optax.linear_schedule(0.0, learning_rate, warmup),
-            optax.constant_schedule(learning_rate),
-            optax.cosine_decay_schedule(learning_rate, steps - steps // 2),
-        ],
-        [warmup, steps // 2],
-    )
-    return optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule, b1=0.9, b2=0.98, weight_decay=1e-4))
+    return training.clipped_adamw(learning_rate, warmup, steps // 2, decay, b1=0.9, b2=0.98, weight_decay=1e-4)
 
 
-@functools.partial(jax.jit, static_argnames=("graphdef", "transformation"), donate_argnames=("params", "moments"))
-def update(params, moments, images, key, *, graphdef, transformation):
-    """One step of the optimiser: (params, moments, the loss's parts)."""
-    gradients, parts = jax.grad(loss_fn, has_aux=True)(params, graphdef, images, key)
-    updates, moments = transformation.update(gradients, moments, params)
-    return optax.apply_updates(params, updates), moments, parts
+@functools.partial(jax.jit, static_argnames=("graphdef", "transformation"), donate_argnames=("state",))
+def _update(state: training.State, images, key, *, graphdef, transformation) -> tuple[training.State, training.Values]:
+    loss = functools.partial(reconstruction_loss, graphdef)
+    params, moments, parts = training.descend(loss, transformation, state["params"], state["moments"], images, key)
+    return {"params": params, "moments": moments}, parts
 
 
 @functools.partial(jax.jit, static_argnames=("graphdef",))
@@ -151,25 +141,27 @@ def _in_batches(function, array: np.ndarray, size: int = 32) -> np.ndarray:
     return result.reshape(*array.shape[:2], *result.shape[1:])
 
 
-def encode(graphdef, params: Params, images: np.ndarray) -> np.ndarray:
+def to_latents(graphdef: nnx.GraphDef, params: Params, images: np.ndarray) -> np.ndarray:
     """uint8 pictures [styles, K, H, W, 3] -> scaled latents [styles, K, H/8, W/8, C]."""
     return _in_batches(lambda x: _encode(params, pictures.to_float(x), graphdef=graphdef), images)
 
 
-def decode(graphdef, params: Params, latents: np.ndarray) -> np.ndarray:
+def to_pictures(graphdef: nnx.GraphDef, params: Params, latents: np.ndarray) -> np.ndarray:
     """Scaled latents [styles, K, H/8, W/8, C] -> pictures in [-1, 1], float32 [styles, K, H, W, 3]."""
     return _in_batches(lambda z: _decode(params, z, graphdef=graphdef), latents)
 
 
-def quality(graphdef, params: Params, images: np.ndarray) -> dict[str, float]:
+def quality(graphdef: nnx.GraphDef, params: Params, images: np.ndarray) -> dict[str, float]:
     """Mean PSNR in dB of reconstructed uint8 pictures [styles, K, H, W, 3], overall and per style."""
-    values = pictures.psnr(decode(graphdef, params, encode(graphdef, params, images)), pictures.to_float(images))
+    values = pictures.psnr(
+        to_pictures(graphdef, params, to_latents(graphdef, params, images)), pictures.to_float(images)
+    )
     return {"all": float(values.mean())} | {
         style: float(row.mean()) for style, row in zip(world.STYLES, values, strict=True)
     }
 
 
-def linear_quality(data: Data, components: int, patch: int) -> dict[str, float]:
+def linear_quality(data: PictureData, components: int, patch: int) -> dict[str, float]:
     """As ``quality`` for held-out pictures and the best linear autoencoder (PCA) with as many numbers per patch."""
 
     def patches(images: np.ndarray) -> np.ndarray:
@@ -223,15 +215,15 @@ def _told(figures: dict[str, float]) -> str:
     return ", ".join(f"{name} {value:.2f}" for name, value in figures.items())
 
 
-def finish(workdir: pathlib.Path, graphdef, params: Params, data: Data) -> None:
+def write_results(workdir: pathlib.Path, graphdef: nnx.GraphDef, params: Params, data: PictureData) -> None:
     """Writes the folders, the figures (``quality.json``) and a sheet of pictures beside their reconstructions."""
-    params = whitened(params, encode(graphdef, params, data.world), CONFIG)
+    params = whitened(params, to_latents(graphdef, params, data.world), CONFIG)
     # What is shipped is bfloat16, so that is what is judged.
     params = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16).astype(jnp.float32), params)
     folder.save(workdir / "ours", "autoencoder", CONFIG, params, jnp.bfloat16)
     shutil.rmtree(workdir / "vae", ignore_errors=True)  # of an earlier call
     convert.export_folder(workdir / "ours", workdir / "vae", "diffusers")
-    latents = encode(graphdef, params, data.world).reshape(-1, CONFIG.latent_channels)
+    latents = to_latents(graphdef, params, data.world).reshape(-1, CONFIG.latent_channels)
     figures = {
         "held_out": quality(graphdef, params, data.held_out),
         "linear": linear_quality(data, CONFIG.latent_channels, CONFIG.factor),
@@ -245,77 +237,57 @@ def finish(workdir: pathlib.Path, graphdef, params: Params, data: Data) -> None:
     for name in ("held_out", "world"):
         concepts = getattr(data, name).shape[1]
         shown = getattr(data, name)[:, np.linspace(0, concepts - 1, min(12, concepts)).astype(int)]
-        rebuilt = pictures.to_uint8(decode(graphdef, params, encode(graphdef, params, shown)))
+        rebuilt = pictures.to_uint8(to_pictures(graphdef, params, to_latents(graphdef, params, shown)))
         rows = np.stack([shown, rebuilt], 1).reshape(-1, *shown.shape[2:])
         pictures.sheet(rows, shown.shape[1]).save(workdir / f"{name}.png")
 
 
-def train(workdir: pathlib.Path, steps: int, batch: int, learning_rate: float, seed: int, every: int) -> None:
-    """Trains for ``steps`` steps, or what is left of them, then calls ``finish``."""
-    data = load_data()
+def make_autoencoder(
+    workdir: pathlib.Path, steps: int, batch: int, learning_rate: float, seed: int, every: int
+) -> None:
+    """Trains for ``steps`` steps, or what is left of them, and writes the results."""
+    data = load_pictures()
     graphdef, params = fresh_params(CONFIG, seed)
-    transformation = optimiser(steps, learning_rate)
-    state = {"params": params, "moments": transformation.init(params)}
+    transformation = make_transformation(steps, learning_rate)
     # The batch is cut over the devices, everything else is whole on each. See the docstring for why a CPU may have two.
     mesh = jax.make_mesh((jax.device_count(),), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
-    state = jax.device_put(state, NamedSharding(mesh, PartitionSpec()))
-    over_devices = NamedSharding(mesh, PartitionSpec("data"))
+    whole, cut = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in ((), ("data",)))
     count = sum(leaf.size for leaf in jax.tree.leaves(params))
     print(f"{count / 1e6:.2f} M parameters, {len(data.train)} pictures, {jax.device_count()} device(s)", flush=True)
 
-    options = ocp.CheckpointManagerOptions(max_to_keep=2)
-    with ocp.CheckpointManager((workdir / "checkpoints").absolute(), options=options) as manager:
-        first = manager.latest_step() or 0
-        if first:
-            abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, state)
-            state = manager.restore(first, args=ocp.args.StandardRestore(abstract))
-            print(f"resumed at step {first}", flush=True)
-        root, mark, marked = jax.random.key(seed), time.monotonic(), first
-        for step, images in zip(range(first, steps), batches(data, seed, first, batch), strict=False):
-            images = jax.device_put(images, over_devices)
-            state["params"], state["moments"], parts = update(
-                state["params"],
-                state["moments"],
-                images,
-                jax.random.fold_in(root, step),
-                graphdef=graphdef,
-                transformation=transformation,
-            )
-            done = step + 1
-            if done % 50 == 0 or done == steps:
-                parts = {name: float(value) for name, value in parts.items()}
-                rate = (done - marked) / (time.monotonic() - mark)
-                told = ", ".join(f"{name} {value:.4f}" for name, value in parts.items())
-                print(
-                    f"step {done}/{steps}: {told}; {rate * batch:.1f} pictures/s, "
-                    f"{(steps - done) / rate / 60:.1f} min left",
-                    flush=True,
-                )
-                if not all(math.isfinite(value) for value in parts.values()):
-                    raise errors.UserError(f"the loss is not finite at step {done}: lower --learning_rate")
-                mark, marked = time.monotonic(), done
-            if done % every == 0 or done == steps:
-                print(f"held-out PSNR in dB: {_told(quality(graphdef, state['params'], data.held_out))}", flush=True)
-                manager.save(done, args=ocp.args.StandardSave(state))
-                mark = time.monotonic()
-    finish(workdir, graphdef, state["params"], data)
+    def inputs(step: int) -> tuple[jax.Array, jax.Array]:
+        return jax.device_put(choose_pictures(data, seed, step, batch), cut), training.step_key(seed, step)
+
+    def show(state: training.State) -> None:
+        print(f"held-out PSNR in dB: {_told(quality(graphdef, state['params'], data.held_out))}", flush=True)
+
+    state = training.fit(
+        "autoencoder",
+        workdir / "checkpoints",
+        jax.device_put({"params": params, "moments": transformation.init(params)}, whole),
+        functools.partial(_update, graphdef=graphdef, transformation=transformation),
+        inputs,
+        steps,
+        every=every,
+        keep=2,
+        show=show,
+    )
+    write_results(workdir, graphdef, state["params"], data)
 
 
-def main() -> None:
-    """Parses the flags and trains."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--workdir", type=pathlib.Path, required=True, help="for checkpoints and results")
-    parser.add_argument("--steps", type=int, default=1600)
-    parser.add_argument("--batch", type=int, default=16)
-    parser.add_argument("--learning_rate", type=float, default=2e-3)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--every", type=int, default=400, help="steps between checkpoints and held-out figures")
-    flags = parser.parse_args()
-    for name in ("steps", "batch", "every"):
-        if getattr(flags, name) < 1:
-            raise errors.UserError(f"--{name}={getattr(flags, name)} has to be at least 1")
+def main(arguments: list[str] | None = None) -> None:
+    """Parses the flags and trains. Raises UserError."""
+    parser = command.parser("emoji.train_autoencoder", __doc__)
+    parser.add_argument("--workdir", type=command.local, required=True, help="for checkpoints and results")
+    parser.add_argument("--steps", type=command.at_least(1), default=1600, help="(default: 1600)")
+    parser.add_argument("--batch", type=command.at_least(1), default=16, help="(default: 16)")
+    parser.add_argument("--learning-rate", type=command.positive, default=2e-3, help="(default: 2e-3)")
+    parser.add_argument("--seed", type=command.seed, default=0, help="(default: 0)")
+    words = "steps between checkpoints and held-out figures (default: 400)"
+    parser.add_argument("--every", type=command.at_least(1), default=400, help=words)
+    flags = parser.parse_args(arguments)
     flags.workdir.mkdir(parents=True, exist_ok=True)
-    train(flags.workdir, flags.steps, flags.batch, flags.learning_rate, flags.seed, flags.every)
+    make_autoencoder(flags.workdir, flags.steps, flags.batch, flags.learning_rate, flags.seed, flags.every)
 
 
 if __name__ == "__main__":

@@ -14,30 +14,27 @@ text. Pictures are degraded as generated ones are (blur, noise, tints). Some of 
 with both texts in proportion as target: a gradient needs similarity to grow all the way from one to the other.
 """
 
-import argparse
 import dataclasses
 import json
 import os
 import pathlib
 import sys
-import time
 
 import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import optax
-import orbax.checkpoint as ocp
 from flax import nnx
 
-from srpo_jax import errors, text
-from srpo_jax.algorithm import rewards
-from srpo_jax.emoji import pictures, tokenizers, world
+from srpo_jax import command, errors, text
+from srpo_jax.emoji import pictures, tokenizers, training, world
 from srpo_jax.emoji.clip_quality import Evaluation
 from srpo_jax.emoji.degrade import degrade
 from srpo_jax.emoji.pictures import SIZE
 from srpo_jax.models.clip import Clip, ClipConfig, ClipTextConfig, ClipVisionConfig
 from srpo_jax.models.compute import Compute, Params, bind, build
+from srpo_jax.rewards import clip as clip_rewards
 from srpo_jax.weights import clip as tables
 from srpo_jax.weights import engine, files
 
@@ -80,10 +77,9 @@ RECIPES = {
 }
 WARMUP = 15  # one part in so many of the steps
 WEIGHT_DECAY = 0.05
-REPORT_EVERY = 25  # steps
 
 
-def make_config(recipe: Recipe, vocabulary: int) -> ClipConfig:
+def clip_config(recipe: Recipe, vocabulary: int) -> ClipConfig:
     """The network of a recipe; the vocabulary's last id ends a text."""
     return ClipConfig(
         ClipTextConfig(
@@ -160,8 +156,8 @@ def contrastive_loss(logits: jax.Array, shares: jax.Array) -> jax.Array:
     return sum(losses)
 
 
-def make_step(graphdef, tx: optax.GradientTransformation, recipe: Recipe, images: jax.Array, ids: jax.Array):
-    """The compiled update ``(params, opt_state, chosen [C], key) -> (params, opt_state, loss)``.
+def make_clip_update(graphdef, tx: optax.GradientTransformation, recipe: Recipe, images: jax.Array, ids: jax.Array):
+    """The compiled update ``(state, chosen [C], key) -> (state, values)``.
 
     Args:
       graphdef: of the network.
@@ -171,7 +167,7 @@ def make_step(graphdef, tx: optax.GradientTransformation, recipe: Recipe, images
       ids: [concepts, S + 1, T], styled and bare captions, and in a last row the style words (the bare one unused).
     """
 
-    def step(params: Params, opt_state: optax.OptState, chosen: jax.Array, key: jax.Array):
+    def update(state: training.State, chosen: jax.Array, key: jax.Array) -> tuple[training.State, training.Values]:
         keys = jax.random.split(key, 4)
         batch = images[chosen].astype(jnp.float32) / 255
         # Each picture's partner in a blend is one of the other styles of its concept.
@@ -184,22 +180,21 @@ def make_step(graphdef, tx: optax.GradientTransformation, recipe: Recipe, images
         rows = ids[chosen]
         texts = jnp.concatenate([rows[:, :STYLES].reshape(-1, LENGTH), rows[:, STYLES], ids[-1, :STYLES]])
 
-        def loss(params: Params) -> jax.Array:
+        def loss(params: Params) -> tuple[jax.Array, training.Values]:
             model = bind(graphdef, params)
-            image = rewards.unit(model.encode_image(rewards.preprocess(batch, SIZE)))
-            similarity = image @ rewards.unit(model.encode_text(texts)).T
-            return contrastive_loss(jnp.exp(params["logit_scale"]) * similarity, shares)
+            image = clip_rewards.unit(model.encode_image(clip_rewards.preprocess(batch, SIZE)))
+            similarity = image @ clip_rewards.unit(model.encode_text(texts)).T
+            value = contrastive_loss(jnp.exp(params["logit_scale"]) * similarity, shares)
+            return value, {"loss": value}
 
-        value, grads = jax.value_and_grad(loss)(params)
-        updates, opt_state = tx.update(grads, opt_state, params)
-        params = optax.apply_updates(params, updates)
+        params, opt_state, values = training.descend(loss, tx, state["params"], state["opt_state"])
         params["logit_scale"] = jnp.minimum(params["logit_scale"], jnp.log(100.0))  # as CLIP was trained
-        return params, opt_state, value
+        return {"params": params, "opt_state": opt_state}, values
 
-    return jax.jit(step, donate_argnums=(0, 1))
+    return jax.jit(update, donate_argnums=0)
 
 
-def choose(recipe: Recipe, step: int, known: np.ndarray, favoured: np.ndarray) -> np.ndarray:
+def choose_concepts(recipe: Recipe, step: int, known: np.ndarray, favoured: np.ndarray) -> np.ndarray:
     """The concepts of one batch, without repetition; a function of seed and step, so that resuming changes nothing."""
     rng = np.random.default_rng((recipe.seed, step))
     first = rng.choice(favoured, round(recipe.concepts * recipe.world_share), replace=False)
@@ -207,7 +202,8 @@ def choose(recipe: Recipe, step: int, known: np.ndarray, favoured: np.ndarray) -
     return np.concatenate([first, rest])
 
 
-def fit(
+def train_network(
+    name: str,
     recipe: Recipe,
     config: ClipConfig,
     images: np.ndarray,
@@ -215,16 +211,17 @@ def fit(
     known: np.ndarray,
     favoured: np.ndarray,
     workdir: pathlib.Path,
-    save_every: int = 100,
+    every: int = 100,
 ) -> tuple[nnx.GraphDef, Params]:
-    """Trains a network, from the last checkpoint in ``workdir`` if there is one. Prints loss, rate and time left.
+    """Trains a network, from the last checkpoint in ``workdir`` if there is one.
 
     Args:
+      name: what the lines begin with.
       recipe, config: how; the network.
-      images, ids: see ``make_step``.
+      images, ids: see ``make_clip_update``.
       known, favoured: rows of these that are trained on, and those among them that ``world_share`` is drawn from.
       workdir: checkpoints; the last one is kept.
-      save_every: steps between checkpoints.
+      every: steps between checkpoints.
 
     Returns:
       (graph definition, trained parameters).
@@ -232,42 +229,30 @@ def fit(
     graphdef, params = build(lambda rngs: Clip(config, Compute(), rngs=rngs), recipe.seed)
     params = see_places(params)
     print(f"{sum(leaf.size for leaf in jax.tree.leaves(params)):,} parameters, {len(known)} concepts")
-    schedule = optax.warmup_cosine_decay_schedule(0.0, recipe.rate, recipe.steps // WARMUP, recipe.steps, 0.0)
+    warmup = recipe.steps // WARMUP
+    decay = optax.cosine_decay_schedule(recipe.rate, recipe.steps - warmup)
     decayed = jax.tree.map(lambda leaf: leaf.ndim > 1, params)
-    tx = optax.chain(
-        optax.clip_by_global_norm(1.0),
-        optax.adamw(schedule, b2=0.98, weight_decay=WEIGHT_DECAY, mask=decayed),
+    tx = training.clipped_adamw(recipe.rate, warmup, warmup, decay, b2=0.98, weight_decay=WEIGHT_DECAY, mask=decayed)
+
+    def inputs(step: int) -> tuple[np.ndarray, jax.Array]:
+        return choose_concepts(recipe, step, known, favoured), training.step_key(recipe.seed, step)
+
+    state = training.fit(
+        name,
+        workdir,
+        {"params": params, "opt_state": tx.init(params)},
+        make_clip_update(graphdef, tx, recipe, jnp.asarray(images), jnp.asarray(ids)),
+        inputs,
+        recipe.steps,
+        every=every,
     )
-    opt_state = tx.init(params)
-    manager = ocp.CheckpointManager(workdir.absolute(), options=ocp.CheckpointManagerOptions(max_to_keep=1))
-    begin = manager.latest_step() or 0
-    if begin:
-        saved = manager.restore(begin, args=ocp.args.StandardRestore({"params": params, "opt_state": opt_state}))
-        params, opt_state = saved["params"], saved["opt_state"]
-        print(f"resumed at step {begin}")
-    step = make_step(graphdef, tx, recipe, jnp.asarray(images), jnp.asarray(ids))
-    started, losses = time.monotonic(), []
-    for index in range(begin, recipe.steps):
-        key = jax.random.fold_in(jax.random.key(recipe.seed), index)
-        params, opt_state, loss = step(params, opt_state, choose(recipe, index, known, favoured), key)
-        losses.append(loss)
-        done = index + 1
-        if done % REPORT_EVERY == 0:
-            rate = (done - begin) / (time.monotonic() - started)
-            left = (recipe.steps - done) / rate / 60
-            mean = float(np.mean(losses[-REPORT_EVERY:]))
-            print(f"step {done}/{recipe.steps} loss {mean:.3f} {rate:.2f} steps/s, {left:.1f} min left", flush=True)
-        if done % save_every == 0 or done == recipe.steps:
-            manager.save(done, args=ocp.args.StandardSave({"params": params, "opt_state": opt_state}))
-            manager.wait_until_finished()
-    manager.close()
-    return graphdef, params
+    return graphdef, state["params"]
 
 
 # --- files ----------------------------------------------------------------------------------------------------------
 
 
-def export(config: ClipConfig, params: Params, folder: pathlib.Path) -> None:
+def write_clip(config: ClipConfig, params: Params, folder: pathlib.Path) -> None:
     """Writes config.json, model.safetensors (bfloat16) and preprocessor_config.json of a HF ``CLIPModel``."""
     folder.mkdir(parents=True, exist_ok=True)
     content = dataclasses.asdict(config)
@@ -296,8 +281,8 @@ def export(config: ClipConfig, params: Params, folder: pathlib.Path) -> None:
         "do_center_crop": True,
         "crop_size": {"height": SIZE, "width": SIZE},
         "do_normalize": True,
-        "image_mean": list(rewards.MEAN),
-        "image_std": list(rewards.STD),
+        "image_mean": list(clip_rewards.MEAN),
+        "image_std": list(clip_rewards.STD),
     }
     (folder / "preprocessor_config.json").write_text(json.dumps(processor, indent=2) + "\n", encoding="utf-8")
     tensors = engine.from_params(tables.hf_rules(config), params)
@@ -308,16 +293,16 @@ def export(config: ClipConfig, params: Params, folder: pathlib.Path) -> None:
             out.write(name, tensor)
 
 
-def main(argv: list[str] | None = None) -> None:
-    """Trains, evaluates and exports one of the two networks. See the module's docstring."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+def main(arguments: list[str] | None = None) -> None:
+    """Trains, evaluates and exports one of the two networks. Raises UserError."""
+    parser = command.parser("emoji.train_clip", __doc__)
     parser.add_argument("--role", required=True, choices=sorted(RECIPES))
-    parser.add_argument("--workdir", required=True, type=pathlib.Path, help="checkpoints; the same one resumes")
-    parser.add_argument("--out", type=pathlib.Path, help="the exported folder")
-    parser.add_argument("--steps", type=int, help="updates, instead of the recipe's")
-    args = parser.parse_args(argv)
+    parser.add_argument("--workdir", required=True, type=command.local, help="checkpoints; the same one resumes")
+    parser.add_argument("--out", type=command.local, help="the exported folder")
+    parser.add_argument("--steps", type=command.at_least(1), help="updates, instead of the recipe's")
+    args = parser.parse_args(arguments)
     recipe = RECIPES[args.role]
-    if args.steps:
+    if args.steps is not None:
         recipe = dataclasses.replace(recipe, steps=args.steps)
     out = args.out or pathlib.Path(__file__).parent / args.role
 
@@ -333,10 +318,10 @@ def main(argv: list[str] | None = None) -> None:
     ids = text.tokenize(tokenizer, [prompt for row in texts for prompt in row], LENGTH).reshape(len(texts), -1, LENGTH)
     images = np.moveaxis(pictures.load(concepts), 0, 1)
 
-    config = make_config(recipe, vocabulary)
-    graphdef, params = fit(recipe, config, images, ids, known, favoured, args.workdir)
+    config = clip_config(recipe, vocabulary)
+    graphdef, params = train_network(args.role, recipe, config, images, ids, known, favoured, args.workdir)
     Evaluation(graphdef, params, images, ids).report(args.role)
-    export(config, params, out)
+    write_clip(config, params, out)
     print(f"wrote {os.path.relpath(out)}")
 
 

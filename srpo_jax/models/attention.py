@@ -27,6 +27,7 @@ def attention(
     scale: float | None = None,
     bias: jax.Array | None = None,
     causal: bool = False,
+    key_mask: jax.Array | None = None,
     mesh: jax.sharding.Mesh | None = None,
 ) -> jax.Array:
     """softmax(scale * q k^T + bias) v, per head.
@@ -38,6 +39,8 @@ def attention(
       scale: of the logits; None means 1 / sqrt(D).
       bias: added to the logits, broadcastable to [B, H, T, S]. Not supported by splash.
       causal: a query sees the keys of its own and of earlier positions only.
+      key_mask: boolean [B, S]: the keys that are seen, as those of words and not of padding; of every sample at least
+        one. None for all.
       mesh: the devices that the arrays are split over, batch and heads; only "splash" has to know, whose kernel XLA
         cannot split.
 
@@ -50,40 +53,45 @@ def attention(
     if scale is None:
         scale = query.shape[-1] ** -0.5
     if backend == "xla":
+        mask = None if key_mask is None else key_mask[:, None, None, :]
         return jax.nn.dot_product_attention(
-            query, key, value, bias, scale=scale, is_causal=causal, implementation="xla"
+            query, key, value, bias, mask, scale=scale, is_causal=causal, implementation="xla"
         )
     if backend == "cudnn":
-        return _padded(query, key, value, scale, bias, causal, implementation="cudnn")
+        return _padded(query, key, value, scale, bias, causal, key_mask, implementation="cudnn")
     if backend == "splash":
         if bias is not None:
             raise ValueError("attention backend 'splash' takes no bias; use 'xla' for this network")
-        return _splash(query, key, value, scale, causal, mesh)
+        return _splash(query, key, value, scale, causal, mesh, key_mask)
     raise ValueError(f"attention backend {backend!r} is unknown; choose one of xla, cudnn, splash")
 
 
 # --- cuDNN ---
 
 
-def _padded(query, key, value, scale, bias, causal, implementation):
+def _padded(query, key, value, scale, bias, causal, key_mask=None, *, implementation):
     """Attention with lengths padded to a multiple of 64: cuDNN's backward pass refuses odd ones (2537 at 720x720)."""
     batch, length = query.shape[:2]
     source = key.shape[1]
     pad_query, pad_key = -length % CUDNN_MULTIPLE, -source % CUDNN_MULTIPLE
+    mask = None if key_mask is None else key_mask[:, None, None, :]
     if not (pad_query or pad_key):
         return jax.nn.dot_product_attention(
-            query, key, value, bias, scale=scale, is_causal=causal, implementation=implementation
+            query, key, value, bias, mask, scale=scale, is_causal=causal, implementation=implementation
         )
     query = _pad_length(query, pad_query)
     key, value = _pad_length(key, pad_key), _pad_length(value, pad_key)
     if bias is not None:
         bias = jnp.broadcast_to(bias, (*bias.shape[:2], length, source))
         bias = jnp.pad(bias, ((0, 0), (0, 0), (0, pad_query), (0, pad_key)))
+    if mask is not None:
+        mask = jnp.pad(mask, ((0, 0), (0, 0), (0, 0), (0, pad_key)))
     out = jax.nn.dot_product_attention(
         query,
         key,
         value,
         bias,
+        mask,
         scale=scale,
         is_causal=causal,
         query_seq_lengths=jnp.full((batch,), length, jnp.int32),
@@ -101,7 +109,7 @@ def _pad_length(x: jax.Array, amount: int) -> jax.Array:
 # --- splash ---
 
 
-def _splash(query, key, value, scale, causal, mesh=None, interpret=False):
+def _splash(query, key, value, scale, causal, mesh=None, key_mask=None, interpret=False):
     """The TPU kernel; on a mesh, on each device's own samples and heads."""
     # The import initialises Pallas for TPU, which other platforms need not have.
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernels
@@ -114,8 +122,9 @@ def _splash(query, key, value, scale, causal, mesh=None, interpret=False):
     padded = length + pad
     block = next(size for size in SPLASH_BLOCKS if padded % size == 0)
     mask = (masks.CausalMask if causal else masks.FullMask)((padded, padded))
+    given = () if key_mask is None else (key_mask,)
 
-    def local(query, key, value):
+    def local(query, key, value, *seen):
         kernel = kernels.make_splash_mha(
             masks.MultiHeadMask([mask] * query.shape[2]),
             block_sizes=kernels.BlockSizes(*[block] * 8),
@@ -123,19 +132,24 @@ def _splash(query, key, value, scale, causal, mesh=None, interpret=False):
             q_seq_shards=1,
             interpret=interpret,
         )
-        # Padding is a segment of its own, so that no token attends to it.
-        segments = (jnp.arange(padded) >= length).astype(jnp.int32)
-        segments = kernels.SegmentIds(q=segments, kv=segments)
+        # Padding, and keys that are not seen, are a segment of their own, so that no token attends to them.
+        queries = keys = (jnp.arange(padded) >= length).astype(jnp.int32)
+        if seen:
+            queries = jnp.broadcast_to(queries, (query.shape[0], padded))
+            keys = 1 - jnp.pad(seen[0], ((0, 0), (0, pad))).astype(jnp.int32)
         heads_first = [_pad_length(x, pad).swapaxes(1, 2) for x in (query * scale, key, value)]
-        out = jax.vmap(kernel, in_axes=(0, 0, 0, None))(*heads_first, segments)
+        segments = kernels.SegmentIds(q=queries, kv=keys)
+        out = jax.vmap(kernel, in_axes=(0, 0, 0, 0 if seen else None))(*heads_first, segments)
         return out.swapaxes(1, 2)[:, :length].astype(query.dtype)
 
     if mesh is None:
-        return local(query, key, value)
+        return local(query, key, value, *given)
     spec = PartitionSpec(
         tuple(axis for axis in mesh.axis_names if axis != HEAD_AXIS),
         None,
         HEAD_AXIS if HEAD_AXIS in mesh.axis_names else None,
         None,
     )
-    return jax.shard_map(local, mesh=mesh, in_specs=(spec,) * 3, out_specs=spec, check_vma=False)(query, key, value)
+    specs = spec, spec, spec, *(PartitionSpec(spec[0], None) for _ in given)
+    split = jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=spec, check_vma=False)
+    return split(query, key, value, *given)

@@ -15,6 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import PartitionSpec as P
 
 from srpo_jax.models.compute import Compute
 
@@ -96,8 +97,8 @@ class GroupNorm(nnx.Module):
     def __init__(self, channels: int, groups: int, compute: Compute):
         self.groups = groups
         self.dtype = compute.dtype
-        self.scale = nnx.Param(jnp.ones((channels,), compute.param_dtype))
-        self.bias = nnx.Param(jnp.zeros((channels,), compute.param_dtype))
+        self.scale = nnx.Param(jnp.ones((channels,), jnp.float32))
+        self.bias = nnx.Param(jnp.zeros((channels,), jnp.float32))
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """[B, H, W, C] -> the same shape in ``compute.dtype``."""
@@ -327,6 +328,8 @@ class Decoder(nnx.Module):
 
 class Autoencoder(nnx.Module):
     """Encoder, decoder and the scaling between raw latents and those the transformer sees."""
+
+    RULES = ((r".*", P()),)  # it is small: 84 million parameters in FLUX.1
 
     def __init__(self, config: AutoencoderConfig, compute: Compute, *, rngs: nnx.Rngs):
         self.config = config

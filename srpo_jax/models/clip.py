@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import PartitionSpec as P
 
 from srpo_jax.models.attention import attention
 from srpo_jax.models.compute import Compute
@@ -18,6 +19,21 @@ from srpo_jax.models.stack import scan_blocks, stack
 
 # Where older files keep a wrong end-of-text id (2), their models take the feature at the largest id of the sequence.
 LEGACY_EOS_TOKEN_ID = 2
+
+
+# How the parameters lie on a mesh, see ``sharding``.
+RULES = (
+    (r".*blocks\.attn\.[qkv]\.kernel", P(None, "fsdp", "tensor")),
+    (r".*blocks\.attn\.[qkv]\.bias", P(None, "tensor")),
+    (r".*blocks\.mlp\.in_layer\.kernel", P(None, "fsdp", "tensor")),
+    (r".*blocks\.mlp\.in_layer\.bias", P(None, "tensor")),
+    (r".*blocks\.(attn\.proj|mlp\.out_layer)\.kernel", P(None, "tensor", "fsdp")),
+    (r".*token_embedding", P(None, "fsdp")),
+    (r".*projection\.kernel", P("fsdp", None)),
+    (r"vision\.patch_embedding\.kernel", P()),
+    (r".*(bias|scale|class_embedding|position_embedding)", P()),
+)
+MAY_STAY_WHOLE = r".*blocks\.attn\..*"  # around heads that "tensor" may not divide, as CLIP-L's 12
 
 
 def quick_gelu(x: jax.Array) -> jax.Array:
@@ -194,10 +210,10 @@ def end_positions(ids: jax.Array, rule: str, eos_token_id: int) -> jax.Array:
     raise ValueError(f"end_rule={rule!r} is unknown; choose argmax or eos")
 
 
-def _norm(width: int, eps: float, compute: Compute, rngs: nnx.Rngs) -> nnx.LayerNorm:
+def _norm(width: int, eps: float, rngs: nnx.Rngs) -> nnx.LayerNorm:
     """Layer norm in float32 whatever the input. The fast variance E[x^2] - E[x]^2 cancels, so it is off."""
     return nnx.LayerNorm(
-        width, epsilon=eps, use_fast_variance=False, dtype=jnp.float32, param_dtype=compute.param_dtype, rngs=rngs
+        width, epsilon=eps, use_fast_variance=False, dtype=jnp.float32, param_dtype=jnp.float32, rngs=rngs
     )
 
 
@@ -252,9 +268,9 @@ class ClipBlock(nnx.Module):
 
     def __init__(self, config: ClipTextConfig | ClipVisionConfig, causal: bool, compute: Compute, *, rngs: nnx.Rngs):
         width, layers, eps = config.hidden_size, config.num_hidden_layers, config.layer_norm_eps
-        self.norm1 = _norm(width, eps, compute, rngs)
+        self.norm1 = _norm(width, eps, rngs)
         self.attn = ClipAttention(width, config.num_attention_heads, layers, causal, compute, rngs=rngs)
-        self.norm2 = _norm(width, eps, compute, rngs)
+        self.norm2 = _norm(width, eps, rngs)
         self.mlp = ClipMlp(width, config.intermediate_size, layers, config.hidden_act, compute, rngs=rngs)
         self.compute = compute
 
@@ -280,7 +296,7 @@ class ClipTextTower(nnx.Module):
         self.token_embedding = _parameter(init(0.02), (config.vocab_size, width), compute, rngs)
         self.position_embedding = _parameter(init(0.01), (config.max_position_embeddings, width), compute, rngs)
         self.blocks = stack(lambda r: ClipBlock(config, True, compute, rngs=r), config.num_hidden_layers, rngs)
-        self.norm_out = _norm(width, config.layer_norm_eps, compute, rngs)
+        self.norm_out = _norm(width, config.layer_norm_eps, rngs)
         if projection_dim is not None:
             self.projection = _linear(width, projection_dim, compute, rngs, std=width**-0.5, bias=False)
 
@@ -317,9 +333,9 @@ class ClipVisionTower(nnx.Module):
         )
         self.class_embedding = _parameter(init(width**-0.5), (width,), compute, rngs)
         self.position_embedding = _parameter(init(width**-0.5), (tokens, width), compute, rngs)
-        self.norm_in = _norm(width, eps, compute, rngs)
+        self.norm_in = _norm(width, eps, rngs)
         self.blocks = stack(lambda r: ClipBlock(config, False, compute, rngs=r), config.num_hidden_layers, rngs)
-        self.norm_out = _norm(width, eps, compute, rngs)
+        self.norm_out = _norm(width, eps, rngs)
         self.projection = _linear(width, projection_dim, compute, rngs, std=width**-0.5, bias=False)
 
     def __call__(self, pixels: jax.Array) -> jax.Array:
@@ -342,6 +358,8 @@ class ClipVisionTower(nnx.Module):
 class ClipText(nnx.Module):
     """The text tower alone, without projection: FLUX's pooled text embedding (HF ``CLIPTextModel``)."""
 
+    RULES, MAY_STAY_WHOLE = RULES, MAY_STAY_WHOLE
+
     def __init__(self, config: ClipTextConfig, compute: Compute, *, rngs: nnx.Rngs):
         self.text = ClipTextTower(config, None, compute, rngs=rngs)
 
@@ -353,10 +371,12 @@ class ClipText(nnx.Module):
 class Clip(nnx.Module):
     """Both towers, their projections, and the log of the similarity's scale (HF ``CLIPModel``, open_clip ``CLIP``)."""
 
+    RULES, MAY_STAY_WHOLE = RULES, MAY_STAY_WHOLE
+
     def __init__(self, config: ClipConfig, compute: Compute, *, rngs: nnx.Rngs):
         self.text = ClipTextTower(config.text_config, config.projection_dim, compute, rngs=rngs)
         self.vision = ClipVisionTower(config.vision_config, config.projection_dim, compute, rngs=rngs)
-        self.logit_scale = nnx.Param(jnp.asarray(2.6592, compute.param_dtype))  # log(1 / 0.07), as CLIP was trained
+        self.logit_scale = nnx.Param(jnp.asarray(2.6592, jnp.float32))  # log(1 / 0.07), as CLIP was trained
 
     def encode_image(self, pixels: jax.Array) -> jax.Array:
         """Normalised pixels [B, S, S, 3] -> [B, E] float32, not normalised to unit length."""

@@ -31,7 +31,7 @@ class Compute:
     Attributes:
       dtype: of matrix products, convolutions and the activations between them. Norms, softmax, rotary tables,
         sinusoidal embeddings and losses are float32 whatever this says.
-      param_dtype: of the stored parameters.
+      param_dtype: of the stored parameters, but for those of norms and scales of frozen networks, which are float32.
       attention: backend name, see ``attention.attention``.
       remat: which intermediate values of a repeated block are kept for the backward pass: "none" keeps all, "full"
         keeps only the block's input, "dots" keeps the results of matrix products.

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import PartitionSpec as P
 
 from srpo_jax.models.activation import gelu
 from srpo_jax.models.attention import attention
@@ -72,6 +73,10 @@ class FluxConfig:
         """D, the model's width."""
         return self.num_attention_heads * self.attention_head_dim
 
+    def with_blocks(self, double: int, single: int) -> "FluxConfig":
+        """The same widths with other numbers of blocks."""
+        return dataclasses.replace(self, num_layers=double, num_single_layers=single)
+
     @classmethod
     def from_dict(cls, config: dict[str, Any]) -> "FluxConfig":
         """Takes what it knows from a ``config.json``. Raises ValueError for a missing key or an unsupported value."""
@@ -85,6 +90,12 @@ class FluxConfig:
         if missing:
             raise ValueError(f"the transformer's config lacks {', '.join(missing)}")
         values = {name: config[name] for name in names}
+        taken, given = values["in_channels"], values["out_channels"]
+        if taken != given:
+            what = {384: "FLUX.1 Fill", 128: "FLUX.1 Canny or Depth"}.get(
+                taken, "a FLUX.1 with more inputs than latents"
+            )
+            raise ValueError(f"in_channels {taken} and out_channels {given} are {what}'s, which is not supported")
         return cls(**{**values, "axes_dims_rope": tuple(values["axes_dims_rope"])})
 
 
@@ -109,10 +120,6 @@ class Modulations(NamedTuple):
     txt: jax.Array
     single: jax.Array
     last: jax.Array
-
-    def of_step(self, index: jax.Array) -> "Modulations":
-        """Those of one step of ``Flux.modulations_of_steps``."""
-        return Modulations(*(jax.lax.dynamic_index_in_dim(leaf, index, keepdims=False) for leaf in self))
 
 
 def split_modulation(x: jax.Array, parts: int, compute: Compute) -> list[jax.Array]:
@@ -208,9 +215,42 @@ class SingleBlock(nnx.Module):
 
 # --- the network ---
 
+FLUX_RULES = (
+    (r"(img_in|txt_in)\.kernel", P(None, "fsdp")),
+    (r"(time|guidance|vector)_in\.in_layer\.kernel", P(None, "fsdp")),
+    (r"(time|guidance|vector)_in\.out_layer\.kernel", P("fsdp", None)),
+    (r"\w+_blocks\.(img_|txt_|)mod\.kernel(\.codes|)", P(None, "fsdp", "tensor")),
+    (r"\w+_blocks\.(\w+_attn\.|)qkv\.kernel(\.codes|)", P(None, "fsdp", None, "tensor", None)),
+    (r"\w+_blocks\.(\w+_attn\.|)qkv\.bias", P(None, None, "tensor", None)),
+    (r"\w+_blocks\.(\w+_mlp\.in_layer|mlp_in)\.kernel(\.codes|)", P(None, "fsdp", "tensor")),
+    (r"\w+_blocks\.(\w+_mlp\.in_layer|mlp_in)\.bias", P(None, "tensor")),
+    (r"\w+_blocks\.(\w+_attn\.proj|\w+_mlp\.out_layer|out)\.kernel(\.codes|)", P(None, "tensor", "fsdp")),
+    # Scales of quantised kernels: blocks lie along the inputs, and are fewer.
+    (r"\w+_blocks\.(\w+_attn\.|)qkv\.kernel\.scales", P(None, None, None, "tensor", None)),
+    (r"\w+_blocks\.(\w+_attn\.proj|\w+_mlp\.out_layer|out)\.kernel\.scales", P(None, None, "fsdp")),
+    (r"\w+_blocks\..*kernel\.scales", P(None, None, "tensor")),
+    # Factors of LoRA: A's inputs lie as the kernel's, B's outputs as the kernel's; the rank is too small to be split.
+    (r"\w+_blocks\.(.*_attn\.proj|.*_mlp\.out_layer|out)\.lora_a", P(None, "tensor")),
+    (r"\w+_blocks\..*lora_a", P(None, "fsdp")),
+    (r"\w+_blocks\.(\w+_attn\.|)qkv\.lora_b", P(None, None, None, "tensor", None)),
+    (r"\w+_blocks\.(.*_attn\.proj|.*_mlp\.out_layer|out)\.lora_b", P(None, None, "fsdp")),
+    (r"\w+_blocks\..*lora_b", P(None, None, "tensor")),
+    (r"final_mod\.kernel", P("fsdp", "tensor")),
+    (r"final_out\.kernel", P("fsdp", None)),
+    (r".*(bias|scale)", P()),
+)
+
 
 class Flux(nnx.Module):
-    """The whole transformer."""
+    """The whole transformer.
+
+    Attributes:
+      STACKS: the attributes that are stacks of blocks, in the order in which they run.
+      RULES: how its parameters lie on a mesh, see ``sharding``.
+    """
+
+    STACKS = ("double_blocks", "single_blocks")
+    RULES = FLUX_RULES
 
     def __init__(self, config: FluxConfig, compute: Compute, *, rngs: nnx.Rngs):
         width = config.width
@@ -278,96 +318,49 @@ class Flux(nnx.Module):
             self.compute.constrain(self.final_mod(condition), "vectors"),
         )
 
-    def modulations_of_steps(self, pooled: jax.Array, timesteps: jax.Array, guidance: jax.Array | None) -> Modulations:
-        """``modulations`` at every step [S] of a sampler, [S, ...], from the kernels read once; ``guidance`` [B]."""
-        batch, steps = len(pooled), len(timesteps)
-        # The samples' axis first, along which a mesh splits.
-        spread = [None if x is None else jnp.repeat(x, steps, axis=0) for x in (pooled, guidance)]
-        made = self.modulations(spread[0], jnp.tile(timesteps, batch), spread[1])
-
-        def by_step(x: jax.Array) -> jax.Array:
-            return jnp.moveaxis(x.reshape(*x.shape[:-2], batch, steps, x.shape[-1]), -2, 0)
-
-        return Modulations(*map(by_step, made))
-
     def modulated(
-        self,
-        latents: jax.Array,
-        text: jax.Array,
-        modulations: Modulations,
-        image_ids: jax.Array,
-        text_ids: jax.Array,
+        self, latents: jax.Array, text: jax.Array, modulations: Modulations, image_ids: jax.Array, text_ids: jax.Array
     ) -> jax.Array:
         """A call whose modulations were made before."""
-        streams, table = self._enter(latents, text, image_ids, text_ids)
-        streams = self._double(streams, modulations, table)
-        x = self._single(self._join(streams), modulations, table)
-        return self._leave(x[:, text.shape[1] :], modulations)
+        img, txt, table = self.enter(latents, text, image_ids, text_ids)
+        img, txt = self.double(img, txt, modulations, table)
+        x = self.single(self.join(txt, img), modulations, table)
+        return self.leave(x[:, text.shape[1] :], modulations)
 
-    def through_cache(
-        self, inputs: tuple[Any, ...], change: jax.Array, renew: jax.Array, ends: tuple[int, int]
-    ) -> tuple[jax.Array, jax.Array]:
-        """The velocity with the blocks in the middle replaced, where ``renew`` is false, by what they changed before.
+    # The parts of a pass, in order. ``some`` are the numbers of the blocks that run, None for all.
 
-        A cache of the transformer's blocks between the steps of a sampler: TeaCache (arXiv 2411.19108) and the first
-        block cache of ParaAttention keep this change for as long as an estimate says; here the caller says when.
-
-        Args:
-          inputs: what ``modulated`` is called with.
-          change: [B, T + N, D] in the compute dtype, of the joint sequence from before the middle to behind it.
-          renew: a boolean scalar: whether the middle runs.
-          ends: how many double blocks at the start and single blocks at the end always run.
-
-        Returns:
-          The velocity, and the change that it was made with.
-        """
-        first, last = ends
-        behind = self.config.num_single_layers - last
-        latents, text, modulations, *ids = inputs
-        streams, table = self._enter(latents, text, *ids)
-        streams = self._double(streams, modulations, table, range(first))
-        before = self._join(streams)
-
-        def run(change: jax.Array) -> tuple[jax.Array, jax.Array]:
-            after = self._join(self._double(streams, modulations, table, range(first, self.config.num_layers)))
-            after = self._single(after, modulations, table, range(behind))
-            return after, after - before
-
-        def keep(change: jax.Array) -> tuple[jax.Array, jax.Array]:
-            return before + change, change
-
-        x, change = jax.lax.cond(renew, run, keep, change)
-        x = self._single(x, modulations, table, range(behind, self.config.num_single_layers))
-        return self._leave(x[:, streams[1].shape[1] :], modulations), change
-
-    def no_change(self, batch: int, tokens: int) -> jax.Array:
-        """What ``through_cache`` is given first, for so many text and image tokens together."""
-        zeros = jnp.zeros((batch, tokens, self.config.width), self.compute.dtype)
-        return self.compute.constrain(zeros, "tokens")
-
-    def _enter(self, latents, text, image_ids, text_ids) -> tuple:
-        """The streams of image and text tokens, and the rotary table."""
+    def enter(
+        self, latents: jax.Array, text: jax.Array, image_ids: jax.Array, text_ids: jax.Array
+    ) -> tuple[jax.Array, jax.Array, tuple[jax.Array, jax.Array]]:
+        """Image tokens [B, N, D], text tokens [B, T, D], and the rotary table of the joint sequence."""
         img = self.compute.constrain(self.img_in(latents), "tokens")
         txt = self.compute.constrain(self.txt_in(text), "tokens")
-        return (img, txt), rotary_table(jnp.concatenate([text_ids, image_ids]), self.config.axes_dims_rope)
+        return img, txt, rotary_table(jnp.concatenate([text_ids, image_ids]), self.config.axes_dims_rope)
 
-    def _double(self, streams, modulations: Modulations, table, some: range | None = None) -> tuple:
-        def step(block: DoubleBlock, streams, given):
+    def double(
+        self, img: jax.Array, txt: jax.Array, modulations: Modulations, table: Any, some: range | None = None
+    ) -> tuple[jax.Array, jax.Array]:
+        """Both streams through the double blocks."""
+
+        def step(block: DoubleBlock, streams: tuple, given: tuple) -> tuple:
             return tuple(self.compute.constrain(x, "tokens") for x in block(*streams, *given, table))
 
         blocks = without(self.double_blocks, "img_mod", "txt_mod")
-        return scan_blocks(blocks, streams, self.compute, step, (modulations.img, modulations.txt), some)
+        return scan_blocks(blocks, (img, txt), self.compute, step, (modulations.img, modulations.txt), some)
 
-    def _join(self, streams) -> jax.Array:
-        img, txt = streams
+    def join(self, txt: jax.Array, img: jax.Array) -> jax.Array:
+        """The joint sequence [B, T + N, D]: text, then image."""
         return self.compute.constrain(jnp.concatenate([txt, img], axis=1), "tokens")
 
-    def _single(self, x, modulations: Modulations, table, some: range | None = None) -> jax.Array:
-        def step(block: SingleBlock, x, given):
+    def single(self, x: jax.Array, modulations: Modulations, table: Any, some: range | None = None) -> jax.Array:
+        """The joint sequence through the single blocks."""
+
+        def step(block: SingleBlock, x: jax.Array, given: jax.Array) -> jax.Array:
             return self.compute.constrain(block(x, given, table), "tokens")
 
         return scan_blocks(without(self.single_blocks, "mod"), x, self.compute, step, modulations.single, some)
 
-    def _leave(self, img, modulations: Modulations) -> jax.Array:
+    def leave(self, img: jax.Array, modulations: Modulations) -> jax.Array:
+        """Image tokens [B, N, D] to the velocity [B, N, out_channels]."""
         shift, scale = split_modulation(modulations.last, 2, self.compute)
         return self.final_out(modulate(img, shift, scale))

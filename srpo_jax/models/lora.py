@@ -1,4 +1,4 @@
-"""Low-rank adaptation of the FLUX transformer (LoRA; Hu et al., arXiv 2106.09685): y = x W + b + (alpha / r) (x A) B.
+"""Low-rank adaptation of a transformer (LoRA; Hu et al., arXiv 2106.09685): y = x W + b + (alpha / r) (x A) B.
 
 W and b are frozen; A [in, r] and B [r, out] are all that is trained. The sum W + (alpha / r) A B is never formed: its
 gradient would be as large as W's, and a small A B would be lost in a bfloat16 W. A layer onto queries, keys and values
@@ -6,12 +6,14 @@ has an A and a B for each of the three, as diffusers and peft, which keep three 
 
 Adapted layers stay where they are: beside ``double_blocks.img_attn.qkv.kernel`` lie ``...qkv.lora_a`` and
 ``...qkv.lora_b``, stacked over layers as the kernels are. ``split`` and ``join`` go between the network's parameters
-and the pair (factors, frozen rest).
+and the pair (factors, frozen rest). What can be adapted are the linear layers in the stacks of blocks that a network's
+class names (``STACKS``).
 """
 
 import dataclasses
 import re
 import zlib
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -21,11 +23,8 @@ from flax import nnx
 
 from srpo_jax.models import compute as models_compute
 from srpo_jax.models import quantize
-from srpo_jax.models.compute import LORA_FACTORS, Compute, Params, path_name
-from srpo_jax.models.flux import Flux, FluxConfig
+from srpo_jax.models.compute import LORA_FACTORS, Params, path_name
 from srpo_jax.models.flux_layers import Linear
-
-STACKS = ("double_blocks", "single_blocks")  # of whose layers any can be adapted
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,10 +87,10 @@ def factor_shapes(kernel: tuple[int, ...], rank: int) -> tuple[tuple[int, ...], 
     return (layers, features_in, *parts, rank), (layers, *parts, rank, *out[len(parts) :])
 
 
-def layers(network: Flux) -> dict[str, tuple[nnx.Module, str]]:
+def layers(network: nnx.Module) -> dict[str, tuple[nnx.Module, str]]:
     """Every layer that can be adapted by its path: (the module that has it, the attribute)."""
     found = {}
-    for stack in STACKS:
+    for stack in type(network).STACKS:
         for path, module in nnx.iter_modules(getattr(network, stack)):
             for name, child in vars(module).items():
                 if isinstance(child, Linear):
@@ -107,7 +106,7 @@ def chosen(lora: Lora, names: Any) -> list[str]:
     return [name for name in names if any(re.fullmatch(pattern, name) for pattern in lora.targets)]
 
 
-def adapt(network: Flux, lora: Lora) -> Flux:
+def adapt(network: nnx.Module, lora: Lora) -> nnx.Module:
     """Puts float32 factors of 0 beside the chosen layers' kernels, in place. Raises ValueError as ``chosen`` does."""
     found = layers(network)
     for path in chosen(lora, found):
@@ -118,12 +117,12 @@ def adapt(network: Flux, lora: Lora) -> Flux:
     return network
 
 
-def abstract(config: FluxConfig, compute: Compute, lora: Lora) -> tuple[nnx.GraphDef, Params]:
-    """Graph definition and ``ShapeDtypeStruct`` parameters of the adapted transformer, whose frozen part is quantised
-    as ``lora`` says. Raises ValueError as ``chosen`` does."""
+def abstract(constructor: Callable[[nnx.Rngs], nnx.Module], lora: Lora) -> tuple[nnx.GraphDef, Params]:
+    """Graph definition and ``ShapeDtypeStruct`` parameters of an adapted network, whose frozen part is quantised as
+    ``lora`` says. Raises ValueError as ``chosen`` does."""
 
-    def construct(rngs: nnx.Rngs) -> Flux:
-        network = Flux(config, compute, rngs=rngs)
+    def construct(rngs: nnx.Rngs) -> nnx.Module:
+        network = constructor(rngs)
         if lora.quantized != "none":
             for module, name in layers(network).values():
                 layer = getattr(module, name)

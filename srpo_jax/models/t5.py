@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import PartitionSpec as P
 
 from srpo_jax.models.activation import gelu
 from srpo_jax.models.attention import attention
@@ -78,13 +79,13 @@ def _linear(n_in: int, n_out: int, std: float, compute: Compute, rngs: nnx.Rngs)
     )
 
 
-def _norm(config: T5Config, compute: Compute, rngs: nnx.Rngs) -> nnx.RMSNorm:
+def _norm(config: T5Config, rngs: nnx.Rngs) -> nnx.RMSNorm:
     """x / rms(x) * scale, in float32 whatever the input."""
     return nnx.RMSNorm(
         config.d_model,
         epsilon=config.layer_norm_epsilon,
         dtype=jnp.float32,
-        param_dtype=compute.param_dtype,
+        param_dtype=jnp.float32,
         rngs=rngs,
     )
 
@@ -128,9 +129,9 @@ class T5Block(nnx.Module):
 
     def __init__(self, config: T5Config, compute: Compute, *, rngs: nnx.Rngs):
         self.compute = compute
-        self.norm1 = _norm(config, compute, rngs)
+        self.norm1 = _norm(config, rngs)
         self.attn = T5Attention(config, compute, rngs=rngs)
-        self.norm2 = _norm(config, compute, rngs)
+        self.norm2 = _norm(config, rngs)
         self.mlp = T5Mlp(config, compute, rngs=rngs)
 
     def __call__(self, x: jax.Array, bias: jax.Array) -> jax.Array:
@@ -144,16 +145,26 @@ class T5Block(nnx.Module):
 class T5Encoder(nnx.Module):
     """Token ids to one vector per token."""
 
+    # How the parameters lie on a mesh, see ``sharding``.
+    RULES = (
+        (r"blocks\.attn\.[qkv]\.kernel", P(None, "fsdp", "tensor")),
+        (r"blocks\.mlp\.(gate|up)\.kernel", P(None, "fsdp", "tensor")),
+        (r"blocks\.(attn\.proj|mlp\.down)\.kernel", P(None, "tensor", "fsdp")),
+        (r"token_embedding", P(None, "fsdp")),
+        (r"relative_bias\.embedding|.*scale", P()),
+    )
+    MAY_STAY_WHOLE = r"blocks\.attn\..*"
+
     def __init__(self, config: T5Config, compute: Compute, *, rngs: nnx.Rngs):
         self.config, self.compute = config, compute
         normal, dtype = nnx.initializers.normal, compute.param_dtype
         self.token_embedding = nnx.Param(normal(1.0)(rngs.params(), (config.vocab_size, config.d_model), dtype))
         table = (config.relative_attention_num_buckets, config.num_heads)
         self.relative_bias = nnx.Dict(
-            embedding=nnx.Param(normal(config.d_model**-0.5)(rngs.params(), table, dtype)),
+            embedding=nnx.Param(normal(config.d_model**-0.5)(rngs.params(), table, jnp.float32)),
         )
         self.blocks = stack(lambda r: T5Block(config, compute, rngs=r), config.num_layers, rngs)
-        self.norm_out = _norm(config, compute, rngs)
+        self.norm_out = _norm(config, rngs)
 
     def __call__(self, ids: jax.Array) -> jax.Array:
         """[B, T] token ids -> [B, T, D] in ``compute.dtype``. Every token attends to every token."""

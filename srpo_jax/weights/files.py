@@ -107,7 +107,9 @@ class SafetensorsFile:
         if kind:
             raise UserError(f"{self.path} is {kind}")
         header, start = self._read_header()
-        self.metadata: dict[str, str] = header.pop("__metadata__", {})
+        self.metadata: dict[str, str] = header.pop("__metadata__", None) or {}
+        if not isinstance(self.metadata, dict):
+            raise UserError(f"{self.path} is not a safetensors file: its __metadata__ is no object")
         self.specs: dict[str, Spec] = {}
         self._offsets: dict[str, int] = {}
         end = 0
@@ -211,7 +213,7 @@ class SafetensorsWriter:
     def write(self, name: str, array: np.ndarray, index: int | None = None) -> None:
         """Writes a tensor, or with ``index`` the slice ``tensor[index]``; casts to the tensor's dtype.
 
-        Raises ValueError if the shape is not the announced one.
+        Raises ValueError if the shape is not the announced one, UserError for a number beyond the dtype's largest.
         """
         spec = self.specs[name]
         shape = spec.shape if index is None else spec.shape[1:]
@@ -220,7 +222,7 @@ class SafetensorsWriter:
         nbytes = math.prod(shape) * spec.dtype.itemsize
         self._file.seek(len(self._prefix) + self._offsets[name] + (index or 0) * nbytes)
         for piece in _pieces(array):
-            flat = np.ascontiguousarray(piece, dtype=spec.dtype).reshape(-1)
+            flat = _cast(piece, spec.dtype, name).reshape(-1)
             self._file.write(flat.view(np.uint8))
             self._progress(flat.nbytes)
         self._missing[name] -= nbytes
@@ -242,6 +244,19 @@ class SafetensorsWriter:
     def _discard(self) -> None:
         self._file.close()
         self._temporary.unlink(missing_ok=True)
+
+
+def _cast(array: np.ndarray, dtype: np.dtype, name: str) -> np.ndarray:
+    """A contiguous array in a dtype. Raises UserError for a number that becomes infinite, or in float8 none at all."""
+    with np.errstate(over="ignore"):
+        cast = np.ascontiguousarray(array, dtype=dtype)
+    if dtype != array.dtype and not np.isfinite(cast).all() and np.isfinite(array).all():
+        largest = np.abs(array.astype(np.float32)).max()
+        raise UserError(
+            f"{name} holds {largest:g}, and {dtype.name} ends at {float(ml_dtypes.finfo(dtype).max):g}; "
+            "choose bfloat16 or float32"
+        )
+    return cast
 
 
 def _pieces(array: np.ndarray) -> list[np.ndarray]:

@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import pathlib
+from collections.abc import Iterable
 
 import numpy as np
 
@@ -18,7 +19,6 @@ from srpo_jax.errors import UserError
 from srpo_jax.weights import folder
 
 BLOCK, BLOCKS = 1024, 1024  # bytes read at a place of a tensor, and places
-TEXT_ENCODERS = ("tokenizer", "tokenizer_2", "text_encoder", "text_encoder_2")  # of a pipeline folder
 
 
 def of_network(path: str | os.PathLike) -> str:
@@ -46,10 +46,16 @@ def of_tokenizer(path: str | os.PathLike) -> str:
     return digest.hexdigest()[:16]
 
 
-def of_text_encoders(pipeline: str | os.PathLike) -> dict[str, str]:
-    """Of both text encoders of a pipeline folder and their tokenizers, by ``TEXT_ENCODERS``."""
-    path = pathlib.Path(pipeline)
-    return {part: (of_tokenizer if part.startswith("tokenizer") else of_network)(path / part) for part in TEXT_ENCODERS}
+def of_parts(path: str | os.PathLike, networks: Iterable[str], tokenizers: Iterable[str]) -> dict[str, str]:
+    """Of some networks and tokenizers of a folder, by the names of their own folders in it."""
+    path = pathlib.Path(path)
+    found = {part: of_tokenizer(path / part) for part in tokenizers}
+    return found | {part: of_network(path / part) for part in networks}
+
+
+def joined(parts: Iterable[str]) -> str:
+    """One fingerprint of several, in their order."""
+    return hashlib.sha256(json.dumps(list(parts)).encode()).hexdigest()[:16]
 
 
 def _places(size: int) -> list[int]:

@@ -11,6 +11,7 @@ import dataclasses
 import functools
 import importlib
 import json
+import math
 import os
 import pathlib
 import types
@@ -31,13 +32,15 @@ from srpo_jax.weights.files import SafetensorsFile, SafetensorsWriter, Spec, rea
 FORMAT = "srpo_jax/1"
 CONFIG, WEIGHTS = "config.json", "weights.safetensors"
 DEFAULT = Compute()
-# network: (module of srpo_jax.models, class of its config, class of the network)
+# network: (module, class of its config, class of the network). A config is a frozen dataclass with ``from_dict``; a
+# network is made by ``Class(config, compute, rngs=rngs)`` and has the table ``RULES`` of ``sharding``, a transformer
+# also ``STACKS``, the names of its stacks of blocks.
 NETWORKS = {
-    "flux": ("flux", "FluxConfig", "Flux"),
-    "autoencoder": ("autoencoder", "AutoencoderConfig", "Autoencoder"),
-    "clip": ("clip", "ClipConfig", "Clip"),
-    "clip_text": ("clip", "ClipTextConfig", "ClipText"),
-    "t5": ("t5", "T5Config", "T5Encoder"),
+    "flux": ("srpo_jax.models.flux", "FluxConfig", "Flux"),
+    "autoencoder": ("srpo_jax.models.autoencoder", "AutoencoderConfig", "Autoencoder"),
+    "clip": ("srpo_jax.models.clip", "ClipConfig", "Clip"),
+    "clip_text": ("srpo_jax.models.clip", "ClipTextConfig", "ClipText"),
+    "t5": ("srpo_jax.models.t5", "T5Config", "T5Encoder"),
 }
 
 
@@ -46,14 +49,19 @@ def classes(network: str) -> tuple[Any, Any]:
     if network not in NETWORKS:
         raise ValueError(f"network {network!r} is unknown; known: {', '.join(NETWORKS)}")
     module, config, constructor = NETWORKS[network]
-    module = importlib.import_module(f"srpo_jax.models.{module}")
+    module = importlib.import_module(module)
     return getattr(module, config), getattr(module, constructor)
+
+
+def constructor(network: str, config: Any, compute: Compute = DEFAULT) -> Callable[[nnx.Rngs], nnx.Module]:
+    """Makes the network, with random parameters, from their generator."""
+    make = classes(network)[1]
+    return lambda rngs: make(config, compute, rngs=rngs)
 
 
 def abstract(network: str, config: Any, compute: Compute = DEFAULT) -> tuple[nnx.GraphDef, Params]:
     """Graph definition and ``ShapeDtypeStruct`` parameters of a network. Uses no memory."""
-    _, constructor = classes(network)
-    return models_compute.abstract(lambda rngs: constructor(config, compute, rngs=rngs))
+    return models_compute.abstract(constructor(network, config, compute))
 
 
 @functools.cache
@@ -61,6 +69,11 @@ def shapes(network: str, config: Any) -> Mapping[str, tuple[int, ...]]:
     """The shape of every parameter of a network, by dotted path."""
     leaves = engine.flatten(abstract(network, config)[1])
     return types.MappingProxyType({name: tuple(leaf.shape) for name, leaf in leaves.items()})
+
+
+def parameters(network: str, config: Any) -> int:
+    """How many numbers a network's parameters are."""
+    return sum(math.prod(shape) for shape in shapes(network, config).values())
 
 
 def is_ours(path: str | os.PathLike) -> bool:
@@ -80,8 +93,11 @@ def make_config(network: str, values: dict[str, Any], where: Any) -> Any:
         raise UserError(f"{where}: {error}") from error
 
 
-def read_config(path: str | os.PathLike) -> tuple[str, Any]:
-    """(network, its config) of a folder in our format. Raises UserError if the folder is not one."""
+def read_config(path: str | os.PathLike, network: str | None = None) -> tuple[str, Any]:
+    """(network, its config) of a folder in our format.
+
+    Raises UserError if the folder is not one, or holds another network than ``network``, if that is given.
+    """
     path = pathlib.Path(path)
     if not path.is_dir():
         raise UserError(f"{path} is not a folder; expected one made by `python -m srpo_jax.convert import`")
@@ -95,7 +111,10 @@ def read_config(path: str | os.PathLike) -> tuple[str, Any]:
         )
     if content.get("network") not in NETWORKS:
         raise UserError(f"{path / CONFIG}: network {content.get('network')!r} is unknown")
-    return content["network"], make_config(content["network"], content.get("config", {}), path / CONFIG)
+    found = content["network"]
+    if network is not None and found != network:
+        raise UserError(f"{path} holds a {found} network; expected {network}")
+    return found, make_config(found, content.get("config", {}), path / CONFIG)
 
 
 def write_config(path: pathlib.Path, network: str, config: Any) -> None:
@@ -144,9 +163,7 @@ def open_weights(path: str | os.PathLike, network: str | None = None) -> tuple[s
     Raises UserError if the folder is not in our format, is not the ``network`` asked for, or its weights do not fit it.
     """
     path = pathlib.Path(path)
-    found, config = read_config(path)
-    if network is not None and found != network:
-        raise UserError(f"{path} holds a {found} network; expected {network}")
+    found, config = read_config(path, network)
     if not (path / WEIGHTS).exists():
         raise UserError(f"{path / WEIGHTS} does not exist; convert the weights again")
     source = SafetensorsFile(path / WEIGHTS)
@@ -169,7 +186,7 @@ def load(
     Args:
       path: the folder.
       network: the expected one; None takes any.
-      compute: execution options; parameters are cast to ``compute.param_dtype``.
+      compute: execution options; parameters are cast to the dtypes that the network gives them under these.
       sharding: called with (dotted path, shape) for where each parameter goes, each device reading its slice only; None
         puts whole arrays on the default device.
 
@@ -180,14 +197,13 @@ def load(
     """
     network, config, source = open_weights(path, network)
     graphdef, like = abstract(network, config, compute)
-    dtype = np.dtype(compute.param_dtype)
 
     def read(key_path: tuple, leaf: jax.ShapeDtypeStruct) -> jax.Array:
         name = models_compute.path_name(key_path)
         if sharding is None:
-            return jnp.array(source.read(name), dtype)
+            return jnp.array(source.read(name), leaf.dtype)
         return jax.make_array_from_callback(
-            leaf.shape, sharding(name, leaf.shape), lambda index: np.asarray(source.read(name)[index], dtype)
+            leaf.shape, sharding(name, leaf.shape), lambda index: np.asarray(source.read(name)[index], leaf.dtype)
         )
 
     return config, graphdef, jax.tree_util.tree_map_with_path(read, like)

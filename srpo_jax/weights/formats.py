@@ -4,11 +4,11 @@ import dataclasses
 import importlib
 import pathlib
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from srpo_jax.errors import UserError
-from srpo_jax.weights import folder, sources
+from srpo_jax.weights import folder, sources, strangers
 from srpo_jax.weights.engine import Source
 from srpo_jax.weights.files import Spec, read_json
 from srpo_jax.weights.rules import Table
@@ -36,7 +36,7 @@ class Format:
 
     def table(self, config: Any) -> Table:
         """The conversion rules for a network of this config."""
-        module = importlib.import_module(f"srpo_jax.weights.{folder.NETWORKS[self.network][0]}")
+        module = importlib.import_module(folder.NETWORKS[self.network][0].replace(".models.", ".weights."))
         return getattr(module, self.rules)(config)
 
     def __str__(self) -> str:
@@ -48,7 +48,14 @@ FORMATS = (
     Format(
         "flux",
         "diffusers",
-        (("x_embedder.weight", "context_embedder.weight", "norm_out.linear.weight"),),
+        (
+            (
+                "x_embedder.weight",
+                "context_embedder.weight",
+                "time_text_embed.text_embedder.linear_1.weight",
+                "norm_out.linear.weight",
+            ),
+        ),
         "diffusers_rules",
         ("config.json", "FluxTransformer2DModel"),
         "diffusion_pytorch_model",
@@ -111,52 +118,17 @@ FORMATS = (
     ),
 )
 
-# What people try by mistake, by a part of a tensor name; asked in this order, before and after the formats above.
-_NEVER_OURS = (
-    (r"\.lora_|^lora_|\.lora\.", "a LoRA: merge it into its base model first, or train on from it by config.lora.init"),
-    (
-        r"\.quant_state|\.absmax$|scale_weight$|^scaled_fp8$|\.input_scale$|\.weight_scale$",
-        "a quantised checkpoint: use the original weights",
-    ),
-    (
-        r"^model\.diffusion_model\.|^first_stage_model\.|^cond_stage_model\.|^conditioner\.|^text_encoders\.",
-        "an all-in-one checkpoint: use the transformer, autoencoder and text encoders as separate files",
-    ),
-    (r"^decoder\.block\.\d+\.layer", "a T5 with its decoder: use the encoder alone (FLUX's text_encoder_2)"),
-    (r"^controlnet_|^control_net", "a ControlNet"),
-)
-_OTHERS = (
-    (r"^joint_blocks\.|^joint_transformer_blocks\.|pos_embed\.proj\.weight", "a Stable Diffusion 3 transformer"),
-    (r"^down_blocks\.\d+\.(attentions|resnets)|^input_blocks\.", "a U-Net of Stable Diffusion"),
-    (r"^model\.layers\.\d+\.self_attn", "a language model"),
-    (r"^encoder\.layer\.\d+\.attention", "a BERT"),
-    (r"^visual\.trunk\.|^text\.transformer\.", "an open_clip model that is not of its plain ViT family"),
-    (r"^vision_model\.", "a vision transformer without its text half"),
-    (
-        r"^(double_blocks|single_blocks|img_attn|transformer_blocks|single_transformer_blocks)\b",
-        "a part of a FLUX transformer: give the folder, or the index.json that joins the parts",
-    ),
-)
 
-
-def _first_match(kinds: Iterable[tuple[str, str]], names: Iterable[str]) -> str | None:
-    for pattern, words in kinds:
-        if any(re.search(pattern, name) for name in names):
-            return words
-    return None
-
-
-def detect(specs: Mapping[str, Spec], where: Any) -> Format:
-    """The format of a weight file, from its tensor names. Raises UserError saying what the file looks like instead."""
-    words = _first_match(_NEVER_OURS, specs)
+def detect(specs: Mapping[str, Spec], where: Any, said: str = "") -> Format:
+    """The format of a weight file, from its tensor names. Raises UserError saying what the file is instead; ``said`` is
+    what a config beside it calls it."""
+    words = strangers.never_ours(specs)
     if words is None:
         for form in FORMATS:
             if any(all(mark in specs for mark in group) for group in form.marks):
                 return form
-        words = _first_match(_OTHERS, specs)
-    if words is None:
-        words = f"no network that is known here ({len(specs)} tensors, as {', '.join(list(specs)[:3])})"
-    raise UserError(f"{where} looks like {words}")
+        words = strangers.described(specs, "" if said in {form.config[1] for form in FORMATS} else said)
+    raise UserError(f"{where} {words}")
 
 
 def find(network: str, name: str) -> Format:
@@ -190,7 +162,7 @@ def open_network(path: pathlib.Path, network: str | None = None, name: str | Non
     """
     names = [file for file in sources.WEIGHT_FILES if name != "open_clip" or file.startswith("open_clip")]
     source = sources.open_source(path, names)
-    form = detect(source.specs, source.path)
+    form = detect(source.specs, source.path, _said(path / "config.json") if path.is_dir() else "")
     if network not in (None, form.network) or name not in (None, form.name):
         raise UserError(f"{source.path} looks like {form}; expected {' '.join(filter(None, (network, name)))}")
     return form, source
@@ -229,6 +201,12 @@ def parse_config(form: Format, content: Mapping[str, Any], where: Any) -> Any:
     return folder.make_config(form.network, dict(content), where)
 
 
+def _said(file: pathlib.Path) -> str:
+    """What a config.json of diffusers or transformers calls its network; "" if there is none."""
+    content = read_json(file) if file.is_file() else {}
+    return str(content.get("_class_name") or content.get("model_type") or "")
+
+
 def config_beside(form: Format, path: pathlib.Path) -> Any | None:
     """The config that lies in the folder of a weight file, None if there is none of this network.
 
@@ -238,8 +216,7 @@ def config_beside(form: Format, path: pathlib.Path) -> Any | None:
     file = place / form.config[0]
     if not file.is_file():
         return None
-    content = read_json(file)
-    said = str(content.get("_class_name") or content.get("model_type") or "")
+    content, said = read_json(file), _said(file)
     if said != form.config[1]:
         if path.is_dir():
             raise UserError(f"{file} describes {said or 'something unnamed'}, but the weights look like {form}")

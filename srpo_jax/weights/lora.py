@@ -1,4 +1,4 @@
-"""Low-rank factors in the files that others read, and merged into full weights.
+"""Low-rank factors in the files that others read, and merged into full weights. ``adapters`` reads such files.
 
     lora-diffusers   transformer.MODULE.lora_A.weight [r, in], .lora_B.weight [out, r]       diffusers, peft, ComfyUI
     lora-comfyui     lora_unet_MODULE.lora_down.weight [R, in], .lora_up.weight [out, R], .alpha   kohya's; ComfyUI, ...
@@ -11,7 +11,6 @@ second a layer that is fused (q, k and v; in single blocks the MLP's first as we
 their A stacked, their B on the diagonal of a matrix that is else 0, R = n r and alpha n times ours.
 """
 
-import json
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -19,9 +18,9 @@ import numpy as np
 
 from srpo_jax.errors import UserError
 from srpo_jax.models.flux import FluxConfig
-from srpo_jax.models.lora import STACKS, Lora, chosen, factor_shapes, product
+from srpo_jax.models.lora import Lora, factor_shapes, product
 from srpo_jax.weights import engine, flux, folder
-from srpo_jax.weights.engine import ParameterSource, Source
+from srpo_jax.weights.engine import ParameterSource
 from srpo_jax.weights.files import Spec
 from srpo_jax.weights.rules import Rule
 
@@ -94,73 +93,6 @@ def _pairs(
 def _output_shapes(rule: Rule, config: FluxConfig) -> list[tuple[int, ...]]:
     """What follows "in" in the shapes of a rule's kernels."""
     return [folder.shapes("flux", config)[name][2:] for name in rule.targets]
-
-
-def imported(config: FluxConfig, source: Source, lora: Lora, metadata: Mapping[str, str]) -> dict[str, np.ndarray]:
-    """Factors by dotted path, float32, from a file in the names of ``lora-diffusers``.
-
-    Args:
-      config: of the transformer.
-      source: the file's tensors.
-      lora: what is adapted; the factors are scaled to its alpha.
-      metadata: of the file: diffusers may note an alpha there (``ALPHA_NOTE``).
-
-    Raises UserError unless the file holds factors of this rank for exactly the layers that ``lora`` adapts.
-    """
-    if any(".lora_down." in name for name in source.specs):
-        raise UserError(f"{source.path} has kohya's names; load it with diffusers and save it in its own")
-    shapes = folder.shapes("flux", config)
-    stems = set(chosen(lora, [n.removesuffix(KERNEL) for n in shapes if n.startswith(STACKS) and n.endswith(KERNEL)]))
-    noted = _noted_alpha(source, metadata)
-    factors: dict[str, np.ndarray] = {}
-    used: set[str] = set()
-
-    def read(name: str) -> np.ndarray:
-        if name not in source.specs:
-            raise UserError(f"{source.path} lacks {name}, of a layer that lora.targets names")
-        used.add(name)
-        return np.asarray(source.read(name), np.float32)
-
-    for rule in flux.diffusers_rules(config).rules:
-        stem = rule.targets[0].removesuffix(KERNEL)
-        if stem not in stems:
-            continue
-        shape_a, shape_b = factor_shapes(shapes[stem + KERNEL], lora.rank)
-        a, b = np.empty(shape_a, np.float32), np.empty(shape_b, np.float32)
-        for layer in range(rule.layers):
-            downs, ups = [], []
-            for name in rule.layer_sources(layer):
-                module = f"transformer.{name.removesuffix('.weight')}"
-                down, up = read(f"{module}.lora_A.weight"), read(f"{module}.lora_B.weight")
-                if down.shape != (lora.rank, shape_a[1]) or up.shape[1:] != (lora.rank,):
-                    need = f"({lora.rank}, {shape_a[1]}) and (.., {lora.rank})"
-                    raise UserError(
-                        f"{source.path}: the factors of {module} have shapes {down.shape} and {up.shape}; "
-                        f"lora.rank={lora.rank} and this transformer need {need}"
-                    )
-                alpha = noted
-                if f"{module}.alpha" in source.specs:
-                    alpha = float(read(f"{module}.alpha"))
-                downs.append(down.T)
-                ups.append(up * np.float32(1 / lora.scale if alpha is None else alpha / lora.alpha))
-            a[layer] = downs[0] if a.ndim == 3 else np.stack(downs, 1)
-            (kernel,) = rule.transform.forward(ups)
-            b[layer] = kernel if b.ndim == 3 else np.moveaxis(kernel, 0, 1)
-        factors |= {stem + A: a, stem + B: b}
-    if rest := sorted(source.specs.keys() - used):
-        raise UserError(f"{source.path} holds {len(rest)} tensors that lora.targets does not name, as {rest[0]}")
-    return factors
-
-
-ALPHA_NOTE = "lora_adapter_metadata"  # in a file's header: peft's LoraConfig as JSON, keys after "transformer."
-
-
-def _noted_alpha(source: Source, metadata: Mapping[str, str]) -> float | None:
-    note = json.loads(metadata.get(ALPHA_NOTE, "{}"))
-    for key in ("alpha_pattern", "rank_pattern", "use_dora", "use_rslora"):
-        if note.get(f"transformer.{key}"):
-            raise UserError(f"{source.path} was made with peft's {key}, which is not supported")
-    return note.get("transformer.lora_alpha")
 
 
 class MergedSource:

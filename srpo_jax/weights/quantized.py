@@ -1,4 +1,4 @@
-"""Loads the transformer with the kernels of its blocks quantised, from the files of ``folder``.
+"""Loads a transformer with the kernels of its blocks quantised, from the files of ``folder``.
 
 A layer of a kernel at a time is read, placed as the kernel would be, quantised where it lies, and put into the stack:
 beside what stays, memory holds one layer of one kernel.
@@ -16,7 +16,6 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from srpo_jax.models.compute import Compute, Params, path_name
-from srpo_jax.models.lora import STACKS
 from srpo_jax.models.quantize import quantize
 from srpo_jax.weights import folder
 
@@ -25,6 +24,7 @@ PARTS = ("codes", "scales")  # of a ``quantize.QuantizedKernel``, in the order o
 
 def load(
     path: str | os.PathLike,
+    network: str,
     kind: str,
     compute: Compute,
     sharding: Callable[[str, tuple[int, ...]], NamedSharding],
@@ -33,24 +33,25 @@ def load(
 
     Args:
       path: the folder.
+      network: the transformer's name in ``folder.NETWORKS``.
       kind: of ``quantize.KINDS``.
       compute: execution options; what is not quantised is cast to ``compute.param_dtype``.
       sharding: as ``folder.load`` takes it; called for kernels, their codes and their scales.
 
     Raises UserError as ``folder.open_weights`` does.
     """
-    _, config, source = folder.open_weights(path, "flux")
-    dtype = np.dtype(compute.param_dtype)
+    _, config, source = folder.open_weights(path, network)
+    dtype, stacks = np.dtype(compute.param_dtype), folder.classes(network)[1].STACKS
 
     def read(key_path: tuple, leaf: jax.ShapeDtypeStruct) -> Any:
         name = path_name(key_path)
-        if name.startswith(STACKS) and name.endswith(".kernel"):
+        if name.startswith(stacks) and name.endswith(".kernel"):
             return _quantized(source, name, leaf.shape, kind, dtype, sharding)
         return jax.make_array_from_callback(
             leaf.shape, sharding(name, leaf.shape), lambda index: np.asarray(source.read(name)[index], dtype)
         )
 
-    return jax.tree_util.tree_map_with_path(read, folder.abstract("flux", config, compute)[1])
+    return jax.tree_util.tree_map_with_path(read, folder.abstract(network, config, compute)[1])
 
 
 def _quantized(source: Any, name: str, shape: tuple[int, ...], kind: str, dtype: Any, sharding: Callable) -> Params:

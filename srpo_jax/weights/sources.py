@@ -6,6 +6,7 @@ Torch is imported for pickles only, and these are read "weights only": a file th
 import functools
 import os
 import pathlib
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -23,12 +24,14 @@ WEIGHT_FILES = (
     "model.safetensors.index.json",
     "model.safetensors",
     "open_clip_model.safetensors",
+    "open_clip_pytorch_model.safetensors",
     "diffusion_pytorch_model.bin.index.json",
     "diffusion_pytorch_model.bin",
     "pytorch_model.bin.index.json",
     "pytorch_model.bin",
     "open_clip_pytorch_model.bin",
 )
+_INDEX = re.compile(r"\.index(\.\w+)?\.json$")
 # Wrappers that put their own word before every name: torch's data parallelism, and ComfyUI's saving nodes.
 WRAPPERS = ("module.", "model.diffusion_model.")
 
@@ -132,7 +135,7 @@ def open_file(path: pathlib.Path) -> Source:
 
     Raises UserError if it is neither safetensors nor a torch pickle, or is damaged.
     """
-    if path.name.endswith(".index.json"):
+    if _INDEX.search(path.name):
         return ShardedSource(path)
     try:
         kind = foreign_kind(path)
@@ -160,16 +163,35 @@ def open_source(path: str | os.PathLike, names: Sequence[str] = WEIGHT_FILES) ->
 
     Args:
       path: the file or folder.
-      names: what to look for in a folder; the first that is there is taken.
+      names: what to look for in a folder; the first that is there is taken, or else the first that is there as a
+        variant (``variant="fp16"`` of diffusers: ``model.fp16.safetensors``, ``model.safetensors.index.fp16.json``).
 
-    Raises UserError if there is nothing there, or nothing readable.
+    Raises UserError if there is nothing there, nothing readable, or several variants of a file.
     """
     path = pathlib.Path(path)
     if path.is_file():
         return open_file(path)
     if not path.is_dir():
         raise UserError(f"{path} does not exist")
-    present = [name for name in names if (path / name).is_file()]
+    present = [name for name in names if (path / name).is_file()] or _variants(path, names)
     if not present:
-        raise UserError(f"{path} holds no weights under a usual name, as {names[0]}; give the file itself")
+        others = sorted(f.name for f in path.iterdir() if f.suffix in (".safetensors", ".bin", ".pt", ".pth", ".ckpt"))
+        give = f"give the file itself, as {path / others[0]}" if others else "give the file itself"
+        raise UserError(f"{path} holds no weights under a usual name, as {names[0]}; {give}")
     return open_file(path / present[0])
+
+
+def _variants(path: pathlib.Path, names: Sequence[str]) -> list[str]:
+    """The file in a folder that is a variant of the first of ``names`` that has one. Raises UserError for several."""
+    files = sorted(file.name for file in path.iterdir() if file.is_file())
+    for name in names:
+        stem, _, rest = name.partition(".")
+        start, _, end = rest.rpartition(".")
+        # The word stands before the last suffix, of some older indices after the stem.
+        before_last = rf"{stem}{re.escape('.' + start if start else '')}\.\w+\.{end}"
+        found = [file for file in files if re.fullmatch(rf"{before_last}|{stem}\.\w+\.{re.escape(rest)}", file)]
+        if len(found) > 1:
+            raise UserError(f"{path} holds several variants: {', '.join(found)}; give the file itself")
+        if found:
+            return found
+    return []

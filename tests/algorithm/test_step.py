@@ -8,42 +8,35 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-
-from srpo_jax.algorithm import direct_align, flow, rewards, step
-from srpo_jax.algorithm.settings import Settings
-from srpo_jax.config import default
-from srpo_jax.models import autoencoder, clip, flux
-from srpo_jax.models.compute import Compute, bind, build, path_name
-from srpo_jax.optim import Optimizer
-
-BATCH, TEXT = 4, 5
-FLUX = flux.FluxConfig(
-    in_channels=64, out_channels=64, num_layers=1, num_single_layers=2, attention_head_dim=16, num_attention_heads=2,
-    joint_attention_dim=24, pooled_projection_dim=20, guidance_embeds=True, axes_dims_rope=(4, 6, 6),
-)  # fmt: skip
-VAE = autoencoder.AutoencoderConfig(block_out_channels=(8, 8, 8, 8), layers_per_block=1, norm_num_groups=4)
-CLIP = clip.ClipConfig(
-    clip.ClipTextConfig(50, 16, 32, 1, 2, 8, "gelu", 49),
-    clip.ClipVisionConfig(16, 32, 1, 2, 32, 16, "gelu"),
-    projection_dim=12,
+from helpers.updates import (
+    BATCH,
+    FLUX,
+    TEXT,
+    TOKENS,
+    assert_same_rollouts,
+    distance,
+    draw,
+    gradient,
+    images_of,
+    make_batch,
+    make_networks,
+    make_terms,
+    rolled_out_gradient,
+    run_update,
+    settings,
+    sgd,
 )
 
-
-def settings(**changes):
-    """A small recipe: 32x48 images, 3 rollout steps."""
-    config = default()
-    config.data.height, config.data.width = 32, 48
-    config.rollout.steps, config.rollout.noise = 3, "per_sample"
-    config.refl.late_steps = 2
-    return dataclasses.replace(Settings.from_config(config), **changes)
-
-
-def make_networks(compute):
-    flux_graph, params = build(lambda rngs: flux.Flux(FLUX, compute, rngs=rngs), seed=1)
-    vae_graph, vae = build(lambda rngs: autoencoder.Autoencoder(VAE, compute, rngs=rngs), seed=2)
-    clip_graph, clip_params = build(lambda rngs: clip.Clip(CLIP, compute, rngs=rngs), seed=3)
-    networks = step.Networks(flux_graph, True, vae_graph, {"clip": rewards.Reward(clip_graph, 32, "clip", 1.0)})
-    return networks, params, step.Frozen(vae, {"clip": clip_params})
+from srpo_jax.algorithm import direct_align, flow, step
+from srpo_jax.algorithm import networks as networks_lib
+from srpo_jax.algorithm.batch import Images, Rollout, join_batch, split_batch
+from srpo_jax.algorithm.methods import METHODS
+from srpo_jax.algorithm.preference import prepare
+from srpo_jax.algorithm.rollout import for_rollout, rollout
+from srpo_jax.families.flux import FLUX as FAMILY
+from srpo_jax.families.flux import image_ids, text_ids
+from srpo_jax.models import block_cache
+from srpo_jax.models.compute import Compute, bind, path_name
 
 
 @pytest.fixture(scope="module")
@@ -53,58 +46,12 @@ def tiny():
 
 @pytest.fixture(scope="module")
 def batch():
-    keys = iter(jax.random.split(jax.random.key(7), 5))
-    ids = {name: jax.random.randint(next(keys), (BATCH, 8), 0, 50) for name in ("positive", "negative", "caption")}
-    text = jax.random.normal(next(keys), (BATCH, TEXT, 24))
-    return step.Batch(text, jax.random.normal(next(keys), (BATCH, 20)), {"clip": ids})
-
-
-def roll_out(networks, settings, params, frozen, batch, draws):
-    """The batch with its latents, given or rolled out."""
-    return jax.jit(functools.partial(step.with_latents, networks, settings))(params, frozen, batch, draws)
-
-
-def rolled_out_gradient(networks, settings):
-    """``step.gradient`` from the rollout on, one program."""
-
-    @jax.jit
-    def run(params, frozen, batch, draws):
-        batch = step.with_latents(networks, settings, params, frozen, batch, draws)
-        return step.gradient(networks, settings, params, frozen, batch, draws)
-
-    return run
-
-
-def gradient(tiny, settings, batch, draws):
-    networks, params, frozen = tiny
-    return rolled_out_gradient(networks, settings)(params, frozen, batch, draws)
-
-
-def distance(a, b):
-    """Relative distance of two parameter trees."""
-    difference = optax.tree.norm(jax.tree.map(lambda x, y: x - y, a, b))
-    return float(difference / optax.tree.norm(b))
-
-
-def sgd(rate):
-    """Plain gradient descent, without a state."""
-
-    def apply(params, grads, state, key, norm):
-        return jax.tree.map(lambda p, g: p - rate * g, params, grads), state
-
-    return Optimizer(lambda params: (), apply)
-
-
-def run_update(tiny, settings, batch, key=0):
-    networks, params, frozen = tiny
-    optimizer = sgd(1.0)
-    state = step.TrainState(jnp.int32(0), params, optimizer.init(params), params if settings.ema_decay else None)
-    return jax.jit(step.make_update(networks, settings, optimizer))(state, frozen, batch, jax.random.key(key))
+    return make_batch()
 
 
 def test_the_batch_gradient_is_the_mean_over_samples(tiny, batch):
     recipe = settings()
-    draws = step.draw(recipe, jax.random.key(0), BATCH)
+    draws = draw(tiny[0], recipe)
     whole, metrics = gradient(tiny, recipe, batch, draws)
     one = rolled_out_gradient(tiny[0], recipe)
     singles = [one(tiny[1], tiny[2], *jax.tree.map(lambda x, i=i: x[i : i + 1], (batch, draws))) for i in range(BATCH)]
@@ -117,7 +64,7 @@ def test_the_batch_gradient_is_the_mean_over_samples(tiny, batch):
 def test_how_a_batch_passes_changes_nothing(tiny, batch, method):
     """In parts, its terms merged or in turn: the order of sums is all that differs."""
     if method.startswith("offline"):
-        batch = batch._replace(latents=jax.random.normal(jax.random.key(5), (BATCH, settings().tokens, 64)))
+        batch = batch._replace(latents=jax.random.normal(jax.random.key(5), (BATCH, *TOKENS)))
         method = "srpo"
     whole, metrics = run_update(tiny, settings(method=method), batch)
     moved = jax.tree.map(lambda a, b: a - b, whole.params, tiny[1])
@@ -133,33 +80,32 @@ def test_how_a_batch_passes_changes_nothing(tiny, batch, method):
 def test_weights_are_cast_before_they_are_used_many_times(batch):
     """Kernels and biases; the norms' scales stay float32. Gradients come back in the dtype of the masters."""
     made = make_networks(Compute(dtype=jnp.bfloat16))
-    networks, params, frozen = made
-    for path, leaf in jax.tree_util.tree_leaves_with_path(step.in_compute_dtype(networks, params)):
+    _, params, frozen = made
+    for path, leaf in jax.tree_util.tree_leaves_with_path(networks_lib.in_compute_dtype(made[0], params)):
         assert leaf.dtype == (jnp.float32 if path[-1].key == "scale" else jnp.bfloat16), path
     for merge in (False, True):
         recipe = settings(merge_terms=merge)
-        draws = step.draw(recipe, jax.random.key(0), BATCH)
-        made = batch._replace(latents=draws.noise)
-        grads, _ = jax.eval_shape(functools.partial(step.gradient, networks, recipe), params, frozen, made, draws)
+        draws = draw(made[0], recipe)
+        given = params, frozen, batch, Images(draws.noise, draws.noise), draws.own
+        grads, _ = jax.eval_shape(functools.partial(step.gradient, made[0], recipe), *given)
         assert jax.tree.map(lambda x: x.dtype, grads) == jax.tree.map(lambda x: x.dtype, params)
 
 
 def test_split_batch_takes_every_nth_sample():
-    parts = step.split_batch(jnp.arange(6), 2)
+    parts = split_batch(jnp.arange(6), 2)
     np.testing.assert_array_equal(parts, [[0, 2, 4], [1, 3, 5]])
 
 
-def test_noise_is_shared_or_per_sample():
-    shared = step.draw(settings(shared_noise=True), jax.random.key(0), BATCH).noise
-    own = step.draw(settings(), jax.random.key(0), BATCH).noise
+def test_noise_is_shared_or_per_sample(tiny):
+    shared = draw(tiny[0], settings(shared_noise=True)).noise
+    own = draw(tiny[0], settings()).noise
     assert (shared == shared[:1]).all()
     assert not (own == own[:1]).all(axis=(1, 2))[1:].any()
 
 
-def test_keys_give_other_numbers_and_the_same_key_the_same():
-    first, again, other = (step.draw(settings(), jax.random.key(k), BATCH) for k in (0, 0, 1))
-    assert (first.noise == again.noise).all() and (first.mid == again.mid).all()
-    assert not (first.noise == other.noise).any()
+def test_keys_give_other_numbers(tiny):
+    first, other = (draw(tiny[0], settings(), seed) for seed in (0, 1))
+    assert not (first.noise == other.noise).any() and not (first.own == other.own).all()
 
 
 @pytest.mark.parametrize("method", ["srpo", "direct_align", "refl", "draft_lv"])
@@ -167,17 +113,16 @@ def test_every_method_moves_every_parameter_and_raises_its_reward(tiny, batch, m
     """A small step along the gradient raises the objective: same noise, recomputed terms held fixed."""
     recipe = settings(method=method, margin=10.0)
     networks, params, frozen = tiny
-    draws = step.draw(recipe, jax.random.key(0), BATCH)
-    embeddings = step.embed_captions(networks, frozen, batch)
-    made = roll_out(networks, recipe, params, frozen, batch, draws)
-    terms = step.make_terms(recipe, made, draws, embeddings)
-    captions = {"clip": embeddings["clip"]["caption"]}
+    draws = draw(networks, recipe)
+    prepared = prepare(networks.rewards, frozen.rewards, batch.reward_tokens)
+    terms = make_terms(recipe, images_of(networks, recipe, params, frozen, batch, draws), draws)
 
     @jax.jit
     def total(params):
         count = terms.weight.shape[0]
         picked = [jax.tree.map(lambda x, i=i: x[i], terms) for i in range(count)]
-        return sum(step.term_loss(networks, recipe, params, frozen, batch, t, captions)[0] for t in picked)
+        given = networks, recipe, params, frozen, batch.condition
+        return sum(step.term_loss(*given, term, prepared)[0] for term in picked)
 
     grads, _ = gradient(tiny, recipe, batch, draws)
     assert distance(grads, jax.jit(jax.grad(total))(params)) < 1e-4
@@ -192,59 +137,52 @@ def test_every_method_moves_every_parameter_and_raises_its_reward(tiny, batch, m
 def test_refl_starts_from_a_late_state_of_the_rollout(tiny, batch):
     recipe = settings(method="refl")
     networks, params, frozen = tiny
-    draws = step.draw(recipe, jax.random.key(3), BATCH)
-    assert set(np.asarray(draws.stop)) <= {1, 2}
-    made = roll_out(networks, recipe, params, frozen, batch, draws)
-    terms = step.make_terms(recipe, made, draws, step.embed_captions(networks, frozen, batch))
+    draws = draw(networks, recipe, 3)
+    assert set(np.asarray(draws.own)) == {1, 2}
+    terms = make_terms(recipe, images_of(networks, recipe, params, frozen, batch, draws), draws)
     sigmas = flow.shifted_schedule(3, recipe.shift)
-    np.testing.assert_array_equal(terms.sigma_from[0], sigmas[np.asarray(draws.stop)])
+    np.testing.assert_array_equal(terms.sigma_from[0], sigmas[np.asarray(draws.own)])
     z = draws.noise
     for i in range(3):
-        here = np.asarray(draws.stop) == i
+        here = np.asarray(draws.own) == i
         np.testing.assert_allclose(terms.noisy[0][here], z[here], atol=1e-5)
-        z = flow.euler_step(
-            z, step.velocity(networks, recipe, params, batch, z, sigmas[i], 1.0), sigmas[i], sigmas[i + 1]
-        )
+        v = networks_lib.velocity(networks, recipe, params, batch.condition, z, sigmas[i], 1.0)
+        z = flow.euler_step(z, v, sigmas[i], sigmas[i + 1])
 
 
-def test_direct_align_weighs_noise_levels(tiny, batch):
+def test_direct_align_weighs_noise_levels(tiny):
     recipe = settings(method="direct_align", weights=(0.25, 1.0))
-    draws = step.draw(recipe, jax.random.key(0), BATCH)._replace(mid=jnp.array([5, 500, 995, 995]))
-    embeddings = step.embed_captions(tiny[0], tiny[2], batch)
-    made = batch._replace(latents=draws.noise)
-    terms = step.make_terms(recipe, made, draws, embeddings)
+    draws = draw(tiny[0], recipe)._replace(own=jnp.array([5, 500, 995, 995]))
+    terms = make_terms(recipe, Images(draws.noise, draws.noise), draws)
     np.testing.assert_allclose(terms.weight[0], np.linspace(0.25, 1.0, 1000)[[5, 500, 995, 995]], rtol=1e-5)
-    np.testing.assert_array_equal(terms.targets["clip"][0], embeddings["clip"]["caption"])
+    assert list(terms.coefficients) == ["caption"] and (terms.coefficients["caption"] == 1).all()
 
 
 def test_latents_of_the_batch_replace_the_rollout(tiny, batch):
     recipe = settings()
-    latents = jax.random.normal(jax.random.key(5), (BATCH, recipe.tokens, 64))
-    draws = step.draw(recipe, jax.random.key(0), BATCH)
-    embeddings = step.embed_captions(tiny[0], tiny[2], batch)
+    latents = jax.random.normal(jax.random.key(5), (BATCH, *TOKENS))
     networks, params, frozen = tiny
-    made = step.with_latents(networks, recipe, params, frozen, batch._replace(latents=latents), draws)
-    terms = step.make_terms(recipe, made, draws, embeddings)
-    levels = direct_align.denoising_step(recipe.grid, draws.mid)
+    draws = draw(networks, recipe)
+    made = step.images_of(networks, recipe, params, frozen, batch._replace(latents=latents), draws)
+    terms = make_terms(recipe, made, draws)
+    levels = direct_align.denoising_step(recipe.grid, draws.own)
     np.testing.assert_allclose(terms.noisy[0], flow.add_noise(latents, draws.noise, levels.sigma_from), atol=1e-6)
 
 
-@pytest.mark.parametrize("method", ["srpo", "direct_align", "draft_lv"])
+@pytest.mark.parametrize("method", ["srpo", "direct_align"])
 def test_pictures_that_a_rollout_would_have_made_give_its_gradient(tiny, batch, method):
     """Offline and online are one formula: they differ in where the clean latents come from and in nothing else."""
     recipe = settings(method=method)
     networks, params, frozen = tiny
     state, measured = run_update(tiny, recipe, batch, key=0)
     online = jax.tree.map(lambda old, new: old - new, params, state.params)
-    draws = step.draw(recipe, jax.random.key(0), BATCH)
-    made = jax.jit(functools.partial(step.rollout, networks, recipe))(params, batch, draws.noise)
-    offline = jax.jit(functools.partial(step.gradient, networks, recipe))
+    draws = draw(networks, recipe)
+    made = jax.jit(functools.partial(rollout, networks, recipe))(params, batch, draws.noise)[0]
+    offline = rolled_out_gradient(networks, recipe)
     grads, found = offline(params, frozen, batch._replace(latents=made), draws)
     assert distance(grads, online) < 1e-4
     for name, values in found.items():
-        # Several re-noisings share one name and its mean.
-        wanted = np.array([measured[f"{term}/{name}"] for term in recipe.term_names])
-        values = values if len(values) == len(wanted) else values.mean(keepdims=True)
+        wanted = [measured[f"{term}/{name}"] for term in METHODS[method].names(recipe)]
         np.testing.assert_allclose(values, wanted, rtol=1e-4, atol=1e-5)
     other, _ = offline(params, frozen, batch._replace(latents=made[::-1]), draws)
     assert distance(other, online) > 1e-2
@@ -256,15 +194,15 @@ def test_a_rollout_serves_several_updates(tiny, batch):
     networks, params, frozen = tiny
     optimizer = sgd(rate)
     update = jax.jit(step.make_update(networks, recipe, optimizer))
-    roll = jax.jit(functools.partial(step.rollout, networks, recipe))
+    roll = jax.jit(functools.partial(rollout, networks, recipe))
     grad = jax.jit(functools.partial(step.gradient, networks, recipe))
-    blank = jnp.full((BATCH, recipe.tokens, 64), jnp.nan)
-    state = step.TrainState(jnp.int32(0), params, optimizer.init(params), rollout=step.Rollout(blank, blank))
+    blank = jnp.full((BATCH, *TOKENS), jnp.nan)
+    state = step.TrainState(jnp.int32(0), params, optimizer.init(params), rollout=Rollout(blank, blank))
     for index, key in enumerate(jax.random.split(jax.random.key(0), 3)):
-        draws = step.draw(recipe, key, BATCH)
+        draws = step.draw(networks, recipe, key, BATCH)
         if index != 1:
-            made = step.Rollout(roll(state.params, batch, draws.noise), draws.noise)
-        grads, _ = grad(state.params, frozen, batch._replace(latents=made.latents), draws._replace(noise=made.noise))
+            made = Rollout(roll(state.params, batch, draws.noise)[0], draws.noise)
+        grads, _ = grad(state.params, frozen, batch, Images(*made), draws.own)
         before, (state, _) = state, update(state, frozen, batch, key)
         moved = jax.tree.map(lambda old, new: (old - new) / rate, before.params, state.params)
         assert distance(moved, grads) < 1e-3
@@ -276,35 +214,28 @@ def test_a_rollout_keeps_the_change_of_the_middle_blocks(tiny, batch):
     """Steps 0 and 2 of 4 run all blocks, 1 and 3 the double block alone."""
     recipe = settings(rollout_steps=4, cache=2, cache_ends=(1, 0))
     networks, params, _ = tiny
-    transformer, noise = bind(networks.transformer, params), step.draw(recipe, jax.random.key(0), BATCH).noise
-    cached = jax.jit(lambda *values: transformer.through_cache(*values, (1, 0)))
+    transformer, noise = bind(networks.transformer, params), draw(networks, recipe).noise
+    cached = jax.jit(lambda *values: block_cache.velocity(transformer, *values, (1, 0)))
     sigmas = flow.shifted_schedule(4, recipe.shift)
-    x, change = noise, transformer.no_change(BATCH, TEXT + recipe.tokens)
-    ids, scale = step.position_ids(recipe, batch), jnp.full((BATCH,), recipe.rollout_guidance)
+    x, change = noise, block_cache.no_change(transformer, BATCH, TEXT + TOKENS[0])
+    ids, scale = (image_ids(2, 3), text_ids(TEXT)), jnp.full((BATCH,), recipe.rollout_guidance)
+    text, pooled = batch.condition["text"], batch.condition["pooled"]
     for index in range(4):
         time = jnp.full((BATCH,), flow.truncate_time(sigmas[index]))
-        inputs = x, batch.text, transformer.modulations(batch.pooled, time, scale), *ids
+        inputs = x, text, transformer.modulations(pooled, time, scale), *ids
         v, change = cached(inputs, change, index in (0, 2))
         x = flow.euler_step(x, v, sigmas[index], sigmas[index + 1])
-    roll = jax.jit(functools.partial(step.rollout, networks, recipe))
-    np.testing.assert_allclose(roll(params, batch, noise), x, atol=1e-5)
-    plain = jax.jit(functools.partial(step.rollout, networks, dataclasses.replace(recipe, cache=1)))
-    assert np.abs(plain(params, batch, noise) - x).max() > 1e-3
-
-
-def assert_same_rollouts(networks, params, batch, recipes, stop=None):
-    noise = step.draw(recipes[0], jax.random.key(0), BATCH).noise
-    made = [
-        jax.jit(functools.partial(step.rollout, networks, recipe))(params, batch, noise, stop) for recipe in recipes
-    ]
-    np.testing.assert_allclose(*made, atol=1e-5)
+    roll = jax.jit(functools.partial(rollout, networks, recipe))
+    np.testing.assert_allclose(roll(params, batch, noise)[0], x, atol=1e-5)
+    plain = jax.jit(functools.partial(rollout, networks, dataclasses.replace(recipe, cache=1)))
+    assert np.abs(plain(params, batch, noise)[0] - x).max() > 1e-3
 
 
 @pytest.mark.parametrize("changes", [{}, {"solver": "ab2"}, {"rollout_dtype": "int8"}], ids=str)
 def test_a_cache_of_no_blocks_changes_nothing(tiny, batch, changes):
     plain = settings(rollout_steps=4, **changes)
     everything = dataclasses.replace(plain, cache=2, cache_ends=(FLUX.num_layers, FLUX.num_single_layers))
-    assert_same_rollouts(tiny[0], tiny[1], batch, (plain, everything), jnp.array([1, 2, 3, 4]))
+    assert_same_rollouts(tiny[0], tiny[1], batch, (plain, everything), jnp.array([[0], [1], [2], [3]]))
 
 
 @pytest.mark.parametrize(
@@ -315,10 +246,10 @@ def test_blocks_apart_make_the_same_rollout(tiny, batch, changes):
     stacked = settings(rollout_steps=3, **changes)
     apart = dataclasses.replace(stacked, rollout_unroll=True)
     networks, params, _ = tiny
-    assert_same_rollouts(networks, params, batch, (stacked, apart), jnp.array([1, 2, 3, 3]))
+    assert_same_rollouts(networks, params, batch, (stacked, apart), jnp.array([[0], [1], [2], [2]]))
 
     def shapes(recipe):
-        weights = jax.eval_shape(lambda params: step.for_rollout(networks, recipe, params)[1], params)
+        weights = jax.eval_shape(lambda params: for_rollout(networks, recipe, params)[1], params)
         return {path_name(path): leaf.shape for path, leaf in jax.tree_util.tree_leaves_with_path(weights)}
 
     before, after = shapes(stacked), shapes(apart)
@@ -331,8 +262,8 @@ def test_blocks_apart_make_the_same_rollout(tiny, batch, changes):
 
 
 def test_parts_of_a_batch_join_again():
-    parted = step.split_batch(jnp.arange(12).reshape(6, 2), 3)
-    np.testing.assert_array_equal(step.join_batch(parted), np.arange(12).reshape(6, 2))
+    parted = split_batch(jnp.arange(12).reshape(6, 2), 3)
+    np.testing.assert_array_equal(join_batch(parted), np.arange(12).reshape(6, 2))
 
 
 def test_moving_average(tiny, batch):
@@ -345,14 +276,15 @@ def test_rounded_times_are_bfloat16s(tiny, batch):
     """822 becomes 820 and 3500 becomes 3504, as under the released script's autocast."""
     seen = []
 
-    def spy(latents, text, pooled, time, guidance, *_):
-        seen.append((float(time[0]) * 1000, float(guidance[0]) * 1000))
-        return latents
+    class Spy(type(FAMILY)):
+        def prepare(self, transformer, condition, time, guidance):
+            seen.append((float(time[0]) * 1000, float(guidance[0]) * 1000))
 
-    networks = dataclasses.replace(tiny[0], transformer=None)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(step, "bind", lambda graphdef, params: spy)
-        x = jnp.zeros((BATCH, 6, 64))
-        for rounded in (False, True):
-            step.velocity(networks, settings(round_time=rounded), {}, batch, x, jnp.float32(0.8221), 3.5)
+        def velocity(self, transformer, x, *_):
+            return x
+
+    spied, x = dataclasses.replace(tiny[0], family=Spy()), jnp.zeros((BATCH, *TOKENS))
+    for rounded in (False, True):
+        recipe = settings(round_time=rounded)
+        networks_lib.velocity(spied, recipe, tiny[1], batch.condition, x, jnp.float32(0.8221), 3.5)
     np.testing.assert_allclose(seen, [(822, 3500), (820, 3504)], rtol=1e-6)

@@ -4,8 +4,8 @@ r"""Times an update beside the same update in PyTorch eager, on the CPU, in floa
 
 The sizes are those of `python -m srpo_jax.benchmark --preset=small`. PyTorch runs diffusers' transformer and
 autoencoder and transformers' CLIP (torch_baseline.py). First both compute the same losses and gradients; then each part
-is timed, a call of ours and one of theirs in turn, and the ratio is the median of the pairs'. --compile adds
-torch.compile, which needs a C++ compiler. Threads are the cores that the process may use.
+is timed, a call of ours and one of theirs in turn, and the ratio is the median of the pairs'. Threads are the cores
+that the process may use.
 """
 
 import json
@@ -15,21 +15,24 @@ import statistics
 import sys
 import time
 
-os.environ.setdefault("XLA_FLAGS", "")  # the tests' own flags, which importing conftest would set, make slow programs
-import conftest  # noqa: F401  (makes torchvision importable, which diffusers wants)
+sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))  # the helpers
+import helpers.torchvision_operators  # noqa: F401  (diffusers wants torchvision)
 import jax
 import jax.numpy as jnp
 import numpy as np
-import test_step
 import torch
 import torch_baseline
-from absl import flags
+from helpers import updates
 
-from srpo_jax import benchmark, command, errors, program, sharding
+from srpo_jax import command, errors, program, sharding, validation
 from srpo_jax import config as config_lib
-from srpo_jax.algorithm import step
-from srpo_jax.algorithm.settings import Settings
-from srpo_jax.costs import flops, parts
+from srpo_jax.algorithm import preference, step
+from srpo_jax.algorithm.batch import Batch, Draws
+from srpo_jax.algorithm.methods import METHODS
+from srpo_jax.algorithm.networks import Frozen
+from srpo_jax.algorithm.preference import VARIANTS
+from srpo_jax.architectures import Architecture
+from srpo_jax.costs import parts, presets, timing, work
 from srpo_jax.models import compute
 from srpo_jax.models.compute import Compute
 from srpo_jax.weights import engine, flux, folder
@@ -48,20 +51,21 @@ def random_params(network: str, config, seed: int):
     )
 
 
-def same_inputs(architecture: program.Architecture, settings: Settings, count: int, length: int):
+def same_inputs(architecture: Architecture, built: program.Program, count: int, length: int):
     """A random batch of ours and its draws."""
     generator = np.random.default_rng(0)
     ids = {}
     for name, sizes in architecture.rewards.items():
         text = sizes.text_config
         shape = (count, text.max_position_embeddings)
-        ids[name] = {key: generator.integers(1, text.eos_token_id, shape, np.int32) for key in program.CAPTIONS}
+        ids[name] = {key: generator.integers(1, text.eos_token_id, shape, np.int32) for key in VARIANTS}
         for row in ids[name].values():
             row[:, -1] = text.eos_token_id
     transformer = architecture.transformer
     text = generator.standard_normal((count, length, transformer.joint_attention_dim), np.float32)
     pooled = generator.standard_normal((count, transformer.pooled_projection_dim), np.float32)
-    return step.Batch(text, pooled, ids), step.draw(settings, jax.random.key(1), count)
+    draws = step.draw(built.networks, built.settings, jax.random.key(1), count)
+    return Batch({"text": text, "pooled": pooled}, ids), draws
 
 
 # Pixels are clipped to 0 .. 1, and the gradient of one that is clipped is 0. Rounding, up to 4e-6 in a pixel here,
@@ -69,17 +73,17 @@ def same_inputs(architecture: program.Architecture, settings: Settings, count: i
 BORDER = 2e-5
 
 
-def clear_of_the_border(built, params, frozen, batch, draws) -> step.Draws:
+def clear_of_the_border(built, params, frozen, batch, draws) -> Draws:
     """The draws with other noise for the samples of which a pixel lies within ``BORDER`` of being clipped."""
     networks, settings = built.networks, built.settings
 
     @jax.jit
     def touches(draws):
-        made = step.with_latents(networks, settings, params, frozen, batch, draws)
-        terms = step.make_terms(settings, made, draws, step.embed_captions(networks, frozen, batch))
-        decoded = jax.lax.map(
-            lambda term: step.run_term(networks, settings, params, frozen, batch, term).decoded, terms
-        )
+        images = step.images_of(networks, settings, params, frozen, batch, draws)
+        terms = METHODS[settings.method].terms(settings, images, draws.own)
+        prepared = preference.prepare(networks.rewards, frozen.rewards, batch.reward_tokens)
+        given = networks, settings, params, frozen, batch.condition
+        decoded = jax.lax.map(lambda term: step.run_term(*given, term, prepared).decoded, terms)
         pixels = decoded / 2 + 0.5
         return (jnp.minimum(jnp.abs(pixels), jnp.abs(pixels - 1)) < BORDER).any((0, 2, 3, 4))
 
@@ -95,7 +99,7 @@ def clear_of_the_border(built, params, frozen, batch, draws) -> step.Draws:
 def compare(built, architecture, params, frozen, batch, draws, theirs) -> dict[str, float]:
     """The relative differences of the losses and of the whole gradient. Fails if they are not those of rounding."""
     draws = clear_of_the_border(built, params, frozen, batch, draws)
-    gradient = test_step.rolled_out_gradient(built.networks, built.settings)
+    gradient = updates.rolled_out_gradient(built.networks, built.settings)
     ours, metrics = gradient(params, frozen, batch, draws)
     losses = theirs.gradient(torch_baseline.inputs_of(batch, draws))
     table = flux.diffusers_rules(architecture.transformer)
@@ -150,8 +154,8 @@ def ours_prepared(part: parts.Part):
     def call() -> None:
         nonlocal values
         result = jax.block_until_ready(compiled(*values))
-        if part.name in benchmark.AGAIN:
-            values = benchmark.AGAIN[part.name](values, result)
+        if part.name in timing.AGAIN:
+            values = timing.AGAIN[part.name](values, result)
 
     return seconds, call
 
@@ -171,37 +175,33 @@ def timed_in_turn(calls: dict, runs: int) -> dict[str, list[float]]:
     return taken
 
 
-def main() -> None:
-    """Runs the command line."""
-    if {"--help", "-h"} & set(sys.argv[1:]):
-        print(__doc__)
-        return
-
-    def define(values: flags.FlagValues) -> None:
-        flags.DEFINE_boolean("compile", False, "", flag_values=values)
-        flags.DEFINE_integer("device-batch", 8, "", lower_bound=1, flag_values=values)
-        flags.DEFINE_integer("runs", 5, "", lower_bound=1, flag_values=values)
-        flags.DEFINE_string("json", None, "", flag_values=values)
-
-    case = benchmark.PRESETS["small"]()
-    config, values = command.parse(sys.argv, "python tests/compare/side_by_side.py", define, lambda _: case.config)
-    config.data.batch_size = values["device-batch"]
-    config_lib.validate(config, paths=False)
-    run(config, case.architecture, values)
+def main(arguments: list[str] | None = None) -> None:
+    """Runs the command line. Raises UserError."""
+    parser = command.parser("side_by_side", __doc__)
+    parser.prog = "python tests/compare/side_by_side.py"
+    parser.add_argument("--compile", action="store_true", help="time torch.compile too, which needs a C++ compiler")
+    words = "samples of a batch (default: 8)"
+    parser.add_argument("--device-batch", type=command.at_least(1), default=8, metavar="N", help=words)
+    words = "timed calls of each part (default: 5)"
+    parser.add_argument("--runs", type=command.at_least(1), default=5, metavar="N", help=words)
+    parser.add_argument("--json", type=command.local, metavar="FILE", help="for everything measured")
+    preset = presets.PRESETS["small"]()
+    config, values = command.parse_recipe(parser, arguments, lambda _: preset.config)
+    config.data.batch_size = values.device_batch
+    validation.validate(config, paths=False)
+    run(config, preset.architecture, values)
 
 
 def run(config, architecture, values) -> dict:
     """Compares, times and prints; writes the file that ``--json`` names; returns its content."""
-    count, runs = config.data.batch_size, values["runs"]
+    count, runs = config.data.batch_size, values.runs
     threads = len(os.sched_getaffinity(0))
     torch.set_num_threads(threads)
     built = program.build(config, sharding.make_mesh(config.mesh), architecture)
     params = random_params("flux", architecture.transformer, 1)
     ((name, towers),) = architecture.rewards.items()
-    frozen = step.Frozen(
-        random_params("autoencoder", architecture.autoencoder, 2), {name: random_params("clip", towers, 3)}
-    )
-    batch, draws = same_inputs(architecture, built.settings, count, config.data.text_length)
+    frozen = Frozen(random_params("autoencoder", architecture.autoencoder, 2), {name: random_params("clip", towers, 3)})
+    batch, draws = same_inputs(architecture, built, count, config.data.text_length)
     inputs = torch_baseline.inputs_of(batch, draws)
 
     def baseline():
@@ -212,7 +212,7 @@ def run(config, architecture, values) -> dict:
     print(f"same losses within {difference['losses']:.1g}, same gradient within {difference['gradient']:.1g}")
 
     theirs = {"eager": torch_parts(baseline(), inputs, count)}
-    if values["compile"]:
+    if values.compile:
         compiled = baseline()
         compiled.transformer.forward = torch.compile(compiled.transformer.forward)
         compiled.vae.decode = torch.compile(compiled.vae.decode)
@@ -226,7 +226,7 @@ def run(config, architecture, values) -> dict:
     apart = program.build(in_turn, built.mesh, architecture)
     ours = {part.name: part for part in parts.take_apart(in_turn, apart)}
     ours["update"] = parts.Part("update", built.update, (built.state, built.frozen, built.batch), 1)
-    work = flops.update(in_turn, architecture)
+    counted = work.update(in_turn, architecture)
     print(f"{threads} threads; batch {count}; seconds a call, and how many times faster ours is")
     print(f"{'part':<12} {'GFLOP':>8} {'ours':>8} {'compile':>8}" + "".join(f" {kind:>9} {'':>6}" for kind in theirs))
     for part in PARTS:
@@ -237,7 +237,7 @@ def run(config, architecture, values) -> dict:
             calls[part]()
             first[f"{kind}_first"] = time.perf_counter() - started
         taken = timed_in_turn({"ours": call, **{kind: calls[part] for kind, calls in theirs.items()}}, runs)
-        total = sum(w.model for w in work.values()) if part == "update" else work[part].model / ours[part].calls
+        total = sum(w.model for w in counted.values()) if part == "update" else counted[part].model / ours[part].calls
         row = {name: statistics.median(seconds) for name, seconds in taken.items()}
         row |= {"compile_seconds": compile_seconds, "model_flops": total, **first}
         line = f"{part:<12} {total / 1e9:8.4g} {row['ours']:8.4f} {compile_seconds:8.2f}"
@@ -247,8 +247,8 @@ def run(config, architecture, values) -> dict:
             line += f" {row[kind]:9.4f} {row[f'{kind}_ratio']:5.2f}x"
         print(line, flush=True)
         report["parts"][part] = row
-    if values["json"]:
-        pathlib.Path(values["json"]).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    if values.json:
+        values.json.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     return report
 
 

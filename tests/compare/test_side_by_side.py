@@ -4,21 +4,24 @@ import side_by_side
 import torch_baseline
 from helpers import tiny
 
-from srpo_jax import benchmark, program, sharding
-from srpo_jax.algorithm import step
+from srpo_jax import program, sharding
+from srpo_jax.algorithm.networks import Frozen
+from srpo_jax.architectures import Architecture
+from srpo_jax.costs import presets
+from srpo_jax.families.flux import FLUX
 
 
 def test_both_compute_the_same(tmp_path):
     config = tiny.config(tmp_path, data__height=64, data__width=96, optim__merge_terms=True)
-    rewards = benchmark.PRESETS["small"]().architecture.rewards
-    architecture = program.Architecture(tiny.FLUX, tiny.VAE, rewards)
+    rewards = presets.PRESETS["small"]().architecture.rewards
+    architecture = Architecture(FLUX, tiny.FLUX, tiny.VAE, {}, rewards)
     built = program.build(config, sharding.make_mesh(config.mesh), architecture)
     params = side_by_side.random_params("flux", tiny.FLUX, 1)
-    frozen = step.Frozen(
+    frozen = Frozen(
         side_by_side.random_params("autoencoder", tiny.VAE, 2),
         {"clip": side_by_side.random_params("clip", rewards["clip"], 3)},
     )
-    batch, draws = side_by_side.same_inputs(architecture, built.settings, 2, tiny.LENGTH)
+    batch, draws = side_by_side.same_inputs(architecture, built, 2, tiny.LENGTH)
     theirs = torch_baseline.Update(
         built.settings, *torch_baseline.build(architecture, params, frozen), "clip", config.optim
     )

@@ -11,9 +11,12 @@ import numpy as np
 import torch
 import transformers
 
-from srpo_jax.algorithm import flow, rewards, step
+from srpo_jax.algorithm import flow
+from srpo_jax.algorithm.batch import Batch, Draws
 from srpo_jax.algorithm.settings import Settings
+from srpo_jax.families.flux import image_ids
 from srpo_jax.program import Architecture
+from srpo_jax.rewards.clip import MEAN, STD, TEMPERATURE_DIVISOR
 from srpo_jax.weights import autoencoder, clip, engine, flux
 
 
@@ -71,7 +74,7 @@ class Update:
             transformer.parameters(), lr=optim.learning_rate, betas=(optim.b1, optim.b2), eps=optim.eps,
             weight_decay=optim.weight_decay, fused=True,
         )  # fmt: skip
-        self.image_ids = torch.from_numpy(flow.image_ids(settings.latent_height, settings.latent_width))
+        self.image_ids = torch.from_numpy(image_ids(settings.height // 16, settings.width // 16))
         self.sigmas = flow.shifted_schedule(settings.rollout_steps, settings.shift)
 
     def velocity(self, x, inputs: Inputs, sigma, guidance: float):
@@ -98,7 +101,7 @@ class Update:
 
     def decode(self, x):
         """Packed latents to the decoder's output [B, 3, H, W]."""
-        rows, columns = self.settings.latent_height // 2, self.settings.latent_width // 2
+        rows, columns = self.settings.height // 16, self.settings.width // 16
         x = x.reshape(len(x), rows, columns, 16, 2, 2).permute(0, 3, 1, 4, 2, 5)
         x = x.reshape(len(x), 16, 2 * rows, 2 * columns)
         config = self.vae.config
@@ -115,7 +118,7 @@ class Update:
             image = torch.nn.functional.interpolate(image, shape, mode="bicubic", antialias=True)
         top, left = round((image.shape[-2] - size) / 2), round((image.shape[-1] - size) / 2)
         image = image[..., top : top + size, left : left + size]
-        return (image - torch.tensor(rewards.MEAN)[:, None, None]) / torch.tensor(rewards.STD)[:, None, None]
+        return (image - torch.tensor(MEAN)[:, None, None]) / torch.tensor(STD)[:, None, None]
 
     def score(self, decoded, target):
         """The reward [B] of pictures by text directions [B, E]."""
@@ -123,7 +126,7 @@ class Update:
         product = (features * target).sum(-1)
         if self.kind == "hps":
             return product
-        return product * self.reward.logit_scale.exp() / rewards.TEMPERATURE_DIVISOR
+        return product * self.reward.logit_scale.exp() / TEMPERATURE_DIVISOR
 
     @torch.no_grad()
     def captions(self, inputs: Inputs):
@@ -181,9 +184,10 @@ def _unit(features):
     return features / features.norm(dim=-1, keepdim=True)
 
 
-def inputs_of(batch: step.Batch, draws: step.Draws) -> Inputs:
+def inputs_of(batch: Batch, draws: Draws) -> Inputs:
     """The same inputs as ours."""
-    (ids,) = batch.reward_ids.values()
-    arrays = (batch.text, batch.pooled, draws.noise, draws.mid, ids["positive"], ids["negative"])
+    (ids,) = batch.reward_tokens.values()
+    given = batch.condition["text"], batch.condition["pooled"]
+    arrays = (*given, draws.noise, draws.own, ids["positive"], ids["negative"])
     text, pooled, noise, mid, positive, negative = (torch.from_numpy(np.array(array)) for array in arrays)
     return Inputs(text, pooled, noise, mid.long(), positive.long(), negative.long())

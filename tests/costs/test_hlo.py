@@ -1,14 +1,11 @@
 """Collectives read from compiled programs: known ones on eight virtual CPU devices, and the dialects of TPU and GPU."""
 
 import json
-import os
-import pathlib
-import subprocess
-import sys
 
 import jax
 import jax.numpy as jnp
 import pytest
+from helpers import children
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
@@ -41,16 +38,7 @@ def compile_known_collectives():
 
 
 def test_known_collectives():
-    tests = pathlib.Path(__file__).parents[1]
-    flags = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
-    child = subprocess.run(
-        [sys.executable, "-c", "import test_hlo; test_hlo.compile_known_collectives()"],
-        env=os.environ | {"PYTHONPATH": f"{tests}:{tests.parent}", "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},
-        capture_output=True,
-        text=True,
-    )
-    assert child.returncode == 0, child.stderr
-    found, unknown = hlo.collectives(json.loads(child.stdout), 8)
+    found, unknown = hlo.collectives(children.call(compile_known_collectives), 8)
     assert not unknown
     table = {(item.kind, item.bytes, item.runs): item for item in found}
     rows, columns = ((0, 1, 2, 3), (4, 5, 6, 7)), ((0, 4), (1, 5), (2, 6), (3, 7))
@@ -153,6 +141,36 @@ def test_dialects():
         hlo.Collective("reduce-scatter", "reduce-scatter-start.1", 32, ((0, 4), (1, 5), (2, 6), (3, 7)), 1),
     )
     assert found[0].traffic == 7 / 8 * 64 * 128 * 2
+
+
+# What libtpu 0.0.42 writes for two slices of 2x2: a sum of each chip's array with the other slice's, by the hosts.
+SLICES = """HloModule jit_f, is_scheduled=true
+
+ENTRY %main (x: f32[256,2048]) -> f32[512,8,128] {
+  %x = f32[256,2048]{1,0:T(8,128)} parameter(0)
+  %bitcast.1 = f32[512,8,128]{2,1,0:T(8,128)} bitcast(%x)
+  %after-all = token[] after-all(), frontend_attributes={MegascaleRendezvousKeyName="all-reduce.1_0"}
+  %send = (f32[512,8,128]{2,1,0:T(8,128)}, u32[], token[]) send(%bitcast.1, %after-all), channel_id=2, is_host_transfer=true, frontend_attributes={_xla_host_transfer_handler_name="xla_megascale_runtime",_xla_host_transfer_rendezvous="all-reduce.1_0",_xla_megascale_reduce_operation="SUM",_xla_megascale_target="{1,2}x{0:3}",_xla_megascale_transfer_type="ALL_REDUCE"}
+  %send-done = token[] send-done(%send), channel_id=2, is_host_transfer=true, frontend_attributes={_xla_host_transfer_handler_name="xla_megascale_runtime"}
+  %recv = (f32[512,8,128]{2,1,0:T(8,128)}, u32[], token[]) recv(%after-all), channel_id=1, is_host_transfer=true, frontend_attributes={_xla_host_transfer_handler_name="xla_megascale_runtime",_xla_host_transfer_rendezvous="all-reduce.1_0",_xla_megascale_reduce_operation="SUM",_xla_megascale_target="{1,2}x{0:3}",_xla_megascale_transfer_type="ALL_REDUCE"}
+  %recv-done = (f32[512,8,128]{2,1,0:T(8,128)}, token[]) recv-done(%recv), channel_id=1, is_host_transfer=true, frontend_attributes={_xla_host_transfer_handler_name="xla_megascale_runtime"}
+  ROOT %get-tuple-element.2 = f32[512,8,128]{2,1,0:T(8,128)} get-tuple-element(%recv-done), index=0
+}
+"""  # noqa: E501
+
+
+def test_transfers_between_slices():
+    found, unknown = hlo.collectives(SLICES, 8)
+    pairs = ((0, 4), (1, 5), (2, 6), (3, 7))
+    assert found == (hlo.Collective("all-reduce", "send", 256 * 2048 * 4, pairs, 1),) and not unknown
+    assert found[0].traffic == 256 * 2048 * 4
+    four = SLICES.replace("{1,2}x{0:3}", "{1:4}x{0,1}")
+    assert hlo.collectives(four, 8).found[0].groups == ((0, 2, 4, 6), (1, 3, 5, 7))
+    # Other transfers to the host are none of it.
+    assert hlo.collectives(SLICES.replace("_xla_megascale_transfer_type", "_xla_other"), 8).found == ()
+    for wrong in (("ALL_REDUCE", "NEWS"), ("{1,2}x{0:3}", "all")):
+        with pytest.raises(ValueError, match="between slices not understood"):
+            hlo.collectives(SLICES.replace(*wrong), 8)
 
 
 def test_a_loop_of_unknown_length_is_named():

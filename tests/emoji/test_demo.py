@@ -52,7 +52,7 @@ def test_distance_is_zero_for_the_artists_pictures():
 
 @pytest.mark.parametrize("flag", ["--concepts=0", "--concepts=60", "--seeds=65"])
 def test_bad_numbers_are_refused(flag, tmp_path):
-    with pytest.raises(UserError, match=f"{flag}: give a number from 1 to"):
+    with pytest.raises(UserError, match=f"{flag}: must be from 1 to"):
         demo.main([f"--out={tmp_path}", flag])
     assert list(tmp_path.iterdir()) == []
 

@@ -1,34 +1,35 @@
 """The judge: its probabilities are CLIP's, and it knows the pictures that it judges by."""
 
 import pathlib
+import shutil
 
 import numpy as np
 import pytest
+from helpers import tiny
 
 from srpo_jax import convert, text
-from srpo_jax.algorithm import rewards
-from srpo_jax.emoji import pictures, tokenizers, world
+from srpo_jax.emoji import pictures, world
 from srpo_jax.emoji.judge import Judge, Judgement
 from srpo_jax.models import clip
-from srpo_jax.models.compute import Compute, bind, build
+from srpo_jax.models.compute import bind
+from srpo_jax.rewards import clip as clip_rewards
 from srpo_jax.weights import folder
 
-LENGTH = 12
+LENGTH = 16
 
 
 @pytest.fixture(scope="module")
-def tiny(tmp_path_factory):
-    """A folder with a small random CLIP and a tokenizer of the world's words."""
-    path = tmp_path_factory.mktemp("judge")
-    prompts = [world.prompt(concept, style) for concept in world.world() for style in world.STYLES]
-    vocabulary = tokenizers.train_clip_tokenizer(prompts, path / "tokenizer", LENGTH)
+def tiny_judge(tmp_path_factory, word_tokenizers):
+    """A folder with a small random CLIP and a tokenizer of the world's words, and the CLIP itself."""
+    path, vocabulary = tmp_path_factory.mktemp("judge"), word_tokenizers["clip"].size
+    shutil.copytree(word_tokenizers["clip"].folder, path / "tokenizer")
     config = clip.ClipConfig(
         clip.ClipTextConfig(vocabulary, 16, 32, 1, 2, LENGTH, "gelu", eos_token_id=vocabulary - 1),
         clip.ClipVisionConfig(16, 32, 1, 2, 32, 16, "gelu"),
         8,
     )
-    graphdef, params = build(lambda rngs: clip.Clip(config, Compute(), rngs=rngs))
-    folder.save(path, "clip", config, params)
+    tiny.save_random(path, "clip", config, 1)
+    _, graphdef, params = folder.load(path, "clip")
     return path, bind(graphdef, params)
 
 
@@ -36,8 +37,8 @@ def draw(style: str, count: int) -> np.ndarray:
     return pictures.load(world.world()[:count], [style])[0]
 
 
-def test_probabilities_are_the_softmax_over_all_prompts(tiny):
-    path, model = tiny
+def test_probabilities_are_the_softmax_over_all_prompts(tiny_judge):
+    path, model = tiny_judge
     images = draw("3D", 5)
     judgement = Judge(path)(images, batch=3)
 
@@ -46,17 +47,19 @@ def test_probabilities_are_the_softmax_over_all_prompts(tiny):
         [f"{style}. {concept.caption}" for style in world.STYLES for concept in world.world()],
         LENGTH,
     )
-    image = np.asarray(rewards.unit(model.encode_image(rewards.preprocess(images.astype(np.float32) / 255, 32))))
-    logits = np.exp(float(model.logit_scale[...])) * image @ np.asarray(rewards.unit(model.encode_text(ids))).T
+    image = np.asarray(
+        clip_rewards.unit(model.encode_image(clip_rewards.preprocess(images.astype(np.float32) / 255, 32)))
+    )
+    logits = np.exp(float(model.logit_scale[...])) * image @ np.asarray(clip_rewards.unit(model.encode_text(ids))).T
     joint = np.exp(logits - logits.max(-1, keepdims=True))
     joint = (joint / joint.sum(-1, keepdims=True)).reshape(5, 3, -1)
     np.testing.assert_allclose(judgement.styles, joint.sum(2), rtol=1e-3, atol=1e-6)
     np.testing.assert_allclose(judgement.concepts, joint.sum(1), rtol=1e-3, atol=1e-6)
 
 
-def test_numbers_and_bytes_are_the_same_draw(tiny):
+def test_numbers_and_bytes_are_the_same_draw(tiny_judge):
     images = draw("Flat", 2)
-    judge = Judge(tiny[0])
+    judge = Judge(tiny_judge[0])
     np.testing.assert_allclose(judge(images).styles, judge(images / np.float32(255)).styles, rtol=1e-6)
 
 

@@ -10,11 +10,11 @@ import torch
 import transformers
 from helpers import parity
 
-from srpo_jax.algorithm import rewards
-from srpo_jax.emoji import degrade, train_clip
+from srpo_jax.emoji import train_clip
 from srpo_jax.emoji.pictures import SIZE
 from srpo_jax.models.clip import Clip
 from srpo_jax.models.compute import Compute, bind, build
+from srpo_jax.rewards import clip as clip_rewards
 from srpo_jax.weights import engine
 
 STYLES = train_clip.STYLES
@@ -22,7 +22,7 @@ RECIPE = train_clip.Recipe(
     "train", 3, 16, 1, 2, 16, steps=4, concepts=3, world_share=0.4, rate=1e-2, blend=0.5,
     text_width=32, text_layers=1, embedding=8,
 )  # fmt: skip
-CONFIG = train_clip.make_config(RECIPE, 30)
+CONFIG = train_clip.clip_config(RECIPE, 30)
 
 
 @pytest.fixture(scope="module")
@@ -36,24 +36,14 @@ def pictures(*shape):
     return np.random.default_rng(0).integers(0, 256, (*shape, SIZE, SIZE, 3), np.uint8)
 
 
-def test_degrade():
-    """Pictures stay in [0, 1], change differently from each other, and equally under the same key."""
-    images, worse = jnp.asarray(pictures(32)) / 255, jax.jit(degrade.degrade)
-    once, again, other = (worse(images, jax.random.key(i)) for i in (0, 0, 1))
-    assert once.shape == images.shape and 0 <= float(once.min()) and float(once.max()) <= 1
-    np.testing.assert_array_equal(once, again)
-    assert np.all(np.abs(once - other).mean((1, 2, 3)) > 0)
-    assert float(worse(jnp.ones_like(images), jax.random.key(2)).mean()) > 0.97  # paper stays white
-
-
-def test_choose():
+def test_choose_concepts():
     """Concepts of a batch differ, the share of favoured ones is kept, and a step's batch is always the same."""
     known, favoured = np.arange(10, 30), np.array([12, 15, 18])
     recipe = dataclasses.replace(RECIPE, concepts=6, world_share=0.5)
-    batches = [train_clip.choose(recipe, step, known, favoured) for step in range(20)]
+    batches = [train_clip.choose_concepts(recipe, step, known, favoured) for step in range(20)]
     for step, batch in enumerate(batches):
         assert len(set(batch)) == 6 and set(favoured) <= set(batch) <= set(known)
-        np.testing.assert_array_equal(batch, train_clip.choose(recipe, step, known, favoured))
+        np.testing.assert_array_equal(batch, train_clip.choose_concepts(recipe, step, known, favoured))
     assert len({tuple(batch) for batch in batches}) > 15
 
 
@@ -89,33 +79,43 @@ def test_see_places(clip):
     places = np.asarray(vision["position_embedding"][1:])
     distances = np.linalg.norm(places[:, None] - places[None], axis=-1)
     assert distances[~np.eye(len(places), dtype=bool)].min() > 0.1
-    patches = rewards.preprocess(jnp.asarray(pictures(1)) / 255, SIZE)[0, :16, :16], jnp.ones((16, 16, 3))
+    patches = clip_rewards.preprocess(jnp.asarray(pictures(1)) / 255, SIZE)[0, :16, :16], jnp.ones((16, 16, 3))
     drawn, white = (np.linalg.norm(jnp.einsum("abc,abcd", x, vision["patch_embedding"]["kernel"])) for x in patches)
     assert white < 1e-3 * drawn
 
 
-def test_resuming_changes_nothing(tmp_path, monkeypatch):
+def test_resuming_changes_nothing(tmp_path, monkeypatch, capsys):
     """A run that is broken off goes on from its checkpoint to the same parameters, bit for bit."""
     images, rng = pictures(5, STYLES), np.random.default_rng(1)
     ids = rng.integers(0, 28, (6, STYLES + 1, train_clip.LENGTH)).astype(np.int32)
     ids[..., -1] = 29
 
-    def fit(workdir):
-        return train_clip.fit(RECIPE, CONFIG, images, ids, np.arange(5), np.arange(3), workdir, save_every=2)[1]
+    real, made = train_clip.make_clip_update, []
 
-    whole = fit(tmp_path / "whole")
-    choose = train_clip.choose
+    def make_once(*args):  # so that it compiles once
+        made.extend([] if made else [real(*args)])
+        return made[0]
+
+    monkeypatch.setattr(train_clip, "make_clip_update", make_once)
+
+    def train(workdir):
+        rows = np.arange(5), np.arange(3)
+        return train_clip.train_network("reward", RECIPE, CONFIG, images, ids, *rows, workdir, every=2)[1]
+
+    whole = train(tmp_path / "whole")
+    choose = train_clip.choose_concepts
 
     def broken(recipe, step, *args):
         if step == 3:
             raise KeyboardInterrupt
         return choose(recipe, step, *args)
 
-    monkeypatch.setattr(train_clip, "choose", broken)
-    with pytest.raises(KeyboardInterrupt):
-        fit(tmp_path / "broken")
-    monkeypatch.setattr(train_clip, "choose", choose)
-    resumed = fit(tmp_path / "broken")
+    with monkeypatch.context() as patch:
+        patch.setattr(train_clip, "choose_concepts", broken)
+        with pytest.raises(KeyboardInterrupt):
+            train(tmp_path / "broken")
+    resumed = train(tmp_path / "broken")
+    assert "reward: resumed at step 2\n" in capsys.readouterr().out
     for name, leaf in engine.flatten(whole).items():
         np.testing.assert_array_equal(engine.flatten(resumed)[name], leaf, err_msg=name)
 
@@ -123,11 +123,11 @@ def test_resuming_changes_nothing(tmp_path, monkeypatch):
 def test_export_loads_in_transformers(clip, tmp_path):
     """The exported folder is a CLIPModel with our features."""
     graphdef, params = clip
-    train_clip.export(CONFIG, params, tmp_path)
+    train_clip.write_clip(CONFIG, params, tmp_path)
     theirs = transformers.CLIPModel.from_pretrained(tmp_path, dtype=torch.float32).eval()
     rounded = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16).astype(jnp.float32), params)
     model = bind(graphdef, rounded)
-    pixels = rewards.preprocess(jnp.asarray(pictures(2)) / 255, SIZE)
+    pixels = clip_rewards.preprocess(jnp.asarray(pictures(2)) / 255, SIZE)
     ids = np.array([[28, 3, 4, *[29] * 13], [28, 5, *[29] * 14]])
     with torch.no_grad():
         image = theirs.get_image_features(pixel_values=torch.tensor(np.moveaxis(np.asarray(pixels), -1, 1).copy()))

@@ -11,7 +11,7 @@ TOLERANCE = 1e-5  # relative, float32
 WITHOUT_GRADIENT = ("attn.k.bias", "attention.k.bias")
 
 
-def randomise(model: torch.nn.Module, seed: int) -> torch.nn.Module:
+def perturb(model: torch.nn.Module, seed: int) -> torch.nn.Module:
     """Moves all parameters off their initial values, so that none is 0 or 1 and every one matters."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():

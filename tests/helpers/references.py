@@ -3,6 +3,8 @@
 import pathlib
 
 import diffusers
+import numpy as np
+import safetensors.numpy
 import torch
 import transformers
 
@@ -115,6 +117,15 @@ def clip(seed: int = 4) -> torch.nn.Module:
     }
     config = transformers.CLIPConfig(text_config=text, vision_config=vision, projection_dim=12)
     return randomise(transformers.CLIPModel(config), seed)
+
+
+def save_clip(path: pathlib.Path) -> pathlib.Path:
+    """``clip`` as transformers saves it, with ``position_ids`` buffers, as older files have them."""
+    clip().save_pretrained(path)
+    arrays = safetensors.numpy.load_file(path / "model.safetensors")
+    arrays["text_model.embeddings.position_ids"] = np.arange(77)[None]
+    safetensors.numpy.save_file(arrays, path / "model.safetensors", {"format": "pt"})
+    return path
 
 
 def flux_pipeline(path: pathlib.Path, dtype: torch.dtype = torch.float32, shard: str = "10GB") -> None:

@@ -92,9 +92,11 @@ def write_all(path: pathlib.Path) -> pathlib.Path:
 
 def read_arrays(folder: pathlib.Path) -> dict[str, np.ndarray]:
     """The arrays of one item of a checkpoint, by path, whatever devices wrote them."""
-    tree = ocp.StandardCheckpointer().metadata(folder.absolute()).item_metadata.tree
+    with ocp.StandardCheckpointer() as checkpointer:
+        tree = checkpointer.metadata(folder.absolute()).item_metadata.tree
     how = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
-    found = ocp.PyTreeCheckpointer().restore(folder.absolute(), args=ocp.args.PyTreeRestore(restore_args=how))
+    with ocp.PyTreeCheckpointer() as checkpointer:
+        found = checkpointer.restore(folder.absolute(), args=ocp.args.PyTreeRestore(restore_args=how))
     return {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(found)}
 
 
@@ -108,8 +110,8 @@ def config(path: pathlib.Path, **changes):
     c.data.prompts, c.data.batch_size, c.data.text_length = str(path / "train.txt"), 2, LENGTH
     c.data.height, c.data.width = 32, 48
     c.rollout.steps, c.rollout.noise = 2, "per_sample"
-    c.reward.weights.hps, c.reward.weights.clip = 0.0, 1.0
-    c.reward.paths.clip = str(path / "clip")
+    c.reward.models.hps.weight, c.reward.models.clip.weight = 0.0, 1.0
+    c.reward.models.clip.path = str(path / "clip")
     c.reward.positive, c.reward.negative = WORDS
     c.optim.learning_rate = 1e-3
     c.checkpoint.every = 2

@@ -50,6 +50,31 @@ def test_xla_is_the_formula(causal, scale):
     np.testing.assert_allclose(ours, formula(*arrays, scale or 8**-0.5, bias, causal), atol=2e-6)
 
 
+@pytest.mark.parametrize("backend", ["xla", "cudnn", "splash"])
+def test_keys_that_are_not_seen(backend):
+    """As if they were not there: of two samples, one sees the first 9 keys and one all but the first."""
+    arrays = inputs(heads=2, dim=128) if backend == "splash" else inputs()
+    mask = np.stack([np.arange(21) < 9, np.arange(21) > 0])
+    run = {
+        "xla": functools.partial(attention, backend="xla", key_mask=mask),
+        "cudnn": functools.partial(module._padded, scale=8**-0.5, bias=None, causal=False, key_mask=mask,
+                                   implementation="xla"),
+        "splash": functools.partial(module._splash, scale=128**-0.5, causal=False, key_mask=jnp.asarray(mask),
+                                    interpret=True),
+    }[backend]  # fmt: skip
+    assert_same_with_gradients(run, lambda *a: few(mask, *a), arrays, 1e-5)
+
+
+def few(mask, query, key, value):
+    """Plain attention of each sample to the keys that it sees."""
+    made = []
+    for row, seen in enumerate(mask):
+        places = np.flatnonzero(seen)
+        own = query[row : row + 1], key[row : row + 1, places], value[row : row + 1, places]
+        made.append(attention(*own, backend="xla"))
+    return jnp.concatenate(made)
+
+
 @pytest.mark.parametrize("length", [21, 64, 65])
 @pytest.mark.parametrize("case", ["plain", "causal", "bias"])
 def test_padding_for_cudnn_changes_nothing(length, case):
@@ -63,7 +88,7 @@ def test_padding_for_cudnn_changes_nothing(length, case):
 def test_cudnn_gets_multiples_of_64(monkeypatch):
     seen = {}
 
-    def fake(query, key, value, bias, **options):
+    def fake(query, key, value, bias, mask, **options):
         seen.update(options, shape=query.shape)
         return query
 

@@ -16,9 +16,9 @@ from safetensors.numpy import load_file
 from safetensors.torch import save_file
 
 from srpo_jax import text
-from srpo_jax.algorithm import rewards
 from srpo_jax.models.clip import VIT_H_14, Clip, ClipConfig, ClipText, ClipTextConfig, end_positions
 from srpo_jax.models.compute import Compute, abstract, bind
+from srpo_jax.rewards import clip as clip_rewards
 from srpo_jax.weights import clip as tables
 from srpo_jax.weights import engine
 
@@ -65,7 +65,7 @@ def hf(request, tmp_path_factory):
         projection_dim=20,
     )  # fmt: skip
     torch.manual_seed(1)
-    model = parity.randomise(transformers.CLIPModel(config), 1)
+    model = parity.perturb(transformers.CLIPModel(config), 1)
     path = tmp_path_factory.mktemp("hf")
     model.save_pretrained(path)
     return model, json.loads((path / "config.json").read_text()), load_file(path / "model.safetensors"), token_ids(end)
@@ -125,7 +125,7 @@ def test_clip_text_model(hf, prefixed, tmp_path):
     """The pooled text of transformers' CLIPTextModel, from the names of transformers 5 and from those on the hub."""
     whole, _, _, ids = hf
     model = transformers.CLIPTextModel(whole.config.text_config)
-    parity.randomise(model, 3).save_pretrained(tmp_path)
+    parity.perturb(model, 3).save_pretrained(tmp_path)
     tensors = load_file(tmp_path / "model.safetensors")
     if prefixed:
         tensors = {f"text_model.{name.removeprefix('text_model.')}": tensor for name, tensor in tensors.items()}
@@ -150,7 +150,7 @@ def test_open_clip(quick, tmp_path):
         "text_cfg": {"context_length": LENGTH, "vocab_size": VOCABULARY, "width": 24, "heads": 3, "layers": 3},
     }
     torch.manual_seed(4)
-    model = parity.randomise(open_clip.CLIP(**sizes), 4)
+    model = parity.perturb(open_clip.CLIP(**sizes), 4)
     save_file(model.state_dict(), tmp_path / "open_clip_model.safetensors")
     config = ClipConfig.from_open_clip({"model_cfg": sizes, "preprocess_cfg": {}})
     table = tables.open_clip_rules(config)
@@ -296,12 +296,14 @@ def test_golden_embeddings(model, case):
         for row, theirs in zip(ids, (branch["prompt_ids"], branch["neg_prompt_ids"]), strict=True):
             np.testing.assert_array_equal(row[: len(theirs)], theirs)
         theirs = arrays[f"b{index}_text_emb"].reshape(2, -1)
-        ours = rewards.unit(jax.jit(network.encode_text)(ids))
+        ours = clip_rewards.unit(jax.jit(network.encode_text)(ids))
         np.testing.assert_allclose(ours, theirs / np.linalg.norm(theirs, axis=-1, keepdims=True), atol=2e-6)
         if f"b{index}_decoded" not in arrays:
             continue  # of the second case only a part of the pictures is kept
         decoded = arrays[f"b{index}_decoded"]
         pixels = jnp.clip(jnp.moveaxis(decoded.reshape(-1, *decoded.shape[-3:]), 1, -1) / 2 + 0.5, 0, 1)
         theirs = arrays[f"b{index}_image_emb"]
-        ours = rewards.unit(jax.jit(network.encode_image)(rewards.preprocess(pixels, config.vision_config.image_size)))
+        ours = clip_rewards.unit(
+            jax.jit(network.encode_image)(clip_rewards.preprocess(pixels, config.vision_config.image_size))
+        )
         np.testing.assert_allclose(ours, theirs / np.linalg.norm(theirs, axis=-1, keepdims=True), atol=2e-6)

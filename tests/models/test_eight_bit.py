@@ -9,8 +9,9 @@ import pytest
 from flax import nnx
 from helpers import tiny
 
-from srpo_jax import program, sharding
+from srpo_jax import architectures, program, sharding
 from srpo_jax.algorithm import step
+from srpo_jax.algorithm.rollout import rollout
 from srpo_jax.models import eight_bit
 from srpo_jax.models.compute import bind
 
@@ -50,18 +51,18 @@ def test_nothing_stays_nothing():
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_rollout(kind, tmp_path):
+def test_a_rollout(kind, models):
     """The latents of two steps, relative to what the steps changed; the modulations' kernels stay as they are."""
-    config = tiny.config(tiny.write_all(tmp_path / "models"), rollout__dtype=kind)
-    built = program.build(config, sharding.make_mesh(config.mesh), program.read_architecture(config))
+    config = tiny.config(models, rollout__dtype=kind)
+    built = program.build(config, sharding.make_mesh(config.mesh), architectures.read(config))
     params = program.initial_state(config, built).params
     rng = np.random.default_rng(0)
     batch = jax.tree.map(lambda leaf: jnp.asarray(rng.normal(size=leaf.shape), leaf.dtype), built.batch)
-    noise = jnp.asarray(rng.normal(size=(2, built.settings.tokens, 64)), jnp.float32)
+    noise = jnp.asarray(rng.normal(size=(2, *built.networks.tokens(built.settings))), jnp.float32)
 
     def roll(config):
-        built = program.build(config, sharding.make_mesh(config.mesh), program.read_architecture(config))
-        return jax.jit(functools.partial(step.rollout, built.networks, built.settings))(params, batch, noise)
+        built = program.build(config, sharding.make_mesh(config.mesh), architectures.read(config))
+        return jax.jit(functools.partial(rollout, built.networks, built.settings))(params, batch, noise)[0]
 
     found = roll(config)
     config.rollout.dtype = "model"

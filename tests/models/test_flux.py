@@ -13,7 +13,8 @@ from diffusers.loaders import single_file_utils
 from diffusers.models.embeddings import get_timestep_embedding
 from helpers import references
 
-from srpo_jax.algorithm import flow
+from srpo_jax.families.flux import image_ids, text_ids
+from srpo_jax.models import block_cache
 from srpo_jax.models.compute import Compute, abstract, bind, build
 from srpo_jax.models.flux import Flux, FluxConfig
 from srpo_jax.models.flux_layers import sinusoid
@@ -47,8 +48,8 @@ def make_inputs(guidance: bool, batch: int = 3, height: int = 4, width: int = 6,
         "pooled_projections": rng.normal(size=(batch, 20)),
         "timestep": rng.uniform(0.05, 1.0, size=batch),
         "guidance": rng.uniform(1.0, 4.0, size=batch) if guidance else None,
-        "img_ids": flow.image_ids(height, width),
-        "txt_ids": flow.text_ids(length),
+        "img_ids": image_ids(height // 2, width // 2),
+        "txt_ids": text_ids(length),
     }
     return {name: None if array is None else array.astype(np.float32) for name, array in arrays.items()}
 
@@ -138,7 +139,8 @@ def through_cache(graphdef, ends):
     def run(params, inputs, change, renew):
         network, (latents, text, *vectors, image_ids, text_ids) = bind(graphdef, params), inputs
         modulations = network.modulations(*vectors)
-        return network.through_cache((latents, text, modulations, image_ids, text_ids), change, renew, ends)
+        given = latents, text, modulations, image_ids, text_ids
+        return block_cache.velocity(network, given, change, renew, ends)
 
     return run
 
@@ -156,7 +158,7 @@ def test_cached_blocks_are_diffusers_first_block_cache():
     model.enable_cache(FirstBlockCacheConfig(threshold=np.inf))
     with torch.no_grad(), model.cache_context("sample"):
         theirs = [model(**{name: torch.tensor(a) for name, a in arrays.items()}).sample for arrays in states]
-    change = bind(graphdef, params).no_change(3, 5 + 6)
+    change = block_cache.no_change(bind(graphdef, params), 3, 5 + 6)
     for index, arrays in enumerate(states):
         found, change = through_cache(graphdef, (1, 0))(params, positional(arrays), change, index == 0)
         assert error(found, theirs[index]) < TOLERANCE
@@ -169,7 +171,7 @@ def test_a_cache_of_the_same_state_changes_nothing(ends):
     graphdef, params = ours(True)
     arrays, run = make_inputs(True), through_cache(graphdef, ends)
     plain = call(graphdef, params, arrays)
-    blank = bind(graphdef, params).no_change(3, 5 + 6)
+    blank = block_cache.no_change(bind(graphdef, params), 3, 5 + 6)
     renewed, change = run(params, positional(arrays), blank, True)
     kept, same = run(params, positional(arrays), change, False)
     assert error(renewed, plain) < TOLERANCE and error(kept, plain) < TOLERANCE

@@ -8,18 +8,20 @@ import jax.numpy as jnp
 import numpy as np
 import peft
 import pytest
-import safetensors.numpy
-import test_step
 import torch
-from helpers import references, tiny
+from helpers import references, runs, tiny, updates
+from helpers.factors import EVERYTHING, random_factors, write_file
 from helpers.parity import relative_error
 from PIL import Image
 
-from srpo_jax import architectures, benchmark, checkpoint, metrics, program, sharding, train
+from srpo_jax import architectures, checkpoint, metrics, program, sharding, train, validation
 from srpo_jax import config as config_lib
-from srpo_jax.algorithm import flow, step
+from srpo_jax.algorithm import step
+from srpo_jax.algorithm.batch import Rollout
 from srpo_jax.algorithm.step import TrainState
+from srpo_jax.costs import timing, work
 from srpo_jax.errors import UserError
+from srpo_jax.families.flux import image_ids, text_ids
 from srpo_jax.models import compute, lora
 from srpo_jax.models.compute import Compute, join
 from srpo_jax.models.flux import FluxConfig
@@ -27,21 +29,7 @@ from srpo_jax.weights import engine, folder
 from srpo_jax.weights import flux as tables
 from srpo_jax.weights import lora as weights_lora
 
-EVERYTHING = (".*",)
 DEFAULT = tuple(config_lib.default().lora.targets)
-FLUX_DEV = architectures.FLUX_DEV
-
-
-def random_factors(config: FluxConfig, settings: lora.Lora, seed: int = 0):
-    """Factors of which none is 0."""
-    like = lora.split(lora.abstract(config, Compute(), settings)[1])[0]
-    generator = np.random.default_rng(seed)
-    return jax.tree.map(lambda leaf: 0.2 * generator.normal(size=leaf.shape).astype(np.float32), like)
-
-
-def write_file(path, tensors, **metadata):
-    safetensors.numpy.save_file({name: np.ascontiguousarray(t) for name, t in tensors.items()}, path, metadata)
-    return str(path)
 
 
 def nbytes(tree):
@@ -72,23 +60,23 @@ def test_forward_and_gradients_are_pefts():
     rows, columns, text = 4, 6, 5
     latents, words, pooled = (rng.normal(size=s).astype(np.float32) for s in ((2, 6, 64), (2, text, 24), (2, 20)))
     time, guidance = np.array([0.3, 0.9], np.float32), np.array([3.5, 1.0], np.float32)
-    image_ids, text_ids = flow.image_ids(rows, columns), flow.text_ids(text)
+    ids = image_ids(rows // 2, columns // 2), text_ids(text)
     cotangent = rng.normal(size=latents.shape).astype(np.float32)
     theirs = model(
         hidden_states=torch.tensor(latents), encoder_hidden_states=torch.tensor(words),
         pooled_projections=torch.tensor(pooled), timestep=torch.tensor(time), guidance=torch.tensor(guidance),
-        img_ids=torch.tensor(np.asarray(image_ids)), txt_ids=torch.tensor(np.asarray(text_ids)),
+        img_ids=torch.tensor(ids[0]), txt_ids=torch.tensor(ids[1]),
     ).sample  # fmt: skip
     (theirs * torch.tensor(cotangent)).sum().backward()
 
-    graphdef, like = lora.abstract(config, Compute(), settings)
+    graphdef, like = lora.abstract(folder.constructor("flux", config), settings)
     state = {name.replace(".base_layer", ""): p.detach().numpy()
              for name, p in model.named_parameters() if ".lora_" not in name}  # fmt: skip
     base = engine.to_params(tables.diffusers_rules(config), state, lora.split(like)[1])
 
     def product(factors):
         network = compute.bind(graphdef, compute.join(factors, base))
-        ours = network(latents, words, pooled, time, guidance, jnp.asarray(image_ids), jnp.asarray(text_ids))
+        ours = network(latents, words, pooled, time, guidance, *map(jnp.asarray, ids))
         return jnp.vdot(cotangent, ours), ours
 
     (_, ours), grads = jax.jit(jax.value_and_grad(product, has_aux=True))(factors)
@@ -102,7 +90,7 @@ def test_forward_and_gradients_are_pefts():
 def test_where_training_starts():
     """B is 0; A is peft's initial distribution, and of a layer the same whatever else is adapted."""
     some, all_of_them = (
-        lora.initial(lora.split(lora.abstract(tiny.FLUX, Compute(), lora.Lora(3, 3.0, t))[1])[0], 7)
+        lora.initial(lora.split(lora.abstract(folder.constructor("flux", tiny.FLUX), lora.Lora(3, 3.0, t))[1])[0], 7)
         for t in (("double_blocks.img_mlp.out_layer",), EVERYTHING)
     )
     a = some["double_blocks"]["img_mlp"]["out_layer"]["lora_a"]
@@ -121,7 +109,7 @@ def test_where_training_starts():
 def test_a_target_that_matches_nothing():
     config = config_lib.default()
     config.lora.rank, config.lora.targets = 4, ("double_blocks.img_attn.qkv", "blocks.to_q")
-    sizes = architectures.published(config, "flux-dev")[0]
+    sizes = architectures.published(config, "flux-dev")
     with pytest.raises(UserError, match=r"config\.lora\.targets: 'blocks\.to_q' matches no layer; there are double_bl"):
         program.build(config, sharding.make_mesh(config.mesh), sizes)
 
@@ -137,7 +125,7 @@ def test_bytes_of_flux_dev(kind, gigabytes):
     """What is stored, without a byte of it: the frozen transformer, and rank 16 with its two moments."""
     config = config_lib.default()
     config.lora.rank, config.lora.quantize = 16, kind
-    sizes = architectures.published(config, "flux-dev")[0]
+    sizes = architectures.published(config, "flux-dev")
     built = program.build(config, sharding.make_mesh(config.mesh), sizes)
     sizes = [nbytes(tree) for tree in (built.frozen.base, built.state.params)]
     assert sizes[0] / 1e9 == pytest.approx(gigabytes, abs=0.005)
@@ -152,29 +140,31 @@ SETTINGS = lora.Lora(2, 4.0, EVERYTHING)
 
 @pytest.fixture(scope="module")
 def adapted():
-    """``test_step``'s networks, with random factors beside the transformer."""
-    networks, params, frozen = test_step.make_networks(Compute())
-    graphdef, _ = lora.abstract(test_step.FLUX, Compute(), SETTINGS)
-    factors = jax.tree.map(jnp.asarray, random_factors(test_step.FLUX, SETTINGS))
+    """``updates``' networks, with random factors beside the transformer."""
+    networks, params, frozen = updates.make_networks(Compute())
+    graphdef, _ = lora.abstract(folder.constructor("flux", updates.FLUX), SETTINGS)
+    factors = jax.tree.map(jnp.asarray, random_factors(updates.FLUX, SETTINGS))
     return dataclasses.replace(networks, transformer=graphdef), factors, frozen._replace(base=params)
 
 
-batch = test_step.batch
+@pytest.fixture(scope="module")
+def batch():
+    return updates.make_batch()
 
 
 @pytest.mark.parametrize("method", ["srpo", "direct_align", "refl", "draft_lv"])
 def test_gradients_of_every_method_are_those_of_merged_weights(adapted, batch, method):
     """W' = W + s A B gives the same losses, and its gradient dW' those of the factors: s A' dW' and s dW' B'."""
     networks, factors, frozen = adapted
-    recipe = test_step.settings(method=method, margin=10.0)
-    draws = step.draw(recipe, jax.random.key(0), test_step.BATCH)
-    grads, values = test_step.gradient((networks, factors, frozen), recipe, batch, draws)
+    recipe = updates.settings(method=method, margin=10.0)
+    draws = updates.draw(networks, recipe)
+    grads, values = updates.gradient((networks, factors, frozen), recipe, batch, draws)
     flat = engine.flatten(jax.device_get(factors))
     source = engine.MemorySource(engine.flatten(jax.device_get(frozen.base)))
     merged = weights_lora.MergedSource(source, flat, SETTINGS)
     params = engine.unflatten({name: merged.read(name) for name in merged.specs}, frozen.base)
-    plain = dataclasses.replace(networks, transformer=test_step.make_networks(Compute())[0].transformer)
-    whole, expected = test_step.gradient((plain, params, frozen._replace(base=None)), recipe, batch, draws)
+    plain = dataclasses.replace(networks, transformer=updates.make_networks(Compute())[0].transformer)
+    whole, expected = updates.gradient((plain, params, frozen._replace(base=None)), recipe, batch, draws)
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-3, atol=1e-5), values, expected)
     whole, found = engine.flatten(whole), engine.flatten(grads)
     assert {name.rpartition(".")[0] for name in found} == {name.rpartition(".")[0] for name in flat}
@@ -191,39 +181,33 @@ def test_gradients_of_every_method_are_those_of_merged_weights(adapted, batch, m
 
 def test_blocks_apart_make_the_same_rollout(adapted, batch):
     networks, factors, frozen = adapted
-    recipes = [test_step.settings(rollout_unroll=unroll) for unroll in (False, True)]
-    test_step.assert_same_rollouts(networks, join(factors, frozen.base), batch, recipes)
+    recipes = [updates.settings(rollout_unroll=unroll) for unroll in (False, True)]
+    updates.assert_same_rollouts(networks, join(factors, frozen.base), batch, recipes)
 
 
 def test_how_a_batch_passes_changes_nothing(adapted, batch):
     networks, factors, frozen = adapted
-    optimizer = test_step.sgd(1.0)
+    optimizer = updates.sgd(1.0)
     states = []
     for changes in ({}, {"accumulation": 4}, {"accumulation": 2, "merge_terms": True, "reuse": 2}):
-        recipe = test_step.settings(ema_decay=0.5, **changes)
-        blank = jnp.zeros((test_step.BATCH, recipe.tokens, 64))
-        kept = step.Rollout(blank, blank) if recipe.reuse > 1 else None
+        recipe = updates.settings(ema_decay=0.5, **changes)
+        blank = jnp.zeros((updates.BATCH, *updates.TOKENS))
+        kept = Rollout(blank, blank) if recipe.reuse > 1 else None
         state = TrainState(jnp.int32(0), factors, optimizer.init(factors), factors, kept)
         state, _ = jax.jit(step.make_update(networks, recipe, optimizer))(state, frozen, batch, jax.random.key(0))
         states.append(jax.tree.map(lambda new, old: new - old, state.params, factors))
         average = jax.tree.map(lambda new, old: 0.5 * (new + old), state.params, factors)
-        assert test_step.distance(state.ema, average) < 1e-6
+        assert updates.distance(state.ema, average) < 1e-6
     for moved in states[1:]:
-        assert test_step.distance(moved, states[0]) < 1e-4
+        assert updates.distance(moved, states[0]) < 1e-4
 
 
 # --- training ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
-def models(tmp_path_factory):
-    return tiny.write_all(tmp_path_factory.mktemp("models"))
-
-
-@pytest.fixture(scope="module")
-def recipe(models, tmp_path_factory):
-    cache = str(tmp_path_factory.mktemp("xla"))
-    every = dict(compilation_cache=cache, lora__rank=2, lora__quantize="int8", optim__ema_decay=0.5, sample__every=2)
+def recipe(models, compiled):
+    every = dict(compilation_cache=compiled, lora__rank=2, lora__quantize="int8", optim__ema_decay=0.5, sample__every=2)
     return lambda **changes: tiny.config(models, **every | changes)
 
 
@@ -235,16 +219,8 @@ def whole(recipe, tmp_path_factory):
     return workdir
 
 
-def arrays(workdir):
-    return {
-        f"{item}{name}": leaf
-        for item in ("params", "opt_state", "ema")
-        for name, leaf in tiny.read_arrays(workdir / "checkpoints" / "4" / item).items()
-    }
-
-
 def test_a_checkpoint_holds_factors_alone(whole):
-    stored = arrays(whole)
+    stored = runs.arrays(whole, 4)[0]
     assert len(stored) == 4 * 2 * 11 + 1  # weights, two moments and average of both factors of 11 layers; a counter
     assert all("lora_" in name or leaf.ndim == 0 for name, leaf in stored.items())
     assert all(leaf.any() for leaf in stored.values())
@@ -259,7 +235,7 @@ def test_sample_grids_show_the_factors_at_work(whole):
 def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(whole, recipe, tmp_path):
     train.train(recipe(steps=2), tmp_path / "run")
     train.train(recipe(steps=4), tmp_path / "run")
-    expected, found = arrays(whole), arrays(tmp_path / "run")
+    expected, found = runs.arrays(whole, 4)[0], runs.arrays(tmp_path / "run", 4)[0]
     assert expected.keys() == found.keys()
     assert not [name for name in expected if expected[name].tobytes() != found[name].tobytes()]
     numbers = [[record["loss"] for record in metrics.read(path)] for path in (whole, tmp_path / "run")]
@@ -276,10 +252,10 @@ def test_a_run_of_another_kind_is_refused(whole, recipe, tmp_path):
 def test_benchmark_takes_a_lora_update_apart(recipe):
     """The parts' programs run, and the update's work is less than that of training all weights."""
     config, said = recipe(), []
-    sizes = program.read_architecture(config)
-    report = benchmark.benchmark(config, sizes, 1, ("rollout", "transformer", "optimizer"), said.append)
+    sizes = architectures.read(config)
+    report = timing.benchmark(config, sizes, 1, ("rollout", "transformer", "optimizer"), said.append)
     plain = recipe(lora__rank=0, lora__quantize="none")
-    full = benchmark.flops.update(plain, sizes)
+    full = work.update(plain, sizes)
     for part in ("transformer", "optimizer"):
         assert 0 < report["parts"][part]["model_flops"] < full[part].model
 
@@ -289,7 +265,7 @@ def test_training_starts_from_a_file(recipe, models, tmp_path):
     settings = lora.Lora.from_config(config.lora)
     factors = engine.flatten(random_factors(tiny.FLUX, settings))
     write_file(config.lora.init, dict(weights_lora.exported(tiny.FLUX, factors, settings, weights_lora.DIFFUSERS)))
-    built = program.build(config, sharding.make_mesh(config.mesh), program.read_architecture(config))
+    built = program.build(config, sharding.make_mesh(config.mesh), architectures.read(config))
     state = program.initial_state(config, built)
     for tree in (state.params, state.ema):
         for name, leaf in engine.flatten(tree).items():
@@ -315,5 +291,5 @@ def test_bad_values_are_named(key, value, message):
     config = config_lib.default()
     config.update_from_flattened_dict({key: value})
     with pytest.raises(UserError, match=message) as error:
-        config_lib.validate(config, paths=False)
+        validation.validate(config, paths=False)
     assert "\n" not in str(error.value)

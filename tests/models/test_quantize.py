@@ -1,5 +1,7 @@
 """Weights in 8 and 4 bits: the error of a weight and of a product, exactness where there is any, and loading."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,6 +11,7 @@ from helpers import tiny
 from srpo_jax import sharding
 from srpo_jax.models import lora, quantize
 from srpo_jax.models.compute import Compute, bind, join
+from srpo_jax.models.flux import Flux
 from srpo_jax.weights import engine, folder, quantized
 
 # As in the appendix of QLoRA (arXiv 2305.14314), to four digits.
@@ -83,12 +86,12 @@ def mesh():
 @pytest.mark.parametrize("kind", quantize.KINDS)
 def test_loading_gives_the_stacks_that_quantising_them_whole_gives(path, mesh, kind):
     compute = Compute(dtype=jnp.bfloat16, param_dtype=jnp.bfloat16)
-    found = engine.flatten(quantized.load(path, kind, compute, sharding.of(mesh, "flux")))
+    found = engine.flatten(quantized.load(path, "flux", kind, compute, sharding.of(mesh, "flux")))
     plain = engine.flatten(folder.load(path, "flux", compute)[2])
     settings = lora.Lora(2, 2.0, (".*",), kind)
-    expected = engine.flatten(lora.split(lora.abstract(tiny.FLUX, compute, settings)[1])[1])
+    expected = engine.flatten(lora.split(lora.abstract(folder.constructor("flux", tiny.FLUX, compute), settings)[1])[1])
     assert {n: (x.shape, x.dtype) for n, x in found.items()} == {n: (x.shape, x.dtype) for n, x in expected.items()}
-    kernels = {name for name in plain if name.startswith(lora.STACKS) and name.endswith(".kernel")}
+    kernels = {name for name in plain if name.startswith(Flux.STACKS) and name.endswith(".kernel")}
     assert len(kernels) == 14
     for name, leaf in plain.items():
         if name in kernels:
@@ -116,7 +119,7 @@ def test_loading_holds_one_layer_beside_what_stays(path, mesh, monkeypatch):
 
     monkeypatch.setattr(quantized, "_writer", watched)
     compute = Compute(param_dtype=jnp.float32)
-    result = quantized.load(path, "int8", compute, sharding.of(mesh, "flux"))
+    result = quantized.load(path, "flux", "int8", compute, sharding.of(mesh, "flux"))
     stays = sum(x.nbytes for x in jax.tree.leaves(result))
     largest = 4 * 64 * 384  # float32 modulation of a double block
     assert 0 < most <= stays + largest + 4 and stays < most + largest
@@ -136,9 +139,10 @@ def test_the_network_and_its_gradients_stay_near(path, mesh, kind, most):
     results = {}
     for stored in ("none", kind):
         settings = lora.Lora(2, 2.0, (".*",), stored)
-        graphdef, like = lora.abstract(tiny.FLUX, compute, settings)
+        graphdef, like = lora.abstract(folder.constructor("flux", tiny.FLUX, compute), settings)
         place = sharding.of(mesh, "flux")
-        base = folder.load(path, "flux", compute)[2] if stored == "none" else quantized.load(path, kind, compute, place)
+        load = functools.partial(quantized.load, path, "flux", kind)
+        base = folder.load(path, "flux", compute)[2] if stored == "none" else load(compute, place)
         factors = lora.initial(lora.split(like)[0], seed=0)
         factors = jax.tree.map(lambda leaf: leaf + 0.01, factors)
 

@@ -25,7 +25,7 @@ SIZES = {
 def reference(tmp_path_factory):
     """A random T5EncoderModel whose heads are narrower than its width, its config.json and its file's tensors."""
     torch.manual_seed(1)
-    model = parity.randomise(transformers.T5EncoderModel(transformers.T5Config(**SIZES)), 1)
+    model = parity.perturb(transformers.T5EncoderModel(transformers.T5Config(**SIZES)), 1)
     path = tmp_path_factory.mktemp("t5")
     model.save_pretrained(path)
     return model, json.loads((path / "config.json").read_text()), load_file(path / "model.safetensors")

@@ -1,7 +1,6 @@
 """LoRA's files: what diffusers and ComfyUI read, what a run starts from, what is refused."""
 
 import dataclasses
-import json
 
 import diffusers
 import jax
@@ -13,17 +12,17 @@ import safetensors.numpy
 import torch
 from diffusers.loaders.lora_conversion_utils import _convert_kohya_flux_lora_to_diffusers
 from helpers import references, tiny
+from helpers.factors import EVERYTHING, random_factors
 from PIL import Image
-from test_lora import EVERYTHING, FLUX_DEV, random_factors, write_file
 
 from srpo_jax import checkpoint, convert, generate
 from srpo_jax import config as config_lib
 from srpo_jax.algorithm.step import TrainState
 from srpo_jax.errors import UserError
+from srpo_jax.families.flux import DEV
 from srpo_jax.models import lora
-from srpo_jax.weights import engine, folder
+from srpo_jax.weights import adapters, engine, folder
 from srpo_jax.weights import lora as weights_lora
-from srpo_jax.weights.files import SafetensorsFile
 
 DOUBLE = "double_blocks.*"  # what diffusers' conversion of kohya's files takes at any width
 
@@ -138,7 +137,7 @@ def test_the_file_for_comfyui_adds_what_was_trained(pipelines, run, tmp_path):
 @pytest.mark.parametrize("targets", [("single_blocks.*",), ("single_blocks.qkv",), (r"single_blocks\.mlp_in",)])
 def test_fused_layers_of_full_width_are_what_diffusers_takes_apart(targets):
     """Its conversion knows FLUX.1's widths alone."""
-    config = dataclasses.replace(FLUX_DEV, num_layers=0, num_single_layers=1)
+    config = dataclasses.replace(DEV.transformer, num_layers=0, num_single_layers=1)
     settings = lora.Lora(2, 6.0, targets)
     factors = {}
     for name, shape in folder.shapes("flux", config).items():
@@ -167,8 +166,9 @@ def test_files_in_bfloat16(pipelines, run, tmp_path, style):
     convert.main(["export", *words, "--format", style, "--dtype", "bfloat16"])
     subfolder, stem = weights_lora.PLACES[style]
     tensors = safetensors.torch.load_file(tmp_path / "out" / subfolder / f"{stem}.safetensors")
-    assert {tensor.dtype for tensor in tensors.values()} == {torch.bfloat16}
-    assert "alpha" not in "".join(tensors) if style == weights_lora.DIFFUSERS else True
+    alphas = {name: tensor for name, tensor in tensors.items() if tensor.ndim == 0}
+    assert {tensor.dtype for name, tensor in tensors.items() if name not in alphas} == {torch.bfloat16}
+    assert bool(alphas) == (style == weights_lora.COMFYUI)
 
 
 def test_a_file_as_a_start(pipelines, run, tmp_path):
@@ -186,32 +186,11 @@ def test_a_file_as_a_start(pipelines, run, tmp_path):
         tmp_path / "saved", transformer_lora_layers=state, transformer_lora_adapter_metadata=metadata["transformer"]
     )
     for path, factor in (("lora", 1.0), ("saved", 0.5)):  # half the alpha, half the product
-        file = SafetensorsFile(tmp_path / path / "pytorch_lora_weights.safetensors")
-        found = weights_lora.imported(config, file, settings, file.metadata)
+        found = adapters.read(tmp_path / path, config, settings)
         assert found.keys() == expected.keys()
         for name, value in found.items():
             wanted = expected[name] * (factor if name.endswith("lora_b") else 1)
             np.testing.assert_allclose(value, wanted, rtol=1e-6, err_msg=name)
-
-
-def test_files_that_are_no_start(tmp_path):
-    settings = lora.Lora(2, 2.0, ("double_blocks.img_mlp.*",))
-    factors = engine.flatten(random_factors(tiny.FLUX, settings))
-    good = dict(weights_lora.exported(tiny.FLUX, factors, settings, weights_lora.DIFFUSERS))
-    kohya = dict(weights_lora.exported(tiny.FLUX, factors, settings, weights_lora.COMFYUI))
-    first = next(iter(good))
-    half = dataclasses.replace(settings, targets=("double_blocks.img_mlp.in_layer",))
-    cases = [
-        ({name: t for name, t in good.items() if name != first}, settings, {}, "lacks transformer.transformer_bl"),
-        (good, dataclasses.replace(settings, rank=3), {}, r"shapes \(2, 64\) and \(256, 2\); lora.rank=3"),
-        (good, half, {}, "holds 2 tensors that lora.targets does not name"),
-        (kohya, settings, {}, "has kohya's names"),
-        (good, settings, {"transformer.use_dora": True}, "use_dora, which is not supported"),
-    ]
-    for number, (tensors, wanted, note, message) in enumerate(cases):
-        path = write_file(tmp_path / f"{number}.safetensors", tensors, lora_adapter_metadata=json.dumps(note))
-        with pytest.raises(UserError, match=message):
-            weights_lora.imported(tiny.FLUX, SafetensorsFile(path), wanted, SafetensorsFile(path).metadata)
 
 
 def test_factors_of_another_base(run, models, tmp_path):

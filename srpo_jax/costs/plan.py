@@ -1,0 +1,190 @@
+"""What a recipe takes on devices that need not be there: the update, compiled ahead of time and read.
+
+Memory is the compiler's plan, arithmetic is counted from sizes (``work``), collectives are read from the program
+(``hlo``), and time is a roofline (``roofline``).
+"""
+
+import dataclasses
+import re
+import time
+from typing import Any, NamedTuple
+
+import jax
+from ml_collections import ConfigDict
+
+from srpo_jax import config as config_lib
+from srpo_jax import program, sharding
+from srpo_jax.architectures import Architecture
+from srpo_jax.costs import hlo, roofline, topologies, work
+from srpo_jax.costs.hardware import GIB
+from srpo_jax.costs.topologies import Target
+from srpo_jax.errors import UserError
+from srpo_jax.program import Program
+from srpo_jax.weights import folder
+
+
+class Candidate(NamedTuple):
+    """A recipe on a target, and all that a run builds before its first update.
+
+    Attributes:
+      config: validated.
+      architecture: sizes.
+      target: the devices.
+      built: the update.
+      encoders: the parameters of the text encoders by folder, ``ShapeDtypeStruct`` with shardings; empty where the run
+        needs none.
+    """
+
+    config: ConfigDict
+    architecture: Architecture
+    target: Target
+    built: Program
+    encoders: dict[str, Any]
+
+    @property
+    def name(self) -> str:
+        """For a reader."""
+        return f"{self.target.name}, {self.config.data.height}x{self.config.data.width}"
+
+
+def prepare(
+    config: ConfigDict, architecture: Architecture, target: Target, device_batch: int | None = None
+) -> Candidate:
+    """Builds the update for a target. Raises UserError for what does not fit together; nothing is compiled yet."""
+    if config.optim.offload and target.platform == "gpu":
+        raise UserError(
+            f"--topology={target.name}: GPUs that are not there have no host, whose memory config.optim.offload=True "
+            "needs; plan without it, less the bytes of the optimizer"
+        )
+    mesh = sharding.make_mesh(config.mesh, topologies.devices(target))
+    if device_batch is not None:
+        config = config.copy_and_resolve_references()
+        at_once = device_batch * sharding.batch_parts(mesh)
+        if config.data.batch_size % at_once:
+            raise UserError(
+                f"--device-batch={device_batch}: {target.name} takes {at_once} samples at a time, which do not divide "
+                f"config.data.batch_size={config.data.batch_size}; with config.mesh.tensor=N, N devices share a sample"
+            )
+        config.optim.accumulation = config.data.batch_size // at_once
+    built = program.build(config, mesh, architecture)
+    return Candidate(config, architecture, target, built, _encoders(config, architecture, built))
+
+
+def _encoders(config: ConfigDict, architecture: Architecture, built: Program) -> dict[str, Any]:
+    """Lays out the text encoders as a run does, which may not fit the mesh. Raises UserError."""
+    if config.data.encode != "online" and not config.sample.every:
+        return {}
+    found = {}
+    for part, sizes in architecture.text.items():
+        network = architecture.family.components[part].network
+        params = folder.abstract(network, sizes, built.computes.text)[1]
+        found[part] = program.with_sharding(params, sharding.of_tree(built.mesh, network, params))
+    return found
+
+
+def check(candidate: Candidate) -> dict[str, Any]:
+    """Compiles the update and returns all there is to know, for JSON; see ``verdict.describe`` for its meaning."""
+    config, target, built = candidate.config, candidate.target, candidate.built
+    devices = list(built.mesh.devices.flat)
+    parts = work.update(config, candidate.architecture)
+    started = time.perf_counter()
+    try:
+        compiled, refused = built.lower().compile(), None
+    except jax.errors.JaxRuntimeError as error:
+        compiled, refused = None, _refused(f"{error}")
+        if refused is None:
+            raise
+    except RuntimeError as error:  # of jax.nn, where the backend "cudnn" finds no library
+        raise UserError(f"{target.name}: {error} {topologies.INSTALL[target.platform]}") from error
+    seconds = time.perf_counter() - started
+    memory = _memory(candidate, compiled, refused)
+    found = hlo.Collectives((), ()) if compiled is None else hlo.collectives(compiled.as_text(), len(devices))
+    places = [topologies.place(target, device) for device in devices] if found.found else []
+    moved = roofline.optimizer_traffic(built.state.params, built.state.opt_state)
+    away = roofline.shard_bytes(built.state.opt_state, host=True)
+    time_of = roofline.estimate(config, candidate.architecture, parts, moved, away, found.found, target, places)
+    return {
+        "topology": target.name,
+        "device": target.chip.name,
+        "devices": len(devices),
+        "mesh": dict(built.mesh.shape),
+        "jax": jax.__version__,
+        "config": config_lib.flatten(config),
+        "architecture": dataclasses.asdict(candidate.architecture.transformer),
+        "blocks": list(candidate.architecture.family.blocks(candidate.architecture.transformer)),
+        "compile_seconds": seconds,
+        "compiled": compiled is not None,
+        "memory": memory,
+        "model_flops": {name: part.model for name, part in parts.items()},
+        "hardware_flops": {name: part.hardware for name, part in parts.items()},
+        "collectives": _traffic(found.found, target, places),
+        "loops_of_unknown_length": list(found.unknown),
+        "seconds": {
+            **time_of._asdict(),
+            "best": time_of.best,
+            "expected": time_of.expected,
+            "bound": time_of.bound,
+        },
+        "fits": compiled is not None and memory["headroom"] >= 0,
+    }
+
+
+def _refused(message: str) -> tuple[str, float] | None:
+    """What libtpu says of a program that does not fit: ("planned" or "temporaries", their bytes); None of another."""
+    unit = {"K": 2.0**10, "M": 2.0**20, "G": GIB, "T": 2.0**40}
+    for what, pattern in (
+        ("planned", r"Used ([\d.]+)([KMGT]) of [\d.]+[KMGT] hbm"),
+        ("temporaries", r"required for HLO temporaries \(([\d.]+)([KMGT])\)"),
+    ):
+        if match := re.search(pattern, message):
+            return what, float(match[1]) * unit[match[2]]
+    return None
+
+
+def _memory(candidate: Candidate, compiled: Any, refused: tuple[str, float] | None) -> dict[str, Any]:
+    """Bytes on a device: the arguments by what they are, the compiler's plan, and what is left."""
+    state, built = candidate.built.state, candidate.built
+    online = candidate.config.data.encode == "online"
+    memory = {
+        "arguments": {
+            "weights": roofline.shard_bytes(state.params),
+            "optimizer": roofline.shard_bytes(state.opt_state),
+            "ema": roofline.shard_bytes(state.ema),
+            "base": roofline.shard_bytes(built.frozen.base),
+            "frozen": roofline.shard_bytes(built.frozen._replace(base=None)),
+            "batch": roofline.shard_bytes((built.batch, state.rollout, state.step)),
+        },
+        # With stored prompts they make room before the first update.
+        "text_encoders": roofline.shard_bytes(candidate.encoders) if online else 0,
+        "host": roofline.shard_bytes(state.opt_state, host=True),
+        "capacity": candidate.target.memory,
+    }
+    if compiled is None:
+        what, size = refused
+        memory["planned"] = size + (sum(memory["arguments"].values()) if what == "temporaries" else 0)
+    else:
+        plan = compiled.memory_analysis()
+        memory["temporaries"] = plan.temp_size_in_bytes
+        memory["code"] = plan.generated_code_size_in_bytes
+        memory["compiler_peak"] = plan.peak_memory_in_bytes
+        memory["compiler_arguments"] = plan.argument_size_in_bytes
+        # What a program does not read is no argument of its own, and stays on the device: the autoencoder's encoder.
+        held = max(plan.argument_size_in_bytes, sum(memory["arguments"].values()))
+        results = plan.output_size_in_bytes - plan.alias_size_in_bytes  # what does not take an argument's place
+        memory["planned"] = held + results + plan.temp_size_in_bytes + plan.generated_code_size_in_bytes
+    memory["needed"] = memory["planned"] + memory["text_encoders"]
+    memory["headroom"] = memory["capacity"] - memory["needed"]
+    return memory
+
+
+def _traffic(
+    found: tuple[hlo.Collective, ...], target: Target, places: list[tuple[int, ...]]
+) -> dict[str, dict[str, float]]:
+    """By kind: how many instructions, how often they run, and the bytes that a device gets."""
+    table = {}
+    for item in found:
+        row = table.setdefault(roofline.kind(item, target, places), {"instructions": 0, "runs": 0, "bytes": 0.0})
+        row["instructions"] += 1
+        row["runs"] += item.runs
+        row["bytes"] += item.runs * item.traffic
+    return table

@@ -1,0 +1,227 @@
+"""Checks of a configuration that need no file and no device: every message names the key, its value and the remedy."""
+
+import glob
+import os
+import re
+from typing import Any
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from srpo_jax import values
+from srpo_jax.algorithm.methods import METHODS
+from srpo_jax.config import (
+    ATTENTION,
+    BRANCHES,
+    DTYPES,
+    ENCODE,
+    IMAGES,
+    MOMENTS,
+    QUANTIZE,
+    REMAT,
+    ROLLOUT_DTYPES,
+    SOLVERS,
+    check_key,
+    default,
+    flatten,
+    leaves,
+    reward_of,
+    standard,
+)
+from srpo_jax.errors import UserError
+from srpo_jax.rewards import REWARDS
+
+
+def validate(config: ConfigDict, paths: bool = True) -> None:
+    """Checks all that needs no file and no device. Raises UserError that names the key, its value and the remedy.
+
+    ``paths`` says whether the files and folders of a run have to be named, which only a run needs.
+    """
+    _check_keys(config)
+    _check_kinds(config)
+    flat = flatten(config)
+
+    def require(key: str, good: Any, remedy: str) -> None:
+        if not good:
+            raise UserError(f"config.{key}={flat[key]!r}: {remedy}")
+
+    for key, choices in (
+        ("method", tuple(METHODS)),
+        ("model.dtype", DTYPES),
+        ("data.encode", ENCODE),
+        ("data.images", IMAGES),
+        ("model.attention", ATTENTION),
+        ("remat.transformer", REMAT),
+        ("remat.autoencoder", REMAT),
+        ("remat.reward", REMAT),
+        ("lora.quantize", QUANTIZE),
+        ("rollout.noise", ("shared", "per_sample")),
+        ("rollout.solver", SOLVERS),
+        ("rollout.dtype", ROLLOUT_DTYPES),
+        ("reward.form", ("released", "paper")),
+        ("optim.weights", DTYPES),
+        ("optim.moments", MOMENTS),
+    ):
+        require(key, flat[key] in choices, f"choose one of {', '.join(choices)}")
+    if paths:
+        _check_paths(flat)
+    require("optim.weights", DTYPES.index(flat["optim.weights"]) >= DTYPES.index(flat["model.dtype"]),
+            "must be float32 where model.dtype is")  # fmt: skip
+    if flat["model.attention"] == "cudnn":
+        require("model.dtype", flat["model.dtype"] == "bfloat16", "model.attention=cudnn needs bfloat16")
+    for key in (
+        *("steps", "model.scan_unroll", "data.batch_size", "data.text_length", "rollout.steps", "rollout.reuse"),
+        "rollout.cache",
+        *("align.schedule_steps", "optim.accumulation", "checkpoint.every", "checkpoint.keep", "sample.count"),
+        *("sample.steps", "refl.late_steps", "draft_lv.renoisings"),
+    ):
+        require(key, flat[key] >= 1, "must be at least 1")
+    for key in (
+        *("data.filter.min_length", "data.filter.max_length", "optim.warmup_steps", "optim.weight_decay"),
+        *("lora.rank", "sample.every"),
+    ):
+        require(key, flat[key] >= 0, "must not be negative")
+    for key in ("seed", "sample.seed"):
+        require(key, 0 <= flat[key] <= values.SEED, f"must be from 0 to {values.SEED}")
+    for key in ("lora.alpha", "rollout.shift", "optim.learning_rate", "optim.eps", "optim.clip_norm"):
+        require(key, np.float32(flat[key]) > 0, "must be greater than 0, in float32 too")
+    for key in ("optim.b1", "optim.b2", "optim.ema_decay"):
+        require(key, 0 <= flat[key] < 1, "must be at least 0 and less than 1")
+    require(
+        "optim.accumulation",
+        flat["data.batch_size"] % flat["optim.accumulation"] == 0,
+        f"must divide data.batch_size={flat['data.batch_size']}",
+    )
+
+    ends = flat["rollout.cache_ends"]
+    require("rollout.cache_ends", len(ends) == 2 and all(end >= 0 for end in ends),
+            "must be two whole numbers, of double blocks at the start and single blocks at the end")  # fmt: skip
+    if METHODS[flat["method"]].keep is not None and flat["data.images"] == "rollout":
+        # Its gradient starts from states of the trajectory, not where the trajectory ends.
+        words = f"method={flat['method']} needs a rollout at every update; set it to 1"
+        require("rollout.reuse", flat["rollout.reuse"] == 1, words)
+    _check_lora(flat, require)
+    if flat["data.images"] == "stored":
+        _check_offline(flat, require)
+    _check_align(flat, require)
+    _check_rewards(flat, require)
+    for key in ("mesh.data", "mesh.fsdp", "mesh.tensor"):
+        require(key, flat[key] >= 1 or flat[key] == -1, "must be at least 1, or -1 for the rest of the devices")
+    if sum(flat[f"mesh.{axis}"] == -1 for axis in ("data", "fsdp", "tensor")) > 1:
+        raise UserError("config.mesh: only one of data, fsdp and tensor can be -1 (the rest of the devices)")
+
+
+def check_files(config: ConfigDict) -> None:
+    """Raises UserError that names all files and folders of a run that are not there, if there are several of them.
+
+    One alone is left to whoever reads it and says more of it.
+    """
+    flat = flatten(config)
+    paths = {key: flat[key] for key in (*_needed_paths(flat), "lora.init") if flat[key]}
+    local = {key: path for key, path in paths.items() if "://" not in path and not path.startswith(values.TFDS)}
+    missing = [key for key, path in local.items() if not os.path.exists(path) and not glob.has_magic(path)]
+    if len(missing) > 1:
+        raise UserError(f"not there: {', '.join(f'config.{key}={local[key]}' for key in missing)}")
+
+
+def _check_keys(config: ConfigDict) -> None:
+    given = dict(leaves(config))
+    for key in given:
+        check_key(key)
+    for key in dict(leaves(default())):
+        if key not in given and reward_of(key) is None:
+            raise UserError(f"config.{key} is missing; start the config from srpo_jax.config.default()")
+
+
+def _check_kinds(config: ConfigDict) -> None:
+    """Every value is of its default's kind, and every number finite."""
+    for key, value in leaves(config):
+        like = standard(key)
+        if like is None:
+            good, wanted = value is None or isinstance(value, str), "text, or None"
+        elif isinstance(like, tuple):
+            kind = type(like[0])
+            good = isinstance(value, tuple | list) and all(values.fits(item, kind) for item in value)
+            wanted = f"a list of {values.MANY[kind]}"
+        else:
+            good, wanted = values.fits(value, type(like)), values.NAMES[type(like)]
+        if not good:
+            raise UserError(f"config.{key}={value!r}: must be {wanted}")
+
+
+def _needed_paths(flat: dict[str, Any]) -> list[str]:
+    """Keys of the files and folders that a run reads."""
+    needed = ["model.path", "data.prompts" if flat["data.encode"] == "online" else "data.path"]
+    names = [name for key in flat if (name := reward_of(key)) and key.endswith(".weight")]
+    needed += [f"reward.models.{name}.path" for name in names if flat[f"reward.models.{name}.weight"] > 0]
+    return needed + (["sample.prompts"] if flat["sample.every"] else [])
+
+
+def _check_paths(flat: dict[str, Any]) -> None:
+    if missing := [key for key in _needed_paths(flat) if not flat[key]]:
+        held_out = "; config.sample.every=0 needs no sample.prompts" if "sample.prompts" in missing else ""
+        flags = " ".join(f"--config.{key}=..." for key in missing)
+        raise UserError(f"give {'a path' if len(missing) == 1 else 'paths'}: {flags}{held_out}")
+
+
+def _check_lora(flat: dict[str, Any], require: Any) -> None:
+    require("rollout.dtype", flat["rollout.dtype"] == "model" or flat["lora.quantize"] == "none",
+            "the blocks' weights are quantised already; set it to model, or lora.quantize to none")  # fmt: skip
+    require("optim.weights", not flat["lora.rank"] or flat["optim.weights"] == "float32",
+            "low-rank factors are small and stay float32; set it to float32, or lora.rank to 0")  # fmt: skip
+    require("lora.quantize", flat["lora.quantize"] == "none" or flat["lora.rank"],
+            "trained weights cannot be quantised; train factors beside them: --config.lora.rank=16")  # fmt: skip
+    require("lora.init", flat["lora.rank"] or not flat["lora.init"], "is for LoRA: set lora.rank to the file's")
+    require("lora.targets", flat["lora.targets"], "name one or more layers")
+    for pattern in flat["lora.targets"]:
+        try:
+            re.compile(pattern)
+        except (re.error, TypeError) as error:
+            raise UserError(f"config.lora.targets: {pattern!r} is not a regular expression: {error}") from error
+
+
+def _check_offline(flat: dict[str, Any], require: Any) -> None:
+    offline, method = "data.images=stored", METHODS[flat["method"]]
+    require("method", method.offline, f"takes states of a rollout, {offline} has none; choose another method")
+    require("data.encode", flat["data.encode"] == "stored", f"{offline} needs encoded pictures; set it to stored")
+    require("rollout.noise", flat["rollout.noise"] == "per_sample",
+            f"{offline} draws noise for each picture; set it to per_sample")  # fmt: skip
+    require("rollout.reuse", flat["rollout.reuse"] == 1, f"{offline} has no rollout to use again; set it to 1")
+    for key, plain in (
+        ("rollout.dtype", "model"),
+        ("rollout.solver", "euler"),
+        ("rollout.cache", 1),
+        ("rollout.unroll", False),
+    ):
+        require(key, flat[key] == plain, f"{offline} has no rollout to make faster; set it to {plain}")
+
+
+def _check_align(flat: dict[str, Any], require: Any) -> None:
+    branches = flat["align.branches"]
+    require("align.branches", branches and len(set(branches)) == len(branches) and set(branches) <= set(BRANCHES),
+            f"name one or both of {', '.join(BRANCHES)}")  # fmt: skip
+    require("align.length", flat["align.length"] >= 10, "must be at least 10")
+    require("align.groundtruth_ratio", 0 <= flat["align.groundtruth_ratio"] < 1, "must be at least 0 and less than 1")
+    window = flat["align.train_timestep"]
+    steps = flat["align.schedule_steps"]
+    require("align.train_timestep", len(window) == 2 and 1 <= window[0] < window[1] <= steps,
+            f"must be (first, last) with 1 <= first < last <= align.schedule_steps={steps}")  # fmt: skip
+    for key in ("align.discount_positive", "align.discount_negative", "align.weights"):
+        require(key, len(flat[key]) == 2, "must be two numbers, (at the lowest noise, at the highest)")
+    if flat["method"] == "refl":
+        require("refl.late_steps", flat["refl.late_steps"] <= flat["rollout.steps"],
+                f"must not exceed rollout.steps={flat['rollout.steps']}")  # fmt: skip
+
+
+def _check_rewards(flat: dict[str, Any], require: Any) -> None:
+    names = [name for key in flat if (name := reward_of(key)) and key.endswith(".weight")]
+    for name in names:
+        require(f"reward.models.{name}.weight", flat[f"reward.models.{name}.weight"] >= 0, "must not be negative")
+        require(f"reward.models.{name}.kind", flat[f"reward.models.{name}.kind"] in REWARDS,
+                f"choose one of {', '.join(REWARDS)}")  # fmt: skip
+    if not any(flat[f"reward.models.{name}.weight"] for name in names):
+        raise UserError(f"config.reward.models: all weights are 0; give one of {', '.join(names)} a weight")
+    for key in ("reward.positive", "reward.negative"):
+        words = flat[key]
+        require(key, words and all(word.strip() for word in words),
+                "must be a list of one or more control words, none of them empty")  # fmt: skip
