@@ -64,7 +64,7 @@ def test_prompts_encoded_before(monkeypatch, tmp_path):
     """Sample grids need the text encoders too, but not beside the update; without grids nobody does."""
     on_this_cpu(monkeypatch)
     target = topologies.parse("h100:1")
-    for every, found in ((10, {"clip_text", "t5"}), (0, set())):
+    for every, found in ((10, {"text_encoder", "text_encoder_2"}), (0, set())):
         config = tiny.config(tmp_path, data__encode="stored", sample__every=every)
         candidate = plan.prepare(config, plans.ARCHITECTURE, target)
         assert set(candidate.encoders) == found
