@@ -47,14 +47,21 @@ def tokenize(tokenizer: Any, texts: Sequence[str], length: int, pad: str | int =
       pad: "own", the tokenizer's padding token (T5: 0; CLIP in HF's files: end of text), or an id (open_clip: 0).
 
     Returns:
-      int32 [B, T]. Raises ValueError for a tokenizer without padding token under "own".
+      int32 [B, T]. Raises ValueError for a tokenizer without padding token under "own", UserError for a text with half
+      a character (a lone surrogate), which HF's tokenizers do not take.
     """
     if pad == "own":
         pad = tokenizer.pad_token_id
         if pad is None:
             raise ValueError("the tokenizer has no padding token; give its id as pad")
     out = np.full((len(texts), length), pad, np.int32)
-    rows = tokenizer(list(texts), truncation=True, max_length=length)["input_ids"] if len(texts) else []
+    try:
+        rows = tokenizer(list(texts), truncation=True, max_length=length)["input_ids"] if len(texts) else []
+    except TypeError as error:
+        broken = [text for text in texts if any("\ud800" <= character <= "\udfff" for character in text)]
+        if not broken:
+            raise
+        raise UserError(f"{broken[0]!a} holds half a character, as a cut emoji leaves; mend this text") from error
     for row, ids in zip(out, rows, strict=True):
         row[: len(ids)] = ids
     return out

@@ -180,6 +180,15 @@ def test_rows_are_cut_before_their_end(folder):
     assert tokenizer(["a b c d"], False, 4)["input_ids"] == [[49406, 320, 321, 322, 323, 49407]]
 
 
+def test_half_a_character_is_named(folder):
+    """open_clip's cleaning mends it; HF's tokenizers would raise a TypeError about their own types."""
+    tokenizer = text.load_tokenizer(folder)
+    with pytest.raises(UserError, match=r"^'a \\ud83d b' holds half a character, .*; mend this text"):
+        text.tokenize(tokenizer, ["whole", "a \ud83d b"], LENGTH)
+    with pytest.raises(ValueError, match="must be of type `str`"):  # not a user's fault, and not hidden
+        text.tokenize(tokenizer, [3], LENGTH)
+
+
 # --- training ---
 
 
