@@ -70,7 +70,8 @@ def validate(config: ConfigDict, paths: bool = True) -> None:
     if flat["model.attention"] == "cudnn":
         require("model.dtype", flat["model.dtype"] == "bfloat16", "model.attention=cudnn needs bfloat16")
     for key in (
-        *("steps", "model.scan_unroll", "data.batch_size", "data.text_length", "rollout.steps", "rollout.reuse"),
+        *("steps", "model.scan_unroll", "data.batch_size", "data.height", "data.width", "data.text_length"),
+        *("rollout.steps", "rollout.reuse"),
         "rollout.cache",
         *("align.schedule_steps", "optim.accumulation", "checkpoint.every", "checkpoint.keep", "sample.count"),
         *("sample.steps", "refl.late_steps", "draft_lv.renoisings"),

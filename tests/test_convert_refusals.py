@@ -184,7 +184,7 @@ def test_inspect_says_what_a_path_is(pipeline, ours, clip, tmp_path, capsys):
         return capsys.readouterr().out
 
     text = inspect(pipeline)
-    assert "FLUX pipeline, diffusers folder" in text and text.count("complete: every tensor fits") == 4
+    assert "FLUX.1 pipeline, diffusers folder" in text and text.count("complete: every tensor fits") == 4
     for words in ("flux (diffusers)", "autoencoder (diffusers)", "clip_text (hf)", "t5 (hf)"):
         assert words in text
     parameters = sum(p.numel() for p in references.flux_transformer().parameters())

@@ -203,13 +203,17 @@ def conditioner(models, **changes):
 def test_a_run_reads_captions_as_its_rewards_do(tmp_path):
     """HPS's are cleaned, the others' are not; a tokenizer of another network is refused before anything is compiled."""
     models = tiny.write_all(tmp_path)
-    both = {"reward__weights__hps": 1.0, "reward__weights__clip": 1.0, "reward__paths__hps": str(models / "hps")}
+    both = {
+        "reward__models__hps__weight": 1.0,
+        "reward__models__clip__weight": 1.0,
+        "reward__models__hps__path": str(models / "hps"),
+    }
     features = {"text": np.zeros((2, 1, 1), np.float32), "pooled": np.zeros((2, 1), np.float32)}
     ids = {}
     for captions in (["RED&amp;amp;blue “ｃａｒ”", "ﬂy"], ['red&blue "car"', "fly"]):
         examples = loading.Examples(captions, features)
         batch = conditioner(models, **both).batch(examples, 1)
-        ids[captions[1]] = {name: np.asarray(rows["caption"]) for name, rows in batch.reward_ids.items()}
+        ids[captions[1]] = {name: np.asarray(rows["caption"]) for name, rows in batch.reward_tokens.items()}
     np.testing.assert_array_equal(ids["ﬂy"]["hps"], ids["fly"]["hps"])
     assert (ids["ﬂy"]["clip"] != ids["fly"]["clip"]).any()
     shutil.rmtree(models / "clip" / "tokenizer")
