@@ -9,6 +9,7 @@ import sys
 import threading
 import traceback
 from collections.abc import Iterator
+from typing import Any
 
 import jax
 import numpy as np
@@ -64,7 +65,9 @@ def job(coordinator: str | None = None, process_id: int | None = None, process_c
 
 def is_loss(error: BaseException | None) -> bool:
     """Whether an exception says that another process of the job, or the way to it, is lost."""
-    return isinstance(error, jax.errors.JaxRuntimeError) and bool(re.search(SIGNS_OF_LOSS, str(error)))
+    # What fails while it is dispatched, as small programs on CPUs do, JAX raises as ValueError.
+    kinds = jax.errors.JaxRuntimeError, ValueError
+    return isinstance(error, kinds) and bool(re.search(SIGNS_OF_LOSS, str(error)))
 
 
 def start(coordinator: str | None = None, process_id: int | None = None, process_count: int | None = None) -> None:
@@ -93,9 +96,6 @@ def start(coordinator: str | None = None, process_id: int | None = None, process
 
 
 def _initialize(*place: str | int) -> None:
-    # Between CPUs, Gloo tells messages apart by their order alone. Programs that are started without waiting for the
-    # one before, as the text encoders beside an update, send theirs in an order that differs from process to process.
-    jax.config.update("jax_cpu_enable_async_dispatch", False)
     with _arrival():
         jax.distributed.initialize(*place, heartbeat_timeout_seconds=2 * HEARTBEAT, initialization_timeout=2 * ARRIVAL)
 
@@ -141,6 +141,17 @@ def _tpu() -> bool:
     wanted = os.environ.get("JAX_PLATFORMS", "")
     chips = glob.glob("/dev/accel*") + glob.glob("/dev/vfio/[0-9]*")
     return bool(chips) and importlib.util.find_spec("libtpu") is not None and (not wanted or "tpu" in wanted)
+
+
+def in_turn(made: Any) -> Any:
+    """What a program with collectives made, a tree; between CPUs it is waited for.
+
+    Gloo tells messages apart by their order alone, and two programs that run at once, as the text encoders beside an
+    update, send theirs in an order that differs from process to process. Accelerators keep programs in order.
+    """
+    if jax.process_count() > 1 and jax.default_backend() == "cpu":
+        jax.block_until_ready(made)
+    return made
 
 
 def largest(value: int) -> int:

@@ -110,7 +110,7 @@ def train(config: ConfigDict, workdir: str | os.PathLike) -> int | None:
             while step < config.steps:
                 beat()
                 step += 1
-                state, values = update(state, frozen, batch)
+                state, values = distributed.in_turn(update(state, frozen, batch))
                 # The next batch is prepared while the devices are busy with this one. Updates that share a rollout
                 # share its prompts; a run that goes on among them starts from where these were read.
                 preparing = time.perf_counter()

@@ -75,6 +75,8 @@ def test_two_processes_lose_one_twice_resume_stop_and_one_goes_on(models, tmp_pa
     [
         (UserError("no such file"), 1, "error: no such file\n"),
         (jax.errors.JaxRuntimeError("UNKNOWN: Gloo AllGather failed: Connection closed"), pulse.LOST, "is lost"),
+        (ValueError("UNKNOWN: Gloo AllGather failed: [pair.cc:538] Read error"), pulse.LOST, "is lost"),
+        (ValueError("too many values"), 1, "ValueError: too many values\n"),
         (jax.errors.JaxRuntimeError("UNAVAILABLE: Task 1 heartbeat timeout."), pulse.LOST, "is lost"),
         (jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory"), 1, "RESOURCE_EXHAUSTED: Out of memory\n"),
     ],
