@@ -132,7 +132,7 @@ def gather(mesh: Mesh, network: str) -> Callable[[str, jax.Array], jax.Array]:
     over "fsdp"; what "tensor" splits stays split. ``leaf`` may be what was computed of the parameter, with its axes."""
 
     def whole(path: str, leaf: jax.Array) -> jax.Array:
-        axes = spec(f"{network}.{path}")
+        axes = spec(network, path)
         # First as it lies: else the compiler may gather what the leaf was computed of.
         here = fitting(mesh, leaf.shape, axes)
         leaf = jax.lax.with_sharding_constraint(leaf, NamedSharding(mesh, here))

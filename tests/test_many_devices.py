@@ -39,7 +39,7 @@ def update_on_every_mesh(models, out):
         built = program.build(config, mesh, architecture)
         encode = conditions.prompt_encoder(config, built, architecture)
         prompts = [tiny.PROMPTS[i % 7] for i in sharding.local_rows(mesh, 16)]
-        batch = conditions.Conditioner(config, built, architecture, encode).batch(Examples(prompts, {}), 1)
+        batch = conditions.Conditioner(config, built, encode).batch(Examples(prompts, {}), 1)
         state, frozen = program.initial_state(config, built), program.load_frozen(config, built)
         # Before the update, which takes the state's memory; its second step runs one block of each kind.
         recipe = dataclasses.replace(built.settings, cache=2, cache_ends=(1, 1))
@@ -71,7 +71,7 @@ def lora_on_every_mesh(models):
         architecture = architectures.read(config)
         built = program.build(config, mesh, architecture)
         encode = conditions.prompt_encoder(config, built, architecture)
-        conditioner = conditions.Conditioner(config, built, architecture, encode)
+        conditioner = conditions.Conditioner(config, built, encode)
         prompts = [tiny.PROMPTS[i % 7] for i in sharding.local_rows(mesh, 8)]
         state, frozen = program.initial_state(config, built), program.load_frozen(config, built)
         path = pathlib.Path(models) / "pipeline" / "transformer"

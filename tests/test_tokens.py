@@ -4,20 +4,22 @@ import gzip
 import json
 import random
 import shutil
-import types
 import unicodedata
 
+import jax
 import numpy as np
 import pytest
 import transformers
 from helpers import tiny
 from open_clip import tokenizer as open_clip
 
-from srpo_jax import architectures, conditions, sharding, text, tokens
+from srpo_jax import architectures, conditions, program, sharding, text, tokens
 from srpo_jax.data import loading
 from srpo_jax.emoji import tokenizers
 from srpo_jax.errors import UserError
+from srpo_jax.families.flux_text import FluxTextEncoders
 from srpo_jax.models.clip import LEGACY_EOS_TOKEN_ID, VIT_H_14, ClipTextConfig
+from srpo_jax.models.compute import Compute
 from srpo_jax.models.t5 import T5Config
 
 LENGTH = 77
@@ -195,9 +197,8 @@ def test_half_a_character_is_named(folder):
 def conditioner(models, **changes):
     """The batches of a run on tiny networks, whose examples come with their features."""
     settings = tiny.config(models, **changes)
-    architecture = architectures.read(settings)
-    mesh = sharding.make_mesh(types.SimpleNamespace(data=1, fsdp=-1, tensor=1))
-    return conditions.Conditioner(settings, types.SimpleNamespace(mesh=mesh), architecture, None)
+    mesh = sharding.make_mesh(settings.mesh, jax.devices()[:1])
+    return conditions.Conditioner(settings, program.build(settings, mesh, architectures.read(settings)), None)
 
 
 def test_a_run_reads_captions_as_its_rewards_do(tmp_path):
@@ -225,4 +226,4 @@ def test_a_run_reads_captions_as_its_rewards_do(tmp_path):
     shutil.rmtree(models / "pipeline" / "tokenizer_2")
     shutil.copytree(models / "hps" / "tokenizer", models / "pipeline" / "tokenizer_2")
     with pytest.raises(UserError, match="tokenizer_2 is not this network's tokenizer: its ids reach"):
-        text.TextEncoders(models / "pipeline")
+        FluxTextEncoders(models / "pipeline", Compute())
