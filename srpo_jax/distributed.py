@@ -143,13 +143,19 @@ def _tpu() -> bool:
     return bool(chips) and importlib.util.find_spec("libtpu") is not None and (not wanted or "tpu" in wanted)
 
 
+def between_cpus() -> bool:
+    """Whether this is a job of several processes without accelerators, whose messages Gloo tells apart by their order
+    alone."""
+    return jax.process_count() > 1 and jax.default_backend() == "cpu"
+
+
 def in_turn(made: Any) -> Any:
     """What a program with collectives made, a tree; between CPUs it is waited for.
 
-    Gloo tells messages apart by their order alone, and two programs that run at once, as the text encoders beside an
-    update, send theirs in an order that differs from process to process. Accelerators keep programs in order.
+    Two programs that run there at once, as the text encoders beside an update, send their messages in an order that
+    differs from process to process. Accelerators keep programs in order.
     """
-    if jax.process_count() > 1 and jax.default_backend() == "cpu":
+    if between_cpus():
         jax.block_until_ready(made)
     return made
 

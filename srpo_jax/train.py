@@ -62,7 +62,8 @@ def train(config: ConfigDict, workdir: str | os.PathLike) -> int | None:
     architecture = architectures.read(config)
     source = loading.open_examples(config, architecture)
     held_out = sources.read(config.sample.prompts, config.sample.column) if config.sample.every else []
-    if config.compilation_cache:
+    # A program for CPUs that comes out of the cache runs collectives at once that do not depend on each other.
+    if config.compilation_cache and not distributed.between_cpus():
         jax.config.update("jax_compilation_cache_dir", os.path.expanduser(config.compilation_cache))
 
     # === Mesh and program =============================================================================================

@@ -51,11 +51,10 @@ def start_two(models, workdir, changes, event=None, before=""):
 
     They run the code ``before`` first."""
     words = [models, workdir, json.dumps(changes), json.dumps(event), f"127.0.0.1:{children.free_port()}"]
-    environment = children.environment(JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS="0")  # small programs too
     pair = [
         subprocess.Popen(
             [sys.executable, "-c", before + ONE_OF_TWO, *map(str, words), str(process)],
-            env=environment,
+            env=children.environment(),
             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         )
         for process in (0, 1)
