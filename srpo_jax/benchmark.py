@@ -1,7 +1,7 @@
 r"""Times an update and each of its parts, with random weights, and says how far from the hardware's peak they are.
 
     python -m srpo_jax.benchmark                                        # two CPU cores, one minute
-    python -m srpo_jax.benchmark --preset=wide --config.model.attention=cudnn
+    python -m srpo_jax.benchmark --preset=wide --device-batch=4
     python -m srpo_jax.benchmark --config=configs/flux_dev_hps.py --device-batch=1 --json=speed.json
 
 PRESETS, sizes and recipe where there is no --config:
