@@ -124,24 +124,18 @@ def read(workdir: str | os.PathLike) -> list[dict[str, Any]]:
 def line(step: int, total: int, values: dict[str, float], left: float) -> str:
     """A step for the person at the terminal, in ``COLUMNS`` columns: loss, each term's reward as far as there is room,
     the gradient's norm, the seconds of the step, and the ``left`` ones of the run."""
-    rewards = [
-        f"{name.removesuffix(REWARD)} {_short(value)}" for name, value in values.items() if name.endswith(REWARD)
-    ]
-    before = [f"loss {_short(values['loss'])}"] if "loss" in values else []
-    after = [f"gradient {_short(values['grad_norm'])}"] if "grad_norm" in values else []
-    after += [f"{_short(values['step_seconds'])} s/step"] if "step_seconds" in values else []
-    after += [f"{_clock(left)} left"] if step < total else []
+    rewards = [f"{name.removesuffix(REWARD)} {value:.3g}" for name, value in values.items() if name.endswith(REWARD)]
+    loss = [f"loss {values['loss']:.4g}"] if "loss" in values else []
+    gradient = [f"gradient {values['grad_norm']:.3g}"] if "grad_norm" in values else []
+    seconds = [f"{values['step_seconds']:.3g} s/step"] if "step_seconds" in values else []
+    seconds += [f"{_clock(left)} left"] if step < total else []
 
     def joined() -> str:
-        return "  ".join([f"step {step}/{total}", *before, *rewards, *after])
+        return "  ".join([f"step {step}/{total}", " ".join([*loss, *rewards, *gradient]), *seconds])
 
     while rewards and len(joined()) > COLUMNS:
         rewards.pop()
     return joined()
-
-
-def _short(value: float) -> str:
-    return f"{value:.4g}"
 
 
 def _clock(seconds: float) -> str:

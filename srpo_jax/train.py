@@ -69,7 +69,8 @@ def train(config: ConfigDict, workdir: str | os.PathLike) -> int | None:
     # === Mesh and program =============================================================================================
     mesh = sharding.make_mesh(config.mesh)
     built = program.build(config, mesh, architecture)
-    terminal.say(_describe(config, built))
+    for words in _describe(config, built):
+        terminal.say(words)
     terminal.say(space.check(workdir, config, built.state, newest or 0))
     online, encode, samples = config.data.encode == "online", None, None
     if online or held_out:
@@ -233,13 +234,13 @@ class Interruption:
             signal.signal(caught, handler)
 
 
-def _describe(config: ConfigDict, built: program.Program) -> str:
+def _describe(config: ConfigDict, built: program.Program) -> tuple[str, str]:
     count = sum(leaf.size for leaf in jax.tree.leaves(built.state.params))
-    beside = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(built.frozen.base))
-    words = f" in low-rank factors, beside {beside / 1e9:.4g} GB of frozen weights" if beside else ""
+    beside = checkpoint.size_of(built.frozen.base)
+    words = f" in low-rank factors, beside {terminal.in_bytes(beside)} of frozen weights" if beside else ""
     axes = ", ".join(f"{axis}={size}" for axis, size in built.mesh.shape.items())
     devices = f"{built.mesh.devices.size} {jax.default_backend()} device(s)"
     at_once = config.data.batch_size // config.optim.accumulation
     passes = f"{config.data.batch_size} samples an update, {at_once} at a time"
     attention = f"attention {built.computes.transformer.attention}"
-    return f"{count / 1e6:.4g} million parameters{words} on {devices} ({axes}), {attention}; {passes}"
+    return f"{count / 1e6:.4g} million parameters{words} on {devices} ({axes})", f"{attention}; {passes}"

@@ -74,10 +74,11 @@ def test_keys_are_todays(page):
             config_lib.check_key(key)
     groups = "|".join(name for name, _ in config_lib.default().items() if not isinstance(_, int | float | str))
     for key in re.findall(rf"`(?:--config\.)?((?:{groups})\.\w+(?:\.\w+)*)(?:=[^`]*)?`", text):
-        config_lib.check_key(key)
+        if key.islower():  # others are constants of modules
+            config_lib.check_key(key)
 
 
-@pytest.mark.parametrize(("module", "words"), ours())
+@pytest.mark.parametrize(("module", "words"), list(ours()))
 def test_commands_are_read_by_their_parsers(module, words):
     if module == "main":
         if "..." not in words:
