@@ -244,12 +244,15 @@ class Checkpoints:
             return
         for step in steps(self._workdir)[: -self._resumable]:
             path = self._folder / str(step)
-            # First of all this: what is interrupted after it goes on at the next save.
-            if not (path / WEIGHTS_ONLY).exists():
-                storage.write(path / WEIGHTS_ONLY, b"")
-            for item in FOR_RESUMING:
-                if (path / item).exists():
-                    (path / item).rmtree()
+            try:
+                # First of all this: what is interrupted after it goes on at the next save.
+                if not (path / WEIGHTS_ONLY).exists():
+                    storage.write(path / WEIGHTS_ONLY, b"")
+                for item in FOR_RESUMING:
+                    if (path / item).exists():
+                        (path / item).rmtree()
+            except Exception as error:  # of several libraries; it costs room, and no run should end for that
+                terminal.say(f"the optimizer state of {path} could not be deleted: {' '.join(str(error).split())}")
 
     @contextlib.contextmanager
     def _in_time(self) -> Iterator[None]:

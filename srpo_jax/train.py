@@ -38,6 +38,7 @@ from srpo_jax.algorithm.networks import Frozen
 from srpo_jax.algorithm.step import TrainState
 from srpo_jax.data import loading, sources
 from srpo_jax.errors import UserError
+from srpo_jax.families.base import TRANSFORMER
 from srpo_jax.models.compute import join
 
 
@@ -83,9 +84,10 @@ def train(config: ConfigDict, workdir: str | os.PathLike) -> int | None:
     del encode  # with stored features, text encoders make room here for what is trained
     state = None
     if newest is None:
-        with terminal.doing("loading the transformer"):
+        with terminal.doing("loading the transformer" if built.frozen.base is None else "making low-rank factors"):
             state = program.initial_state(config, built)
-    with terminal.doing(f"loading what is frozen: {', '.join(['autoencoder', *built.networks.rewards])}"):
+    base = [] if built.frozen.base is None else [TRANSFORMER]
+    with terminal.doing(f"loading {', '.join([*base, 'autoencoder', *built.networks.rewards])}"):
         frozen = program.load_frozen(config, built)
 
     # === State: new, or of the newest checkpoint; from here on the workdir belongs to this run ========================
