@@ -23,7 +23,7 @@ ENCODE = ("online", "stored")
 IMAGES = ("rollout", "stored")
 DTYPES = ("bfloat16", "float32")
 MOMENTS = ("float32", "bfloat16", "float8")
-ATTENTION = ("xla", "cudnn", "splash")
+ATTENTION = ("auto", "xla", "cudnn", "splash")
 REMAT = ("none", "dots", "full")
 QUANTIZE = ("none", "int8", "nf4")
 
@@ -60,7 +60,8 @@ def default() -> ConfigDict:
     # Of matrix products and frozen weights: bfloat16 | float32. See optim.weights for trained ones.
     c.model.dtype = "bfloat16"
     c.model.round_time = False  # round 1000 * time and 1000 * guidance to bfloat16, as the released script's autocast
-    c.model.attention = "xla"  # xla (everywhere) | cudnn (NVIDIA) | splash (TPU), see models/attention.py
+    # xla (everywhere) | cudnn (NVIDIA) | splash (TPU), see models/attention.py | auto: which of them fits the devices
+    c.model.attention = "auto"
     c.model.scan_unroll = 1  # transformer blocks in one iteration of the scan
 
     # --- LoRA: low-rank factors are trained beside a frozen transformer, see docs/lora.md ---
@@ -184,6 +185,9 @@ def default() -> ConfigDict:
     c.checkpoint = ConfigDict()
     c.checkpoint.every = 10  # updates between checkpoints; the last update is always saved
     c.checkpoint.keep = 3  # newest checkpoints that are kept
+    # Of these, the newest that a run can go on from. Older ones lose the optimiser's state, two thirds of them, and
+    # keep the weights (and their average), for `generate` and `convert export`.
+    c.checkpoint.resumable = 1
     c.sample = ConfigDict()
     c.sample.every = 10  # updates between sample grids, the first before training; 0 draws none
     c.sample.prompts = config_dict.placeholder(str)  # held-out prompts, a source as data.prompts

@@ -7,9 +7,8 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
-import tqdm
 
-from srpo_jax import families, text, tokens
+from srpo_jax import families, terminal, text, tokens
 from srpo_jax.errors import UserError
 from srpo_jax.families.base import INDEX, TRANSFORMER, Family
 from srpo_jax.weights import engine, folder, formats
@@ -27,13 +26,13 @@ TOKENIZER_FILES = (
 )
 
 
-def byte_bar(label: str, specs: Mapping[str, Spec], where: pathlib.Path) -> tqdm.tqdm:
+def byte_bar(label: str, specs: Mapping[str, Spec], where: pathlib.Path) -> terminal.Bar:
     """A progress bar over the bytes of some tensors. Raises UserError if they do not fit on the disk."""
     total = sum(spec.nbytes for spec in specs.values())
     free = shutil.disk_usage(where).free
     if total > free:
         raise UserError(f"{where.parent} has {free / 1e9:.1f} GB free; {label} needs {total / 1e9:.1f} GB")
-    return tqdm.tqdm(total=total, unit="B", unit_scale=True, unit_divisor=1000, desc=label, disable=None)
+    return terminal.bar(total, "B", label, scale=True)
 
 
 def import_folder(
@@ -44,7 +43,7 @@ def import_folder(
     dtype: np.dtype | None = None,
     config: str | os.PathLike | None = None,
     tokenizer: str | os.PathLike | None = None,
-) -> None:
+) -> list[Mapping[str, Spec]]:
     """Converts a pipeline or a single network into our format.
 
     Args:
@@ -56,6 +55,9 @@ def import_folder(
       config: a config.json to use instead of the one beside the weights.
       tokenizer: a tokenizer folder that goes along with a CLIP reward; by default the tokenizer beside the weights.
         A note is printed if there is none, or if it replaces another.
+
+    Returns:
+      The parameters of each network that was written.
 
     Raises UserError, and writes nothing, if the source is not what it should be or does not fit exactly, or a
     tokenizer is of another network.
@@ -71,14 +73,14 @@ def import_folder(
                 words, note = _tokenizer_files(source, tokenizer, opened.config.text_config, target)
             elif tokenizer:
                 raise UserError(f"--tokenizer is for CLIP rewards; {source} is a {opened.form.network} network")
-            _write(opened, out, dtype)
+            written = [_write(opened, out, dtype)]
             if words:
                 (out / TOKENIZER).mkdir()
             for file in words:
                 shutil.copy(file, out / TOKENIZER / file.name)
         if note:
             print(f"note: {note}")
-        return
+        return written
     for value, flag in ((network, "--network"), (format, "--format"), (config, "--config"), (tokenizer, "--tokenizer")):
         if value is not None:
             raise UserError(f"{source} is a whole pipeline, for which {flag} has no meaning; give one of its folders")
@@ -91,13 +93,15 @@ def import_folder(
         for name, tokenizer in family.tokenizers.items():
             if tokenizer.encoder in networks and name in parts:
                 tokens.check(text.load_tokenizer(source / name), networks[tokenizer.encoder].config, source / name)
+        written = []
         for part in parts:
             if part in networks:
                 (out / part).mkdir()
-                _write(networks[part], out / part, dtype)
+                written.append(_write(networks[part], out / part, dtype))
             else:
                 shutil.copytree(source / part, out / part)
         shutil.copy(source / INDEX, out / INDEX)
+    return written
 
 
 def pipeline_parts(source: pathlib.Path, family: Family) -> list[str]:
@@ -132,14 +136,15 @@ def _open(source: pathlib.Path, network: str | None, format: str | None, config:
     return _Opened(form, values, weights, table, place)
 
 
-def _write(opened: _Opened, out: pathlib.Path, dtype: np.dtype | None) -> None:
-    """Writes a network in our format into an existing folder."""
+def _write(opened: _Opened, out: pathlib.Path, dtype: np.dtype | None) -> Mapping[str, Spec]:
+    """Writes a network in our format into an existing folder, and returns its parameters."""
     form, config, weights, table, place = opened
     specs = engine.target_specs(table, weights, place, folder.shapes(form.network, config), dtype)
     with byte_bar(form.network, specs, out) as bar, folder.writer(out, specs, bar.update) as file:
         for path, layer, array in engine.imported(table, weights, place):
             file.write(path, array, layer)
     folder.write_config(out, form.network, config)
+    return specs
 
 
 def _tokenizer_files(

@@ -29,7 +29,9 @@ from srpo_jax import (
     resume,
     sampling,
     sharding,
+    space,
     storage,
+    terminal,
     validation,
 )
 from srpo_jax import config as config_lib
@@ -37,6 +39,7 @@ from srpo_jax.algorithm.networks import Frozen
 from srpo_jax.algorithm.step import TrainState
 from srpo_jax.data import loading, sources
 from srpo_jax.errors import UserError
+from srpo_jax.families.base import TRANSFORMER
 from srpo_jax.models.compute import join
 
 
@@ -55,7 +58,7 @@ def train(config: ConfigDict, workdir: str | os.PathLike) -> int | None:
     models = resume.fingerprints(config)
     checkpoint.check_workdir(workdir, config, models)
     workdir = storage.path(workdir)
-    newest = distributed.largest(max(checkpoint.steps(workdir), default=0)) or None
+    newest = distributed.largest(checkpoint.newest(workdir) or 0) or None
     if newest is not None and newest >= config.steps:
         print(f"{workdir} has all of its {config.steps} updates; nothing to do")
         return None
@@ -69,35 +72,49 @@ def train(config: ConfigDict, workdir: str | os.PathLike) -> int | None:
     # === Mesh and program =============================================================================================
     mesh = sharding.make_mesh(config.mesh)
     built = program.build(config, mesh, architecture)
-    online = config.data.encode == "online"
-    encode = conditions.prompt_encoder(config, built, architecture) if online or held_out else None
-    samples = SampleGrid(config, built, encode, held_out[: config.sample.count], workdir) if held_out else None
+    for words in _describe(config, built):
+        terminal.say(words)
+    terminal.say(space.check(workdir, config, built.state, newest or 0))
+    online, encode, samples = config.data.encode == "online", None, None
+    if online or held_out:
+        with terminal.doing("loading the text encoders"):
+            encode = conditions.prompt_encoder(config, built, architecture)
+    if held_out:
+        with terminal.doing("encoding the held-out prompts"):
+            samples = SampleGrid(config, built, encode, held_out[: config.sample.count], workdir)
     conditioner = conditions.Conditioner(config, built, encode if online else None)
     del encode  # with stored features, text encoders make room here for what is trained
-    state = program.initial_state(config, built) if newest is None else None
-    frozen = program.load_frozen(config, built)
+    state = None
+    if newest is None:
+        with terminal.doing("loading the transformer" if built.frozen.base is None else "making low-rank factors"):
+            state = program.initial_state(config, built)
+    base = [] if built.frozen.base is None else [TRANSFORMER]
+    with terminal.doing(f"loading {', '.join([*base, 'autoencoder', *built.networks.rewards])}"):
+        frozen = program.load_frozen(config, built)
 
     # === State: new, or of the newest checkpoint; from here on the workdir belongs to this run ========================
     checkpoint.write_config(workdir, config, models)
-    checkpoints = checkpoint.Checkpoints(workdir, config.checkpoint.keep, checkpoint.deadline_of(built.state))
+    checkpoints = checkpoint.Checkpoints(
+        workdir, config.checkpoint.keep, checkpoint.deadline_of(built.state), config.checkpoint.resumable
+    )
     rows = sharding.local_rows(mesh, config.data.batch_size)
     stream = loading.batches(source, config.data.batch_size, config.seed, rows)
     if newest is not None:
-        state, run = checkpoints.restore(newest, built.state)
+        with terminal.doing(f"reading the checkpoint of update {newest}"):
+            state, run = checkpoints.restore(newest, built.state)
         if run["source"] != source.digest:
             raise UserError(f"{workdir} was trained on other prompts or pictures than now; choose another --workdir")
         stream.set_state(run["data"])
     step = newest or 0
     report = metrics.Metrics(workdir, step, config.steps)
-    report.say(f"{_describe(built)}; from update {step} to {config.steps} in {workdir}")
-    report.say(source.summary)
+    terminal.say(source.summary)
+    terminal.say(f"from update {step} to {config.steps} in {workdir}")
 
     signals = contextlib.ExitStack()
     try:
         # === Compile ==================================================================================================
-        started = time.perf_counter()
-        update = built.lower().compile()
-        report.say(f"compiled the update in {time.perf_counter() - started:.1f} s")
+        with terminal.doing("compiling the update"):
+            update = built.lower().compile()
 
         # === Loop =====================================================================================================
         interruption = signals.enter_context(Interruption())
@@ -144,7 +161,7 @@ def train(config: ConfigDict, workdir: str | os.PathLike) -> int | None:
                     report.flush()
                     checkpoints.save(step, state, run)
                 if stop:
-                    report.say(f"stopped after update {step}; the same command goes on from there")
+                    terminal.say(f"stopped after update {step}; the same command goes on from there")
                     return stop
 
                 # --- samples ---
@@ -192,9 +209,10 @@ class SampleGrid:
     def draw(self, step: int, state: TrainState, frozen: Frozen) -> None:
         """Draws with the moving average of the weights if there is one, and writes the grid."""
         params = join(state.params if state.ema is None else state.ema, frozen.base)
-        images = np.concatenate(list(self._painter.paint(params, frozen.autoencoder, self._chunks)))
-        if jax.process_index() == 0:
-            sampling.save_image(sampling.grid(images), self._file(step))
+        with terminal.doing(f"sampling into {self._folder.name}/{self._file(step).name}"):
+            images = np.concatenate(list(self._painter.paint(params, frozen.autoencoder, self._chunks)))
+            if jax.process_index() == 0:
+                sampling.save_image(sampling.grid(images), self._file(step))
 
     def _file(self, step: int) -> epath.Path:
         return self._folder / f"{step:06d}.png"
@@ -223,10 +241,13 @@ class Interruption:
             signal.signal(caught, handler)
 
 
-def _describe(built: program.Program) -> str:
+def _describe(config: ConfigDict, built: program.Program) -> tuple[str, str]:
     count = sum(leaf.size for leaf in jax.tree.leaves(built.state.params))
-    beside = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(built.frozen.base))
-    words = f" in low-rank factors, beside {beside / 1e9:.4g} GB of frozen weights" if beside else ""
+    beside = checkpoint.size_of(built.frozen.base)
+    words = f" in low-rank factors, beside {terminal.in_bytes(beside)} of frozen weights" if beside else ""
     axes = ", ".join(f"{axis}={size}" for axis, size in built.mesh.shape.items())
     devices = f"{built.mesh.devices.size} {jax.default_backend()} device(s)"
-    return f"{count / 1e6:.4g} million parameters{words} on {devices} ({axes})"
+    at_once = config.data.batch_size // config.optim.accumulation
+    passes = f"{config.data.batch_size} samples an update, {at_once} at a time"
+    attention = f"attention {built.computes.transformer.attention}"
+    return f"{count / 1e6:.4g} million parameters{words} on {devices} ({axes})", f"{attention}; {passes}"

@@ -73,8 +73,8 @@ def validate(config: ConfigDict, paths: bool = True) -> None:
         *("steps", "model.scan_unroll", "data.batch_size", "data.height", "data.width", "data.text_length"),
         *("rollout.steps", "rollout.reuse"),
         "rollout.cache",
-        *("align.schedule_steps", "optim.accumulation", "checkpoint.every", "checkpoint.keep", "sample.count"),
-        *("sample.steps", "refl.late_steps", "draft_lv.renoisings"),
+        *("align.schedule_steps", "optim.accumulation", "checkpoint.every", "checkpoint.keep", "checkpoint.resumable"),
+        *("sample.count", "sample.steps", "refl.late_steps", "draft_lv.renoisings"),
     ):
         require(key, flat[key] >= 1, "must be at least 1")
     for key in (

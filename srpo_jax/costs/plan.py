@@ -27,7 +27,7 @@ class Candidate(NamedTuple):
     """A recipe on a target, and all that a run builds before its first update.
 
     Attributes:
-      config: validated.
+      config: validated; of "auto", what it stands for on the target.
       architecture: sizes.
       target: the devices.
       built: the update.
@@ -57,8 +57,9 @@ def prepare(
             "needs; plan without it, less the bytes of the optimizer"
         )
     mesh = sharding.make_mesh(config.mesh, topologies.devices(target))
+    config = config.copy_and_resolve_references()
+    config.model.attention = program.attention_of(config, mesh)
     if device_batch is not None:
-        config = config.copy_and_resolve_references()
         at_once = device_batch * sharding.batch_parts(mesh)
         if config.data.batch_size % at_once:
             raise UserError(

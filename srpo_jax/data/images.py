@@ -14,14 +14,13 @@ import hashlib
 import io
 import os
 import pathlib
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
-import tqdm
 from PIL import Image, ImageOps
 
+from srpo_jax import terminal
 from srpo_jax.data import sources
 from srpo_jax.errors import UserError
 
@@ -201,10 +200,7 @@ def examine(
             return b"", f"{picture.name} {error}"
 
     with concurrent.futures.ThreadPoolExecutor(THREADS) as pool:
-        bar = tqdm.tqdm(
-            total=len(pictures), desc="check", unit="picture", disable=not progress, leave=False,
-            mininterval=0.1 if sys.stderr.isatty() else 10,
-        )  # fmt: skip
+        bar = terminal.bar(len(pictures), "picture", "checking", shown=progress)
         found = []
         with bar:
             for result in pool.map(look, pictures):
