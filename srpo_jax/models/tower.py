@@ -191,6 +191,9 @@ class TowerBlock(nnx.Module):
         return self.compute.constrain(x, "tokens")
 
 
+HEAD_WIDTHS = (1024, 128, 64, 16, 1)  # of every published one
+
+
 class ScoreHead(nnx.Module):
     """A number from a feature: dense layers in a row with nothing between them, an affine map of the feature.
 
@@ -206,15 +209,11 @@ class ScoreHead(nnx.Module):
                 n_in, n_out, kernel_init=init, dtype=jnp.float32, param_dtype=jnp.float32, precision=highest, rngs=rngs
             )
 
-        pairs = zip((features, *widths), widths, strict=False)
-        self.layers = nnx.Dict({f"layer{number}": dense(*pair) for number, pair in enumerate(pairs)})
+        self.layers = nnx.List([dense(*pair) for pair in zip((features, *widths), widths, strict=False)])
 
     def __call__(self, features: jax.Array) -> jax.Array:
         """[B, D] -> [B], float32."""
         x = features.astype(jnp.float32)
-        for number in range(len(self.layers)):
-            x = self.layers[f"layer{number}"](x)
+        for layer in self.layers:
+            x = layer(x)
         return x[:, 0]
-
-
-HEAD_WIDTHS = (1024, 128, 64, 16, 1)  # of every published one

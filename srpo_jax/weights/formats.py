@@ -20,7 +20,8 @@ class Format:
 
     Attributes:
       network: ours, see ``folder.NETWORKS``.
-      name: "diffusers", "bfl" (Black Forest Labs' single files, also ComfyUI's), "hf" (transformers) or "open_clip".
+      name: "diffusers", "bfl" (Black Forest Labs' single files, also ComfyUI's), "hf" (transformers), "open_clip" or
+        "image_reward" (its authors' file).
       marks: groups of tensor names; a file that holds all of a group is in this format, unless an earlier one fits too.
       rules: the function of ``srpo_jax.weights.<module>`` that makes the table from the network's config.
       config: the file with the network's config, and what it calls the network (``_class_name`` or ``model_type``).
@@ -43,8 +44,41 @@ class Format:
         return f"{self.network} ({self.name})"
 
 
+HEAD = "head."  # before the names of a score's head, which is a file beside that of its tower
 # A format whose marks are part of another's comes after it.
 FORMATS = (
+    Format(
+        "blip",
+        "image_reward",
+        (("blip.visual_encoder.cls_token", "mlp.layers.7.weight"),),
+        "image_reward_rules",
+        ("med_config.json", "bert"),
+        "ImageReward",
+    ),
+    Format(
+        "aesthetic",
+        "hf",
+        (("vision_model.embeddings.class_embedding", f"{HEAD}layers.7.weight"),),
+        "hf_clip_rules",
+        ("config.json", "clip"),
+        "model",
+    ),
+    Format(
+        "aesthetic",
+        "open_clip",
+        (("visual.class_embedding", f"{HEAD}layers.7.weight"),),
+        "open_clip_rules",
+        ("open_clip_config.json", ""),
+        "open_clip_model",
+    ),
+    Format(
+        "aesthetic_v25",
+        "hf",
+        (("vision_model.head.probe", f"{HEAD}scoring_head.8.weight"),),
+        "siglip_rules",
+        ("config.json", "siglip"),
+        "model",
+    ),
     Format(
         "flux",
         "diffusers",
@@ -143,7 +177,10 @@ def written_as(network: str, style: str) -> Format | None:
     """The format for a network in an export of a style ("diffusers", "bfl", "comfyui"), None if it has no place there.
 
     Text encoders are in transformers' names in every style; BFL's own files hold none, ComfyUI has no use for rewards.
+    Scores with a head of their own are read by no other program under any of these names.
     """
+    if network in ("blip", "aesthetic", "aesthetic_v25"):
+        return None
     if network in ("flux", "autoencoder"):
         return find(network, "diffusers" if style == "diffusers" else "bfl")
     if style == "bfl" or (style == "comfyui" and network == "clip"):
@@ -151,18 +188,25 @@ def written_as(network: str, style: str) -> Format | None:
     return find(network, "hf")
 
 
-def open_network(path: pathlib.Path, network: str | None = None, name: str | None = None) -> tuple[Format, Source]:
+def open_network(
+    path: pathlib.Path, network: str | None = None, name: str | None = None, head: pathlib.Path | None = None
+) -> tuple[Format, Source]:
     """Opens the weights of one network, a file or a component's folder.
 
     Args:
       path: the file or folder.
       network, name: what its network and format must be; None takes what they are.
+      head: a file with the head of the score whose tower ``path`` is.
 
     Raises UserError if there is nothing readable or it is not what was asked for.
     """
     names = [file for file in sources.WEIGHT_FILES if name != "open_clip" or file.startswith("open_clip")]
     source = sources.open_source(path, names)
+    if head is not None:
+        source = sources.JoinedSource(source, sources.open_file(head), HEAD)
     form = detect(source.specs, source.path, _said(path / "config.json") if path.is_dir() else "")
+    if head is not None and not any(mark.startswith(HEAD) for group in form.marks for mark in group):
+        raise UserError(f"{head} is no head of a score for {path}, which looks like {form}")
     if network not in (None, form.network) or name not in (None, form.name):
         raise UserError(f"{source.path} looks like {form}; expected {' '.join(filter(None, (network, name)))}")
     return form, source
@@ -187,11 +231,11 @@ def find_config(form: Format, path: pathlib.Path, source: Source, given: Any = N
 
 def parse_config(form: Format, content: Mapping[str, Any], where: Any) -> Any:
     """A network's config from a foreign config.json, an open_clip_config.json or our own. Raises UserError."""
-    if form.network == "clip" and ("model_cfg" in content or "vision_cfg" in content):
+    if form.network in ("clip", "aesthetic") and ("model_cfg" in content or "vision_cfg" in content):
         from srpo_jax.models.clip import ClipConfig
 
         try:
-            return ClipConfig.from_open_clip(content)
+            content = dataclasses.asdict(ClipConfig.from_open_clip(content))
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"{where}: {error}") from error
     if str(content.get("format", "")).startswith("srpo_jax/"):

@@ -47,6 +47,14 @@ _OTHERS = (
     (r"^visual\.trunk\.|^text\.transformer\.", "an open_clip model that is not of its plain ViT family"),
     (r"^vision_model\.", "a vision transformer without its text half"),
 )
+# Halves of what is read together.
+_HALVES = (
+    (r"^vision_model\.head\.probe", "a SigLIP: as the tower of an aesthetic score it takes the score's head by --head"),
+    (
+        r"^(layers|scoring_head)\.[24]\.weight",
+        "the head of an aesthetic score: give it by --head, its tower as --source",
+    ),
+)
 # Every name that a FLUX.1 transformer's file can hold, diffusers' and BFL's: a file of these alone is a part of one.
 _LAYER = r"(weight|bias)"
 _FLUX = re.compile(
@@ -87,6 +95,8 @@ def described(names: Iterable[str], said: str) -> str:
     names = list(names)
     if names and all(_FLUX.fullmatch(name) for name in names):
         return "looks like a part of a FLUX transformer: give the folder, or the index.json that joins the parts"
+    if words := _first(_HALVES, names):
+        return f"looks like {words}"
     if said:
         return f"is what its config.json says, a {said}, which is not supported"
     some = ", ".join(names[:3])
