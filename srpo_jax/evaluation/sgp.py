@@ -1,8 +1,8 @@
 """SGP-HPS (arXiv 2509.06942, Table 1): how much more a picture is liked as a photograph than as a rendering.
 
 The paper defines it as the difference of HPS-v2.1 under two prefixes of the caption and prints 0.463 for FLUX.1-dev,
-which no difference of numbers near 0.29 is; how it was scaled, and what joins prefix and caption, is not published. Here
-the prefix and the caption have a space between them, and there are three figures. None compares with the printed ones.
+which no difference of numbers near 0.29 is; how it was scaled, and what joins prefix and caption, is not published.
+Here prefix and caption have a space between them, and there are three figures. None compares with the printed ones.
 """
 
 from collections.abc import Sequence

@@ -5,10 +5,12 @@ Its scores spread around 0 with a deviation of about 1 over the pictures that it
 
 import os
 import pathlib
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from srpo_jax import text
 from srpo_jax.costs import flops
@@ -47,11 +49,10 @@ class ImageReward(Reward):
         """``{"ids": int32 [B, T], "mask": int32 [B, T]}``, 1 for words and 0 for padding."""
         tokenizer = self.load_tokenizer(self.sizes, pathlib.Path(path) / "tokenizer")
 
-        def tokens(texts):
-            found = tokenizer(
-                list(texts), padding="max_length", truncation=True, max_length=LENGTH, return_tensors="np"
-            )
-            return {"ids": found["input_ids"].astype("int32"), "mask": found["attention_mask"].astype("int32")}
+        def tokens(texts: Sequence[str]) -> dict[str, np.ndarray]:
+            found = tokenizer(list(texts), padding="max_length", truncation=True, max_length=LENGTH)
+            names = {"ids": "input_ids", "mask": "attention_mask"}
+            return {name: np.asarray(found[theirs], np.int32) for name, theirs in names.items()}
 
         return tokens
 

@@ -52,7 +52,7 @@ _HALVES = (
     (r"^vision_model\.head\.probe", "a SigLIP: as the tower of an aesthetic score it takes the score's head by --head"),
     (
         r"^(layers|scoring_head)\.[24]\.weight",
-        "the head of an aesthetic score: give it by --head, its tower as --source",
+        "an aesthetic score's head: give it by --head, its tower as --source",
     ),
 )
 # Every name that a FLUX.1 transformer's file can hold, diffusers' and BFL's: a file of these alone is a part of one.
