@@ -40,6 +40,15 @@ class Format:
         module = importlib.import_module(folder.NETWORKS[self.network][0].replace(".models.", ".weights."))
         return getattr(module, self.rules)(config)
 
+    @property
+    def has_head(self) -> bool:
+        """Whether its tensors come from two files, of a tower and of a score's head."""
+        return any(mark.startswith(HEAD) for group in self.marks for mark in group)
+
+    def fits(self, specs: Mapping[str, Spec]) -> bool:
+        """Whether tensors of these names are in this format."""
+        return any(all(mark in specs for mark in group) for group in self.marks)
+
     def __str__(self) -> str:
         return f"{self.network} ({self.name})"
 
@@ -159,7 +168,7 @@ def detect(specs: Mapping[str, Spec], where: Any, said: str = "") -> Format:
     words = strangers.never_ours(specs)
     if words is None:
         for form in FORMATS:
-            if any(all(mark in specs for mark in group) for group in form.marks):
+            if form.fits(specs):
                 return form
         words = strangers.described(specs, "" if said in {form.config[1] for form in FORMATS} else said)
     raise UserError(f"{where} {words}")
@@ -202,11 +211,16 @@ def open_network(
     """
     names = [file for file in sources.WEIGHT_FILES if name != "open_clip" or file.startswith("open_clip")]
     source = sources.open_source(path, names)
-    if head is not None:
+    if head is None:
+        form = detect(source.specs, source.path, _said(path / "config.json") if path.is_dir() else "")
+    else:
         source = sources.JoinedSource(source, sources.open_file(head), HEAD)
-    form = detect(source.specs, source.path, _said(path / "config.json") if path.is_dir() else "")
-    if head is not None and not any(mark.startswith(HEAD) for group in form.marks for mark in group):
-        raise UserError(f"{head} is no head of a score for {path}, which looks like {form}")
+        form = next((form for form in FORMATS if form.has_head and form.fits(source.specs)), None)
+        if form is None:
+            raise UserError(
+                f"{path} and {head} make no score: LAION's head (layers.7.weight) belongs to a CLIP, V2.5's "
+                "(scoring_head.8.weight) to a SigLIP"
+            )
     if network not in (None, form.network) or name not in (None, form.name):
         raise UserError(f"{source.path} looks like {form}; expected {' '.join(filter(None, (network, name)))}")
     return form, source

@@ -47,7 +47,7 @@ _OTHERS = (
     (r"^visual\.trunk\.|^text\.transformer\.", "an open_clip model that is not of its plain ViT family"),
     (r"^vision_model\.", "a vision transformer without its text half"),
 )
-# Halves of what is read together.
+# Halves of what is read together. A SigLIP's text tower has the names of a CLIP's.
 _HALVES = (
     (r"^vision_model\.head\.probe", "a SigLIP: as the tower of an aesthetic score it takes the score's head by --head"),
     (
@@ -85,7 +85,7 @@ def never_ours(names: Iterable[str]) -> str | None:
         return f"looks like {words}"
     if words := _first(_FAMILIES, names):
         return f"is {words}, which is not supported"
-    if words := _first(_FORMS, names):
+    if words := _first((*_FORMS, *_HALVES), names):
         return f"looks like {words}"
     return None
 
@@ -95,8 +95,6 @@ def described(names: Iterable[str], said: str) -> str:
     names = list(names)
     if names and all(_FLUX.fullmatch(name) for name in names):
         return "looks like a part of a FLUX transformer: give the folder, or the index.json that joins the parts"
-    if words := _first(_HALVES, names):
-        return f"looks like {words}"
     if said:
         return f"is what its config.json says, a {said}, which is not supported"
     some = ", ".join(names[:3])
