@@ -151,9 +151,10 @@ def default() -> ConfigDict:
 
     # --- rewards ---
     c.reward = ConfigDict()
-    # The mixture by name: kind (of rewards/: hps | pickscore | clip), path of a converted folder, weight (0 leaves it
-    # out). Others can be added, several of a kind too: c.reward.models.NAME = reward(KIND, PATH, WEIGHT) in a recipe,
-    # --config.reward.models.NAME.kind=KIND on the command line.
+    # The mixture by name: kind (of rewards/: hps | pickscore | clip | image_reward | aesthetic | aesthetic_v25, see
+    # docs/scores.md), path of a converted folder, weight (0 leaves it out). Others can be added, several of a kind too:
+    # c.reward.models.NAME = reward(KIND, PATH, WEIGHT) in a recipe, --config.reward.models.NAME.kind=KIND on the
+    # command line.
     c.reward.models = ConfigDict({kind: reward(kind, weight=float(kind == "hps")) for kind in REWARDS})
     c.reward.form = "released"  # (1 + k) g+ - g-: released | k g+ + (1 - k) g-: paper
     c.reward.margin = 0.7  # the loss is relu(margin - reward)

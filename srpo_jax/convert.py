@@ -2,11 +2,13 @@
 
     python -m srpo_jax.convert import --source FLUX.1-dev --target models/flux-dev
     python -m srpo_jax.convert import --source HPS_v2.1_compressed.pt --target hps --tokenizer FLUX.1-dev/tokenizer
+    python -m srpo_jax.convert import --source clip-vit-large-patch14 --head sac+logos+ava1.pth --target aesthetic
     python -m srpo_jax.convert export --source models/flux-dev --target out --format diffusers [--checkpoint WORKDIR]
     python -m srpo_jax.convert inspect PATH
 
 ``import`` reads a diffusers FLUX pipeline folder, a folder or file of one of its components, Black Forest Labs' single
-files, CLIP in the names of transformers or open_clip (HPS-v2.1, PickScore), and T5. ``export`` writes what diffusers
+files, CLIP in the names of transformers or open_clip (HPS-v2.1, PickScore), T5, ImageReward.pt, and aesthetic scores:
+the folder of a CLIP or SigLIP and, by ``--head``, the file of the score's head. ``export`` writes what diffusers
 (``--format diffusers``), Black Forest Labs' code (``bfl``) and ComfyUI (``comfyui``) read, and of LoRA runs the
 factors alone, as diffusers (``lora-diffusers``) and ComfyUI (``lora-comfyui``) read them. Both are strict (every
 tensor is used once, or nothing is written and one message says what is wrong), exact, and hold one tensor in memory.
@@ -106,6 +108,7 @@ def _parser() -> command.Parser:
     take("--dtype", choices=DTYPES, default="keep", help="to store in (default: the source's)")
     take("--config", type=command.path, help="the network's config.json, where it is not beside the weights")
     take("--tokenizer", type=command.path, help="tokenizer folder to take along, for a reward that comes without")
+    take("--head", type=command.path, help="weights of an aesthetic score's head; its tower is the source")
     give = add("export", "our format -> others' files")
     give("--source", type=command.path, required=True, help="folder that import made")
     give("--target", type=command.path, required=True, help="folder to make")
@@ -138,7 +141,14 @@ def main(arguments: list[str] | None = None) -> None:
     args = _parser().parse_args(arguments)
     if args.command == "import":
         written = import_folder(
-            args.source, args.target, args.network, args.format, DTYPES[args.dtype], args.config, args.tokenizer
+            args.source,
+            args.target,
+            args.network,
+            args.format,
+            DTYPES[args.dtype],
+            args.config,
+            args.tokenizer,
+            args.head,
         )
         print(_wrote(args.target, written))
     elif args.command == "export":

@@ -68,7 +68,9 @@ def export_folder(
     family = families.of_pipeline(source) if whole else None
     parts = parts_of_ours(source, family) if whole else [""]
     if not whole and formats.written_as(folder.read_config(source)[0], format) is None:
-        raise UserError(f"{format} has no place for {source}; use --format diffusers")
+        network = folder.read_config(source)[0]
+        remedy = "use --format diffusers" if formats.written_as(network, "diffusers") else "keep what it was made of"
+        raise UserError(f"{format} has no place for {source}, a {network} network; {remedy}")
     written = []
     with new_folder(target) as out:
         for part in parts:

@@ -10,11 +10,13 @@ import numpy as np
 from srpo_jax.errors import UserError
 
 # Any of these makes a folder a tokenizer that transformers can read.
-_VOCABULARIES = ("tokenizer.json", "vocab.json", "spiece.model", "tokenizer.model")
+_VOCABULARIES = ("tokenizer.json", "vocab.json", "vocab.txt", "spiece.model", "tokenizer.model")
 
 
-def load_tokenizer(path: str | os.PathLike) -> Any:
+def load_tokenizer(path: str | os.PathLike, kind: str = "AutoTokenizer") -> Any:
     """A tokenizer from a folder in transformers' format (``tokenizer_config.json`` and a vocabulary).
+
+    ``kind`` is the class of transformers, for folders that do not tell it.
 
     Raises UserError if the folder or its vocabulary is missing or cannot be read.
     """
@@ -27,10 +29,10 @@ def load_tokenizer(path: str | os.PathLike) -> Any:
     # It would warn, among the lines that matter, that it can load no models without torch.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     # Importing transformers takes seconds, and nothing else needs it.
-    from transformers import AutoTokenizer
+    import transformers
 
     try:
-        return AutoTokenizer.from_pretrained(path, local_files_only=True)
+        return getattr(transformers, kind).from_pretrained(path, local_files_only=True)
     except Exception as error:  # a broken file surfaces as anything from KeyError to the Rust library's Exception
         raise UserError(f"{path} cannot be read as a tokenizer: {error}") from error
 

@@ -1,0 +1,1 @@
+"""Whether alignment worked: scores of pictures, and what they say."""
