@@ -38,10 +38,12 @@ class Reward(abc.ABC):
     Attributes:
       network: the network's name in ``weights.folder.NETWORKS``.
       published: sizes of the published weights, for work without them (preflight, benchmark).
+      reported: what a reward is multiplied by where it is reported, to stand on its publication's scale.
     """
 
     network: ClassVar[str]
     published: ClassVar[Any]
+    reported: ClassVar[float] = 1.0
 
     def __init__(self, sizes: Any, graphdef: nnx.GraphDef, weight: float = 1.0):
         self.sizes, self.graphdef, self.weight = sizes, graphdef, weight

@@ -29,6 +29,7 @@ class ClipReward(Reward):
 
     network = "clip"
     published = VIT_H_14
+    reported = TEMPERATURE_DIVISOR  # as PickScore and the CLIP score are printed: about 100 times the cosine
     open_clip: ClassVar[bool] = False  # whether it was trained with open_clip's tokenizer
 
     def tokens(self, path: str | os.PathLike) -> Tokenize:
@@ -75,6 +76,7 @@ class ClipReward(Reward):
 class HpsReward(ClipReward):
     """HPS-v2.1 (arXiv 2306.09341): the inner product as it is, under open_clip's tokenizer."""
 
+    reported = 1.0
     open_clip = True
 
     def scale(self, params: Params) -> float:
