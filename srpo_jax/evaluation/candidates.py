@@ -8,11 +8,12 @@ import os
 import pathlib
 import re
 from collections import Counter
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
 from srpo_jax import architectures, checkpoint, storage
+from srpo_jax.config import reward_of
 from srpo_jax.data import images
 from srpo_jax.errors import UserError
 from srpo_jax.models.lora import Lora
@@ -56,7 +57,7 @@ class Candidate:
       pipeline: folder; None for pictures that are there.
       workdir, step, ema: the checkpoint whose weights stand in the pipeline's transformer, or beside it.
       lora: how these are low-rank factors; None if they are not.
-      trained_with: kinds of the rewards that it was trained with.
+      trained_with: fingerprints of the rewards that it was trained with (``Score.content``).
       pictures: those that are there; of a pipeline none.
     """
 
@@ -159,7 +160,7 @@ def _checkpoints(label: str | None, text: str, model: Candidate, ema: bool, quan
     checkpoint.load_params(workdir, int(which) if which and which != ALL else None, ema)  # what is wrong is told here
     there = checkpoint.steps(workdir)
     steps = there if which == ALL else [int(which) if which else there[-1]]
-    lora, kinds = checkpoint.lora(workdir), _rewards(workdir)
+    lora, rewards = checkpoint.lora(workdir), _rewards(workdir)
     if lora is None and quantize != "none":
         raise UserError(f"--quantize={quantize} is for the base of a LoRA run; {workdir} is none")
     if lora is not None and quantize != "trained":
@@ -171,16 +172,17 @@ def _checkpoints(label: str | None, text: str, model: Candidate, ema: bool, quan
         told = [model.content, hashlib.sha256(marker.read_bytes()).hexdigest(), str(step), average, repr(lora)]
         name = label if label and which != ALL else f"{label or _name(workdir)}@{step}{average}"
         source = f"{workdir}, update {step}{', moving average' if ema else ''}, of {model.source}"
-        made.append(Candidate(name, source, fingerprint.joined(told), model.pipeline, workdir, step, ema, lora, kinds))
+        made.append(
+            Candidate(name, source, fingerprint.joined(told), model.pipeline, workdir, step, ema, lora, rewards)
+        )
     return made
 
 
 def _rewards(workdir: str) -> tuple[str, ...]:
-    """Kinds of the rewards that a run was trained with, as far as its folder tells."""
-    file = storage.path(workdir) / checkpoint.CONFIG
-    content: Any = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
-    models = content.get("reward", {}).get("models", {})
-    return tuple(sorted({model["kind"] for model in models.values() if model["weight"] > 0}))
+    """Fingerprints of the rewards that a run was trained with, as far as its folder tells."""
+    file = storage.path(workdir) / checkpoint.MODELS
+    content = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    return tuple(sorted(value for key, value in content.items() if reward_of(key)))
 
 
 def _pictures(label: str | None, path: str) -> Candidate:

@@ -91,7 +91,9 @@ def evaluate(
     records = Records(out)
     if jax.process_index() == 0:
         models = {c.folder: {"source": c.source, "content": c.content} for c in candidates}
-        records.begin(how.settings(), models, {s.name: {"source": s.source, "content": s.content} for s in scores})
+        records.begin(
+            how.settings(), models, {s.name: {"source": s.source, "content": f"{s.kind} {s.content}"} for s in scores}
+        )
     clock = Clock()
     worker = _Worker(records, studio, tuple(scores), mesh, at_once, out, clock)
     for candidate in candidates:

@@ -21,7 +21,7 @@ from srpo_jax.weights import fingerprint, folder
 
 
 class Score(NamedTuple):
-    """A score that is asked for: its name, the kind of its reward model, the folder, and what tells its weights."""
+    """A score that is asked for: its name, the kind of its reward model, the folder, and the fingerprint of that."""
 
     name: str
     kind: str
@@ -43,7 +43,7 @@ def parse(text: str) -> Score:
     if kind not in REWARDS:
         raise UserError(f"--score={text}: {kind!r} is no kind of score; choose one of {', '.join(REWARDS)}")
     folder.read_config(path, REWARDS[kind].network)
-    return Score(name, kind, path, fingerprint.joined([kind, *resume.reward_fingerprints(path)]))
+    return Score(name, kind, path, fingerprint.joined(resume.reward_fingerprints(path)))
 
 
 class Scorer:

@@ -101,14 +101,14 @@ def cautions(found: Evaluation, comparisons: int) -> list[str]:
     if "hps" in kinds:
         notes.append(
             "HPS-v2.1 does not show what SRPO does: in its paper the model reads .289 before and .289 after, while "
-            "people call 38.9 % of its pictures excellent in realism, and 8.2 % of FLUX.1-dev's. No reward in that table "
-            "predicts what people said. A fall is a warning, no rise is no failure: look at the pictures."
+            "people call 38.9 % of its pictures excellent in realism, and 8.2 % of FLUX.1-dev's. No reward in that "
+            "table predicts what people said. A fall is a warning, no rise is no failure: look at the pictures."
         )
     for score in found.scores:
-        if trained := [model.label for model in found.candidates if score.kind in model.trained_with]:
+        if trained := [model.label for model in found.candidates if score.content in model.trained_with]:
             notes.append(
-                f"{score.name} is of a kind that was trained with ({', '.join(trained)}): it may rise while pictures "
-                "get worse. Scores that nothing was trained with decide."
+                f"{score.name} is what {', '.join(trained)} trained with: it may rise while pictures get worse. Scores "
+                "that nothing was trained with decide."
             )
     if comparisons > 1 and len(found.candidates) > 1:
         notes.append(
@@ -161,7 +161,7 @@ def write(found: Evaluation, summary: Summary) -> None:
 
 
 def _model(model: Candidate) -> dict[str, Any]:
-    return {"label": model.label, "source": model.source, "update": model.step, "trained_with": model.trained_with}
+    return {"label": model.label, "source": model.source, "update": model.step}
 
 
 def _record(row: Row) -> dict[str, Any]:
