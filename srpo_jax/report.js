@@ -45,7 +45,7 @@ for (const browser of document.querySelectorAll(".browser")) {
     }
     status.textContent = `page ${page + 1} of ${last + 1}, ${found.length} of ${cards.length} prompts`;
     controls.back.disabled = page === 0;
-    controls.on.disabled = page === last;
+    controls.next.disabled = page === last;
   }
 
   function turn(pages) {
@@ -58,6 +58,6 @@ for (const browser of document.querySelectorAll(".browser")) {
   form.addEventListener("submit", (event) => event.preventDefault());
   form.addEventListener("input", () => turn(-page));
   controls.back.addEventListener("click", () => turn(-1));
-  controls.on.addEventListener("click", () => turn(1));
+  controls.next.addEventListener("click", () => turn(1));
   show();
 }

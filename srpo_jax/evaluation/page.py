@@ -20,8 +20,8 @@ EXTREMES = 4  # prompts among the best, and among the worst
 
 def page(found: Evaluation, summary: Summary) -> report.Report:
     """The page. Small pictures stand in it; the whole ones lie beside it in ``images``."""
-    base = found.candidates[0]
-    against = f", each against {base.label}" if len(found.candidates) > 1 else ""
+    labels = [model.label for model in found.candidates]
+    against = f", each against {labels[0]}" if len(labels) > 1 else ""
     total = sum(map(len, found.items.values()))
     parts: list = [report.Notes("Before you read the figures", tuple(summary.notes))] if summary.notes else []
     parts += _tables(found, summary)
@@ -45,9 +45,7 @@ def page(found: Evaluation, summary: Summary) -> report.Report:
         ),
     ]
     return report.Report(
-        title=" and ".join(model.label for model in found.candidates)
-        if len(found.candidates) < 4
-        else f"{len(found.candidates)} models",
+        title="Evaluation: " + (", ".join(labels) if len(labels) < 4 else f"{labels[0]} and {len(labels) - 1} more"),
         lead=(
             f"{total} pictures of {len(found.prompts)} prompts by {len(found.candidates)} model"
             f"{'s' if len(found.candidates) > 1 else ''}{against}, picture by picture from the same noise."
@@ -169,7 +167,7 @@ class _Small:
         image = Image.fromarray(found.picture(model, item))
         image.thumbnail((SIDE, SIDE), Image.Resampling.LANCZOS)
         values = found.values[model.folder, item]
-        text = ", ".join(f"{score.name} {values[score.name]:.4g}" for score in found.scores)
+        text = "\n".join(f"{score.name} {values[score.name]:.4g}" for score in found.scores)
         link = "" if model.pictures else urllib.parse.quote(model.file(item))
         return report.Shown(np.asarray(image), f"{model.label}, image {item.image}", text, link)
 

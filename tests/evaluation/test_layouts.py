@@ -62,9 +62,9 @@ def test_hpsv2(tmp_path):
 
 def test_geneval(tmp_path):
     records = [
-        {"tag": "counting", "include": [{"class": "bench", "count": n}], "exclude": [], "prompt": f"a photo of {n} benches"}
+        {"tag": "counting", "include": [{"class": "bench", "count": n}], "prompt": f"a photo of {n} benches"}
         for n in (2, 3)
-    ]  # fmt: skip
+    ]
     file = tmp_path / "evaluation_metadata.jsonl"
     file.write_text("\n".join(map(json.dumps, records)))
     files = laid_out(tmp_path / "out", "geneval", file, None, 4)
