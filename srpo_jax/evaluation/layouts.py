@@ -1,6 +1,6 @@
 """Pictures as the judges of others read them: names, folders and metadata. The judges themselves are not run here.
 
-    hpsv2          OUT/hpsv2/MODEL/STYLE/00000.jpg          prompts: its benchmark, a pattern of anime.json, ...
+    hpsv2          OUT/hpsv2/MODEL/STYLE/00000.jpg          prompts: its benchmark, 'benchmark/[acp]*.json'
     geneval        OUT/geneval/MODEL/00000/samples/00000.png, metadata.jsonl    prompts: its evaluation_metadata.jsonl
     dpg            OUT/dpg/MODEL/ID.png, four in one        prompts: its prompts, a pattern of ID.txt
     unigenbench    OUT/unigenbench/eval_data/en/MODEL/INDEX_0.png               prompts: its test_prompts_en.csv
@@ -48,7 +48,9 @@ class Layout(NamedTuple):
 def _hpsv2(spec: str, column: str | None) -> Iterator[Place]:
     for file in sources.files(spec):
         if file.stem not in STYLES:
-            raise UserError(f"--writes=hpsv2: {file} is none of its styles; expected {', '.join(STYLES)}, each a .json")
+            raise UserError(
+                f"--writes=hpsv2: {file} is none of its styles; expected {', '.join(STYLES)}: 'benchmark/[acp]*.json'"
+            )
         for index, prompt in enumerate(sources.read(file, column)):
             yield Place(f"MODEL/{file.stem}/{index:05d}.jpg", (Item(prompt, 0),))
 
