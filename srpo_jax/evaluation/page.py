@@ -11,7 +11,7 @@ from srpo_jax import report
 from srpo_jax.evaluation.candidates import Candidate, Item
 from srpo_jax.evaluation.run import Evaluation
 from srpo_jax.evaluation.statistics import Estimate
-from srpo_jax.evaluation.summary import Summary, gain
+from srpo_jax.evaluation.summary import Summary, common, gain
 
 SIDE = 256  # pixels of a small picture's longer side
 MOST = 1500  # small pictures on a page: some 20 MB
@@ -181,9 +181,8 @@ def _gains(found: Evaluation) -> dict[str, dict[str, float]]:
     numbers: dict[str, dict[str, float]] = {prompt.text: {} for prompt in found.prompts}
     for score in found.scores:
         for model in others or (base,):
-            items = [item for item in found.items[model.folder] if item in set(found.items[base.folder])]
             by_prompt: dict[str, list[float]] = {}
-            for item in items:
+            for item in common(found, model):
                 own = found.values[base.folder, item][score.name]
                 by_prompt.setdefault(item.prompt, []).append(gain(found, model, score.name, item) if others else own)
             name = f"{score.name}, gain of {model.label}" if others else score.name

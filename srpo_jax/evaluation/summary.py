@@ -14,7 +14,7 @@ import numpy as np
 
 from srpo_jax import storage
 from srpo_jax.evaluation import statistics
-from srpo_jax.evaluation.candidates import Candidate
+from srpo_jax.evaluation.candidates import Candidate, Item
 from srpo_jax.evaluation.run import Evaluation
 from srpo_jax.evaluation.statistics import Comparison, Estimate
 
@@ -60,7 +60,7 @@ def summarize(found: Evaluation) -> Summary:
     for model in found.candidates:
         items = found.items[model.folder]
         prompts = np.array([place[item.prompt] for item in items])
-        both = [item for item in found.items[base.folder] if item in set(items)] if model is not base else []
+        both = [] if model is base else common(found, model)
         for score in found.scores:
             values = np.array([found.values[model.folder, item][score.name] for item in items])
             against = None
@@ -72,7 +72,13 @@ def summarize(found: Evaluation) -> Summary:
     return Summary(rows, _categories(found), comparisons, cautions(found, comparisons))
 
 
-def gain(found: Evaluation, model: Candidate, score: str, item: Any) -> float:
+def common(found: Evaluation, model: Candidate) -> list[Item]:
+    """The items of which both a model and the first one have a picture."""
+    there = set(found.items[model.folder])
+    return [item for item in found.items[found.candidates[0].folder] if item in there]
+
+
+def gain(found: Evaluation, model: Candidate, score: str, item: Item) -> float:
     """How much higher a model's picture of an item scores than the first model's."""
     return found.values[model.folder, item][score] - found.values[found.candidates[0].folder, item][score]
 
