@@ -11,6 +11,7 @@ A job of several processes starts the command in each, as generate does.
 
 import argparse
 import sys
+from functools import partial
 
 import jax
 from absl import logging
@@ -19,13 +20,10 @@ from srpo_jax import command, distributed, errors, report, sampling, sharding, s
 from srpo_jax.config import ATTENTION, DTYPES, QUANTIZE
 from srpo_jax.errors import UserError
 from srpo_jax.evaluation import candidates, layouts, page, prompts, run, scoring, summary
+from srpo_jax.evaluation.candidates import Asked
 from srpo_jax.evaluation.drawing import Drawing
 
 PAGE = "report.html"
-
-
-def _asked(kind: str):  # noqa: ANN202
-    return lambda text: candidates.Asked(kind, text)
 
 
 def _parser() -> command.Parser:
@@ -33,11 +31,11 @@ def _parser() -> command.Parser:
     add = parser.add_argument
     many = {"action": "append", "dest": "asked"}
     words = "pipeline folder, drawn as it is; LABEL is its name on the page (default: the folder's)"
-    add("--model", type=_asked("model"), metavar="[LABEL=]FOLDER", help=words, **many)
+    add("--model", type=partial(Asked, "model"), metavar="[LABEL=]FOLDER", help=words, **many)
     words = "workdir of a run, whose transformer replaces that of the --model before it (default: its newest update)"
-    add("--checkpoint", type=_asked("checkpoint"), metavar="[LABEL=]WORKDIR[@STEP|@all]", help=words, **many)
+    add("--checkpoint", type=partial(Asked, "checkpoint"), metavar="[LABEL=]WORKDIR[@STEP|@all]", help=words, **many)
     words = "pictures that are there, with captions beside them or in metadata.jsonl"
-    add("--pictures", type=_asked("pictures"), metavar="[LABEL=]FOLDER", help=words, **many)
+    add("--pictures", type=partial(Asked, "pictures"), metavar="[LABEL=]FOLDER", help=words, **many)
     add("--ema", action="store_true", help="take the moving averages of checkpoints")
     words = "how a LoRA's base is stored: none (in --dtype), int8, nf4, or as it was trained (default: none)"
     add("--quantize", choices=(*QUANTIZE, "trained"), default="none", help=words)
