@@ -191,7 +191,8 @@ def default() -> ConfigDict:
     c.checkpoint.resumable = 1
     c.sample = ConfigDict()
     c.sample.every = 10  # updates between sample grids, the first before training; 0 draws none
-    c.sample.prompts = config_dict.placeholder(str)  # held-out prompts, a source as data.prompts
+    # Held-out prompts, a source as data.prompts; None takes the 100 that come with the package.
+    c.sample.prompts = config_dict.placeholder(str)
     c.sample.column = config_dict.placeholder(str)  # of these prompts, as data.column
     c.sample.count = 8  # prompts taken from its head
     c.sample.seed = 1  # of the samples' noise: the same at every grid

@@ -167,3 +167,11 @@ def largest(value: int) -> int:
     # A few bytes a step, which the library moves in ways that a transfer guard would not let pass.
     with jax.transfer_guard("allow"), pulse.bounded(PATIENCE, "agreeing with the other processes"):
         return int(np.max(multihost_utils.process_allgather(np.int32(value))))
+
+
+def of_first(array: np.ndarray) -> np.ndarray:
+    """Process 0's array, of a shape and dtype that all processes know; every process has to ask at the same point."""
+    if jax.process_count() == 1:
+        return array
+    with pulse.bounded(PATIENCE, "hearing from the first process"):
+        return np.asarray(multihost_utils.broadcast_one_to_all(array))

@@ -39,6 +39,7 @@ from srpo_jax.algorithm.networks import Frozen
 from srpo_jax.algorithm.step import TrainState
 from srpo_jax.data import loading, sources
 from srpo_jax.errors import UserError
+from srpo_jax.evaluation import prompts
 from srpo_jax.families.base import TRANSFORMER
 from srpo_jax.models.compute import join
 
@@ -64,7 +65,9 @@ def train(config: ConfigDict, workdir: str | os.PathLike) -> int | None:
         return None
     architecture = architectures.read(config)
     source = loading.open_examples(config, architecture)
-    held_out = sources.read(config.sample.prompts, config.sample.column) if config.sample.every else []
+    held_out = []
+    if config.sample.every:
+        held_out = sources.read(config.sample.prompts or prompts.SHIPPED, config.sample.column)
     # A program for CPUs that comes out of the cache runs collectives at once that do not depend on each other.
     if config.compilation_cache and not distributed.between_cpus():
         jax.config.update("jax_compilation_cache_dir", os.path.expanduser(config.compilation_cache))

@@ -155,14 +155,13 @@ def _needed_paths(flat: dict[str, Any]) -> list[str]:
     needed = ["model.path", "data.prompts" if flat["data.encode"] == "online" else "data.path"]
     names = [name for key in flat if (name := reward_of(key)) and key.endswith(".weight")]
     needed += [f"reward.models.{name}.path" for name in names if flat[f"reward.models.{name}.weight"] > 0]
-    return needed + (["sample.prompts"] if flat["sample.every"] else [])
+    return needed + (["sample.prompts"] if flat["sample.every"] and flat["sample.prompts"] else [])
 
 
 def _check_paths(flat: dict[str, Any]) -> None:
     if missing := [key for key in _needed_paths(flat) if not flat[key]]:
-        held_out = "; config.sample.every=0 needs no sample.prompts" if "sample.prompts" in missing else ""
         flags = " ".join(f"--config.{key}=..." for key in missing)
-        raise UserError(f"give {'a path' if len(missing) == 1 else 'paths'}: {flags}{held_out}")
+        raise UserError(f"give {'a path' if len(missing) == 1 else 'paths'}: {flags}")
 
 
 def _check_lora(flat: dict[str, Any], require: Any) -> None:

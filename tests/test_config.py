@@ -42,12 +42,10 @@ def test_every_float_has_to_be_finite():
 def test_all_paths_that_are_not_given_are_named_at_once():
     config = config_lib.default()
     config.reward.models.clip.weight = 1.0
-    keys = ("model.path", "data.prompts", "reward.models.clip.path", "reward.models.hps.path", "sample.prompts")
+    keys = ("model.path", "data.prompts", "reward.models.clip.path", "reward.models.hps.path")
     with pytest.raises(UserError) as error:
         validation.validate(config)
-    assert str(error.value) == (
-        f"give paths: {' '.join(f'--config.{key}=...' for key in keys)}; config.sample.every=0 needs no sample.prompts"
-    )
+    assert str(error.value) == f"give paths: {' '.join(f'--config.{key}=...' for key in keys)}"
     config.data.encode, config.sample.every, config.reward.models.clip.weight, config.model.path = "stored", 0, 0.0, "m"
     with pytest.raises(
         UserError, match=r"^give paths: --config\.data\.path=\.{3} --config\.reward\.models\.hps\.path=\.{3}$"
@@ -86,7 +84,7 @@ def test_all_paths_that_are_not_given_are_named_at_once():
         ("model.dtype", "float16", r"config\.model\.dtype='float16': choose one of bfloat16, float32"),
         ("model.attention", "flash", r"config\.model\.attention='flash'"),
         ("remat.transformer", "some", r"config\.remat\.transformer='some'"),
-        ("sample.prompts", None, r"give a path: --config\.sample\.prompts=\.\.\.; config\.sample\.every=0"),
+        ("data.prompts", None, r"give a path: --config\.data\.prompts=\.\.\.$"),
         ("mesh.tensor", 0, r"config\.mesh\.tensor=0"),
         ("mesh.data", -1, r"config\.mesh: only one of"),
         ("seed", 2**50, r"config\.seed=1125899906842624: must be from 0 to 4294967295"),

@@ -1,1 +1,1 @@
-"""Whether alignment worked: scores of pictures, and what they say."""
+"""What models draw, measured: pictures from fixed noise, scores of each, what they say and how surely, and the page."""

@@ -40,11 +40,13 @@ class Reward(abc.ABC):
       published: sizes of the published weights, for work without them (preflight, benchmark).
       tokenizer_of: where its tokenizer is found that the published weights come without, in words; "" for a reward
         without tokenizer.
+      reported: what a reward is multiplied by where it is reported, to stand on its publication's scale.
     """
 
     network: ClassVar[str]
     published: ClassVar[Any]
     tokenizer_of: ClassVar[str] = ""
+    reported: ClassVar[float] = 1.0
 
     def __init__(self, sizes: Any, graphdef: nnx.GraphDef, weight: float = 1.0):
         self.sizes, self.graphdef, self.weight = sizes, graphdef, weight

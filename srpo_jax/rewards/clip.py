@@ -30,6 +30,7 @@ class ClipReward(Reward):
     network = "clip"
     published = VIT_H_14
     tokenizer_of = "HPS-v2.1, PickScore and CLIP-H have that of FLUX.1-dev/tokenizer"
+    reported = TEMPERATURE_DIVISOR  # as PickScore and the CLIP score are printed: about 100 times the cosine
     open_clip: ClassVar[bool] = False  # whether it was trained with open_clip's tokenizer
 
     @classmethod
@@ -82,6 +83,7 @@ class ClipReward(Reward):
 class HpsReward(ClipReward):
     """HPS-v2.1 (arXiv 2306.09341): the inner product as it is, under open_clip's tokenizer."""
 
+    reported = 1.0
     open_clip = True
 
     def scale(self, params: Params) -> float:
