@@ -74,7 +74,8 @@ def rollout(
     batch: Batch,
     noise: jax.Array,
     keep: jax.Array | None = None,
-) -> tuple[jax.Array, jax.Array | None]:
+    weigh: jax.Array | None = None,
+) -> tuple[jax.Array, jax.Array | None, jax.Array | None]:
     """Makes images from ``noise`` without gradient, ``settings.accumulation`` parts of the batch one after the other.
 
     Args:
@@ -82,17 +83,18 @@ def rollout(
       batch: what the images are of.
       noise: [B, N, C].
       keep: steps [B, n] at whose start the state is kept, as in ``flow.sample``.
+      weigh: weights [B, m, S] of the velocities in m sums over them.
 
     Returns:
-      Latents [B, N, C], and the states [B, n, N, C] or None.
+      Latents [B, N, C], the states [B, n, N, C] or None, the sums [B, m, N, C] or None.
     """
     networks, weights = for_rollout(networks, settings, params)
     family, transformer = networks.family, bind(networks.transformer, weights)
     sigmas = flow.shifted_schedule(settings.rollout_steps, settings.shift)
     size = settings.height, settings.width
 
-    def roll(part: tuple[Any, jax.Array, jax.Array | None]) -> Any:
-        condition, noise, keep = part
+    def roll(part: tuple[Any, jax.Array, jax.Array | None, jax.Array | None]) -> Any:
+        condition, noise, keep, weigh = part
         times, scale = conditioning(settings, jnp.asarray(sigmas[:-1]), settings.rollout_guidance, len(noise))
         steps = family.prepare_steps(transformer, condition, times, scale)
 
@@ -108,14 +110,15 @@ def rollout(
         change: Any = ()
         if settings.cache > 1:
             change = family.no_change(transformer, noise, condition)
-        return flow.sample(field, noise, sigmas, keep=keep, solver=settings.solver, memory=change)
+        made = flow.sample(field, noise, sigmas, keep, settings.solver, change, weigh)
+        return made if isinstance(made, tuple) else (made, None, None)
 
-    whole = batch.condition, noise, keep
+    whole = batch.condition, noise, keep, weigh
     if settings.accumulation == 1:
         made = roll(whole)
     else:
         made = join_batch(jax.lax.map(roll, split_batch(whole, settings.accumulation)))
-    return jax.lax.stop_gradient(made if keep is not None else (made, None))
+    return jax.lax.stop_gradient(made)
 
 
 def of_step(steps: Any, index: jax.Array) -> Any:
