@@ -76,6 +76,7 @@ def sample(
     solver: str = "euler",
     memory: Any = (),
     weigh: jax.Array | None = None,
+    stop: jax.Array | None = None,
 ) -> Any:
     """Integrates a velocity field over a schedule of noise levels, one evaluation a step.
 
@@ -90,9 +91,10 @@ def sample(
         Its first step is Euler's.
       memory: tree of arrays that one evaluation leaves to the next, as the first one gets it.
       weigh: optional weights ``[B, m, S]`` of the steps' velocities in m sums over them.
+      stop: optional number of steps, a scalar, after which none are taken: a state can still be kept there.
 
     Returns:
-      The state after the last step; with ``keep`` or ``weigh``, a triple of it, the states that were kept
+      The state after the last step that is taken; with ``keep`` or ``weigh``, a triple of it, the states that were kept
       ``[B, n, ...]`` and the weighted sums of velocities ``[B, m, ...]``, each None if it was not asked for.
     """
     if solver not in ("euler", "ab2"):
@@ -105,13 +107,23 @@ def sample(
         (x, before, memory, kept, sums), (index, sigma, sigma_next, ahead, weights) = carry, inputs
         if keep is not None:
             kept = jnp.where(per_sample(keep == index, x.ndim + 1), x[:, None], kept)
-        v, memory = velocity(x, sigma, index, memory)
-        if weigh is not None:
-            sums = sums + per_sample(weights, x.ndim + 1) * v[:, None].astype(jnp.float32)
-        if solver == "ab2":
-            v = v.astype(jnp.float32)
-            v, before = v + ahead * (v - before), v
-        return (euler_step(x, v, sigma, sigma_next), before, memory, kept, sums), None
+
+        def step(x: jax.Array, before: Any, memory: Any, sums: Any) -> tuple:
+            v, memory = velocity(x, sigma, index, memory)
+            if weigh is not None:
+                sums = sums + per_sample(weights, x.ndim + 1) * v[:, None].astype(jnp.float32)
+            if solver == "ab2":
+                v = v.astype(jnp.float32)
+                v, before = v + ahead * (v - before), v
+            return euler_step(x, v, sigma, sigma_next), before, memory, sums
+
+        moving = x, before, memory, sums
+        if stop is None:
+            moving = step(*moving)
+        else:
+            moving = jax.lax.cond(index < stop, step, lambda *still: still, *moving)
+        x, before, memory, sums = moving
+        return (x, before, memory, kept, sums), None
 
     # The velocity before the first step is read by no one, and not kept where none is needed.
     before = jnp.zeros_like(noise) if solver == "ab2" else None

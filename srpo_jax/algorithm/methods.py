@@ -65,6 +65,9 @@ class Method:
         (``Images.states``); None for none. A method that keeps states needs a rollout of its own at every update.
       weigh: ``weigh(settings, own) -> [B, m, S]``: weights of the steps' velocities in the sums that it wants of them
         (``Images.sums``); None for none.
+      stop: ``stop(settings, own) -> [B]``: how many steps of the rollout it needs; None for all. ``Images.latents`` are
+        then no picture.
+      steps: ``steps(settings)``: how many these are on average, where a batch draws once.
       offline: whether real pictures can take the rollout's place.
       passes: ``passes(settings)``, of a chain: how many passes with a gradient a sample takes through the transformer.
         None: as many as ``names``.
@@ -76,6 +79,8 @@ class Method:
     draw: Callable[[Settings, KeyFor, Shape], Any] = _nothing
     keep: Callable[[Settings, Any, int], jax.Array] | None = None
     weigh: Callable[[Settings, Any], jax.Array] | None = None
+    stop: Callable[[Settings, Any], jax.Array] | None = None
+    steps: Callable[[Settings], float] = lambda settings: settings.rollout_steps
     offline: bool = True
     passes: Callable[[Settings], int] | None = None
     follows: tuple[str, ...] | None = None
@@ -205,7 +210,15 @@ def _chained(
 METHODS: dict[str, Method] = {
     "srpo": Method(lambda settings: settings.branches, srpo, _grid_position, follows=(POSITIVE, NEGATIVE)),
     "direct_align": Method(lambda _: ("denoise",), direct_align_only, _grid_position),
-    "refl": Method(lambda _: ("late",), refl, _late_step, _keep_late, offline=False),
+    "refl": Method(
+        lambda _: ("late",),
+        refl,
+        _late_step,
+        _keep_late,
+        stop=lambda _, step: step,
+        steps=lambda settings: settings.rollout_steps - (settings.late_steps + 1) / 2,
+        offline=False,
+    ),
     "draft_lv": Method(_draft_names, draft_lv, _renoising, _keep_last),
     "draft_k": _chained(passes.draft_k, lambda settings: settings.draft_steps, keep=passes.last_steps),
     "drtune": _chained(
@@ -214,6 +227,8 @@ METHODS: dict[str, Method] = {
         draw=passes.drtune_steps,
         keep=passes.keep_own,
         weigh=passes.drtune_sums,
+        stop=lambda _, own: own[:, -1] + 1,
+        steps=lambda settings: settings.rollout_steps - (settings.drtune.late_steps + 1) / 2 + 1,
     ),
     "leapalign": _chained(
         passes.leapalign, lambda _: 2, draw=passes.leap_steps, keep=passes.keep_own, weigh=passes.leap_sums
@@ -235,8 +250,8 @@ METHODS: dict[str, Method] = {
 
 
 class Cost(NamedTuple):
-    """What a sample takes in one update: steps of its rollout, passes with a gradient through the transformer, and
-    gradients of the decoder and the rewards."""
+    """What a sample takes in one update, on average: steps of its rollout, passes with a gradient through the
+    transformer, and gradients of the decoder and the rewards."""
 
     rollout: float
     passes: int
@@ -247,7 +262,7 @@ def cost(settings: Settings) -> Cost:
     """Of a recipe; where a rollout serves several updates, its share."""
     method = METHODS[settings.method]
     pictures = len(method.names(settings))
-    rollout = 0.0 if settings.offline else settings.rollout_steps / settings.reuse
+    rollout = 0.0 if settings.offline else method.steps(settings) / settings.reuse
     return Cost(rollout, pictures if method.passes is None else method.passes(settings), pictures)
 
 

@@ -71,7 +71,8 @@ def images_of(
     method, transformer = METHODS[settings.method], join(params, frozen.base)
     keep = None if method.keep is None else method.keep(settings, draws.own, len(draws.noise))
     weigh = None if method.weigh is None else method.weigh(settings, draws.own)
-    latents, states, sums = rollout(networks, settings, transformer, batch, draws.noise, keep, weigh)
+    stop = None if method.stop is None else method.stop(settings, draws.own)
+    latents, states, sums = rollout(networks, settings, transformer, batch, draws.noise, keep, weigh, stop)
     return Images(latents, draws.noise, states, sums)
 
 

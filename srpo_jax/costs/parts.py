@@ -31,7 +31,7 @@ class Part(NamedTuple):
       name: one of ``work.PARTS``.
       function: jitted.
       arguments: trees of ``ShapeDtypeStruct`` with shardings.
-      calls: how often it runs in an update; below 1 where a rollout serves several updates.
+      calls: how often it runs in an update; below 1 where a rollout serves several updates or is cut short.
     """
 
     name: str
@@ -103,7 +103,7 @@ def take_apart(config: ConfigDict, built: Program) -> Iterator[Part]:
     yield Part("captions", jit(captions), (frozen, batch), passes)
     if config.data.images == "rollout":
         whole = built.batch, rows(config.data.batch_size, tokens)
-        yield Part("rollout", jit(rollout), (weights, base, *whole), 1 / settings.reuse)
+        yield Part("rollout", jit(rollout), (weights, base, *whole), cost.rollout / settings.rollout_steps)
     arguments = weights, base, rows(wide, batch), tokens, array(), tokens
     yield Part("transformer", jit(transformer, out_shardings=in_place), arguments, taken * passes)
     yield Part("autoencoder", jit(autoencoder), (frozen, tokens, picture), scored * passes)

@@ -36,19 +36,18 @@ def tokens(config: ConfigDict, family: Family) -> tuple[int, int]:
     return family.token_shape(config.data.height, config.data.width)[0], config.data.text_length
 
 
-def rollout_steps(config: ConfigDict) -> tuple[float, float]:
+def rollout_steps(config: ConfigDict, family: Family) -> tuple[float, float]:
     """Steps of a sample's rollout in one update, of all blocks and of few (``rollout.cache``): where a rollout serves
     several updates, its share; none where real pictures take its place."""
-    if config.data.images == "stored":
-        return 0.0, 0.0
-    whole = -(-config.rollout.steps // config.rollout.cache)
-    return whole / config.rollout.reuse, (config.rollout.steps - whole) / config.rollout.reuse
+    taken = counts(config, family).rollout
+    whole = taken * -(-config.rollout.steps // config.rollout.cache) / config.rollout.steps
+    return whole, taken - whole
 
 
 def rollout_passes(config: ConfigDict, architecture: Architecture) -> tuple[tuple[object, float], ...]:
     """(config of a transformer, passes through it) of a sample's rollout in an update: of all blocks, and of few."""
     family, sizes = architecture.family, architecture.transformer
-    whole, few = rollout_steps(config)
+    whole, few = rollout_steps(config, family)
     passes = ((sizes, whole),)
     return (*passes, (family.with_blocks(sizes, tuple(config.rollout.cache_ends)), few)) if few else passes
 
