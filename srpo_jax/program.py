@@ -135,7 +135,7 @@ def build(config: ConfigDict, mesh: Mesh, architecture: Architecture) -> Program
 
     Raises UserError for a mesh that does not fit the batch or a parameter, and for blocks that the transformer lacks.
     """
-    settings, optimizer = Settings.from_config(config), optim.make_optimizer(config.optim)
+    settings, optimizer = Settings.from_config(config, architecture.family), optim.make_optimizer(config.optim)
     family = architecture.family
     family.check_size(settings.height, settings.width, ("config.data.height", "config.data.width"))
     part, devices = config.data.batch_size // config.optim.accumulation, sharding.batch_parts(mesh)
