@@ -16,7 +16,8 @@ setuptools.setup(
     packages=setuptools.find_packages(include=["srpo_jax", "srpo_jax.*"]),
     # The demo needs no download: pictures, their licences, and the trained networks travel with the package.
     package_data={
-        "srpo_jax": ["*.css"],
+        "srpo_jax": ["report.css", "report.html", "report.js"],
+        "srpo_jax.evaluation": ["prompts.csv"],
         "srpo_jax.emoji": [
             "data/*.zip",
             "data/*.csv",
@@ -38,6 +39,7 @@ setuptools.setup(
         "grain>=0.2.18",
         "importlib_resources",  # tensorflow-datasets imports it and does not ask for it
         "jax>=0.10",
+        "jinja2>=3.1",
         "ml_collections>=1.1",
         "ml_dtypes",
         "numpy",

@@ -5,12 +5,13 @@ r"""SRPO on FLUX.1-dev with HPS-v2.1 as the reward: the released recipe, every c
         --tokenizer=FLUX.1-dev/tokenizer
     python -m srpo_jax.main --config=configs/flux_dev_hps.py --workdir=runs/hps \
         --config.model.path=models/flux-dev --config.reward.models.hps.path=models/hps \
-        --config.data.prompts=prompts.txt --config.sample.prompts=held_out.txt
+        --config.data.prompts=prompts.txt --config.sample.prompts=held_out.txt --config.optim.accumulation=4
 
 Hardware: weight, two moments and gradient of 11.9 billion parameters take 16 bytes each in float32, 190 GB over all
 devices of the mesh's fsdp axis; the frozen networks take 12 GB more in bfloat16, most of it T5. The devices along data
-and fsdp together have to divide 32 / config.optim.accumulation: on 8 of them --config.optim.accumulation=4 passes one
-sample a device at a time.
+and fsdp together have to divide 32 / config.optim.accumulation. One sample a device at a time passes with
+--config.optim.accumulation=4 on 8 TPU v5p, 8 H100 or 8 H200, and =2 on 16 TPU v6e or v4 (two do not fit v6e); 64 TPU
+v5e take --config.mesh.tensor=2. docs/preflight.md has the figures. Checkpoints take 286 GB of disk at the most.
 
 What to expect: 19 updates, 608 rollouts of 25 steps, are the whole of it. Control words change the look (light, detail,
 texture), not the composition: compare the grids in WORKDIR/samples, drawn from the same noise. `denoise/reward` and
@@ -59,8 +60,8 @@ def get_config() -> ConfigDict:
     c.optim.weight_decay = 1e-4
     c.optim.clip_norm = 0.1
 
-    c.checkpoint.every = 5
-    c.checkpoint.keep = 4
+    c.checkpoint.every = 10  # 143 GB each, of which 48 stay once a newer one is there
+    c.checkpoint.keep = 3
     c.sample.every = 5
     c.sample.steps = 50
     c.sample.guidance = 3.5

@@ -61,8 +61,8 @@ def get_config() -> ConfigDict:
     c.optim.weight_decay = 1e-4
     c.optim.clip_norm = 0.1
 
-    c.checkpoint.every = 5
-    c.checkpoint.keep = 4
+    c.checkpoint.every = 10  # 143 GB each, of which 48 stay once a newer one is there
+    c.checkpoint.keep = 3
     c.sample.every = 5
     c.sample.steps = 50
     c.sample.guidance = 3.5

@@ -43,7 +43,9 @@ Examples
   export SRPO_CLUSTER=pods SRPO_ZONE=us-east5-a SRPO_IMAGE=REGISTRY/srpo_jax:1
   launch/gke_xpk.sh image
   launch/gke_xpk.sh create --name=hps --tpu-type=v5p-64 --config=configs/flux_dev_hps.py \
-      --workdir=gs://BUCKET/runs/hps -- --config.model.path=/data/models/flux-dev
+      --workdir=gs://BUCKET/runs/hps -- \
+      --config.model.path=/data/models/flux-dev --config.reward.models.hps.path=/data/models/hps \
+      --config.data.prompts=/data/prompts.txt --config.sample.prompts=/data/held_out.txt
   launch/gke_xpk.sh logs --name=hps
   launch/gke_xpk.sh delete --name=hps
 HELP

@@ -24,7 +24,9 @@ Flags, each also read from the environment: --workdir from SRPO_WORKDIR
 
 Examples
   launch/local.sh install --device=cuda
-  launch/local.sh run --config=configs/flux_dev_hps.py --workdir=runs/hps -- --config.model.path=models/flux-dev
+  launch/local.sh run --config=configs/flux_dev_hps.py --workdir=runs/hps -- \
+      --config.model.path=models/flux-dev --config.reward.models.hps.path=models/hps \
+      --config.data.prompts=prompts.txt --config.sample.prompts=held_out.txt
 HELP
 }
 

@@ -30,7 +30,9 @@ Flags, each also read from the environment: --nodes from SRPO_NODES, --sbatch-fl
 
 Examples
   launch/slurm.sh --nodes=4 --gpus=8 --time=24:00:00 --config=configs/flux_dev_hps.py --workdir=runs/hps \
-      --sbatch-flags="--partition=gpu" -- --config.model.path=models/flux-dev
+      --sbatch-flags="--partition=gpu" -- \
+      --config.model.path=models/flux-dev --config.reward.models.hps.path=models/hps \
+      --config.data.prompts=prompts.txt --config.sample.prompts=held_out.txt
   squeue --me                    # its state
   tail -F srpo-JOB.log           # its log
   scancel JOB                    # its end; the same command goes on from the newest checkpoint

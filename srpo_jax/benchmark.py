@@ -1,7 +1,7 @@
 r"""Times an update and each of its parts, with random weights, and says how far from the hardware's peak they are.
 
     python -m srpo_jax.benchmark                                        # two CPU cores, one minute
-    python -m srpo_jax.benchmark --preset=wide --config.model.attention=cudnn
+    python -m srpo_jax.benchmark --preset=wide --device-batch=4
     python -m srpo_jax.benchmark --config=configs/flux_dev_hps.py --device-batch=1 --json=speed.json
 
 PRESETS, sizes and recipe where there is no --config:
@@ -24,7 +24,7 @@ import sys
 
 from ml_collections import ConfigDict
 
-from srpo_jax import architectures, command, errors, families, sharding, validation
+from srpo_jax import architectures, command, errors, families, program, sharding, validation
 from srpo_jax.architectures import Architecture
 from srpo_jax.costs import presets, timing, work
 from srpo_jax.errors import UserError
@@ -66,6 +66,7 @@ def parse(arguments: list[str] | None) -> tuple[ConfigDict, Architecture, argpar
     if values.depth:
         architecture = presets.shallow(architecture, presets.depth(values.depth))
     mesh = sharding.make_mesh(config.mesh)
+    config.model.attention = program.attention_of(config, mesh)
     each = values.device_batch or (presets.DEVICE_BATCH.get(values.preset, 1) if values.config is None else 1)
     config.data.batch_size = each * sharding.batch_parts(mesh) * config.optim.accumulation
     return config, architecture, values

@@ -7,6 +7,7 @@
                             /opt_state, /ema and /rollout (if there are)
                             /run       JSON: step, random seed, position in the data, configuration
                             /checksums-P-of-N.json   of its files, see integrity; written when these are complete
+                            /weights_only   in older ones, which have no opt_state and no rollout any more
 
 Arrays are written by every process, each its shards, while training goes on; a checkpoint appears under its final name
 when all of it is there. They can be restored onto any mesh.
@@ -19,6 +20,7 @@ import math
 import os
 import re
 import threading
+import time
 from collections.abc import Collection, Iterator
 from typing import Any
 
@@ -30,7 +32,7 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from srpo_jax import config as config_lib
-from srpo_jax import distributed, integrity, leftovers, pulse, resume, storage
+from srpo_jax import distributed, integrity, leftovers, pulse, resume, storage, terminal
 from srpo_jax.algorithm.step import TrainState
 from srpo_jax.errors import UserError
 from srpo_jax.models.compute import Params
@@ -41,6 +43,8 @@ COMMITTED = "_CHECKPOINT_METADATA"  # the file that Orbax puts into a checkpoint
 # The last file of a checkpoint in a bucket. On a disk, a checkpoint is complete when its folder has its final name.
 COMMITTED_IN_BUCKET = "commit_success.txt"
 ARRAYS = ("params", "opt_state", "ema", "rollout")
+# What only a run that goes on needs: it is deleted from older checkpoints, which have this file then.
+FOR_RESUMING, WEIGHTS_ONLY = ("opt_state", "rollout"), "weights_only"
 # Storage that takes less than so many bytes a second of a job counts as broken, after so many seconds at the least.
 SLOWEST, LEAST_DEADLINE = 20e6, 1200.0
 
@@ -166,11 +170,33 @@ def steps(workdir: str | os.PathLike) -> list[int]:
     return sorted(int(name) for name in names if name.isdecimal() and _complete(folder / name))
 
 
+def newest(workdir: str | os.PathLike) -> int | None:
+    """The newest checkpoint of a workdir, which a run goes on from. Raises UserError if it holds the weights alone."""
+    found = max(steps(workdir), default=None)
+    if found is not None and not resumable(path := storage.path(workdir) / CHECKPOINTS / str(found)):
+        raise UserError(
+            f"{path} holds weights for `generate` and `convert export`, and no optimizer state to train on with (those "
+            "that had it are gone, see config.checkpoint.resumable); choose another --workdir"
+        )
+    return found
+
+
 def _complete(path: epath.Path) -> bool:
-    items = ("params/_METADATA", "opt_state/_METADATA", "run/metadata", COMMITTED)
+    """Whether a checkpoint was written as a whole; of an older one, the optimiser's state may have been deleted."""
+    items = ("params/_METADATA", "run/metadata", COMMITTED)
     if storage.in_bucket(path):
         items = (COMMITTED_IN_BUCKET, *items)
-    return all((path / item).exists() for item in items)
+    return all((path / item).exists() for item in items) and (resumable(path) or (path / WEIGHTS_ONLY).exists())
+
+
+def resumable(path: epath.Path) -> bool:
+    """Whether a run can go on from a complete checkpoint, the folder ``path``: it has the optimiser's state."""
+    return (path / "opt_state/_METADATA").exists() and not (path / WEIGHTS_ONLY).exists()
+
+
+def size_of(tree: Any) -> int:
+    """Bytes of all arrays of a tree (``ShapeDtypeStruct`` leaves will do)."""
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
 class Unreadable(UserError):
@@ -198,8 +224,7 @@ def _told(path: epath.Path, error: Exception) -> Exception:
 
 def deadline_of(state: TrainState) -> float:
     """Seconds in which a checkpoint of a state (``ShapeDtypeStruct`` leaves will do) has to be written."""
-    size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
-    return LEAST_DEADLINE + size / SLOWEST
+    return LEAST_DEADLINE + size_of(state) / SLOWEST
 
 
 class Checkpoints:
@@ -209,23 +234,27 @@ class Checkpoints:
       workdir: of the run; its folder of checkpoints is made.
       keep: how many of the newest stay.
       deadline: seconds in which one has to be written or read, see ``deadline_of``.
+      resumable: of those that stay, how many of the newest keep the optimiser's state.
     """
 
-    def __init__(self, workdir: str | os.PathLike, keep: int, deadline: float = LEAST_DEADLINE):
+    def __init__(self, workdir: str | os.PathLike, keep: int, deadline: float = LEAST_DEADLINE, resumable: int = 1):
         folder = storage.absolute(storage.path(workdir)) / CHECKPOINTS
         if not storage.in_bucket(folder):
             folder.mkdir(parents=True, exist_ok=True)
         if jax.process_index() == 0:
             leftovers.sweep(folder, keep, _complete)
         self._folder = folder
-        self._workdir, self._deadline = workdir, deadline
+        self._workdir, self._deadline, self._resumable = workdir, deadline, resumable
+        self._saving = (0, 0, 0.0)  # step, bytes, and when it began
         self._sealer: Sealer | None = None
         self._manager = ocp.CheckpointManager(
             folder,
             options=ocp.CheckpointManagerOptions(
                 max_to_keep=keep,
                 cleanup_tmp_directories=True,
-                async_options=ocp.options.AsyncOptions(timeout_secs=math.ceil(deadline)),
+                async_options=ocp.options.AsyncOptions(
+                    timeout_secs=math.ceil(deadline), post_finalization_callback=self._tell
+                ),
             ),
             item_handlers={name: ocp.StandardCheckpointHandler() for name in ARRAYS}
             | {"run": ocp.JsonCheckpointHandler()},
@@ -237,11 +266,12 @@ class Checkpoints:
         return max(steps(self._workdir), default=None)
 
     def restore_newest(self, like: TrainState) -> tuple[int, TrainState, dict[str, Any]]:
-        """Reads the newest checkpoint that can be read, as ``restore`` does; returns its step too.
+        """Reads the newest checkpoint that can be read and has the optimiser's state, as ``restore`` does; returns its
+        step too.
 
         Others are named in a warning and set aside, as ``STEP.unreadable``. Raises UserError if there is none.
         """
-        while found := steps(self._workdir):
+        while found := [step for step in steps(self._workdir) if resumable(self._folder / str(step))]:
             path = self._folder / str(found[-1])
             try:
                 return found[-1], *self.restore(found[-1], like)
@@ -255,8 +285,9 @@ class Checkpoints:
             distributed.largest(0)  # nobody looks before it has its new name
             self._manager.reload()
         raise UserError(
-            f"no checkpoint in {self._folder} can be read; nothing was deleted ({leftovers.UNREADABLE} is behind their "
-            "names): bring back a copy of one, or choose another --workdir to begin anew"
+            f"no checkpoint in {self._folder} that training can go on from can be read; nothing was deleted "
+            f"({leftovers.UNREADABLE} is behind their names): bring back a copy of one, or choose another --workdir to "
+            "begin anew"
         )
 
     def restore(self, step: int, like: TrainState) -> tuple[TrainState, dict[str, Any]]:
@@ -305,6 +336,9 @@ class Checkpoints:
         # Orbax copies to the host, and tells the processes apart, in ways that a transfer guard would not let pass on
         # accelerators.
         with jax.transfer_guard("allow"), self._in_time():
+            self._manager.wait_until_finished()
+            self._leave_weights()
+            self._saving = step, size_of(arrays), time.monotonic()
             saved = self._manager.save(step, args=ocp.args.Composite(**args, run=run), force=True)
         if not saved:
             raise RuntimeError(f"the checkpoint of step {step} was not written")
@@ -314,6 +348,7 @@ class Checkpoints:
         """Waits until everything is written. Raises as ``save``."""
         self._finish_seal()
         with self._in_time():
+            self._leave_weights()
             self._manager.close()
 
     def _finish_seal(self) -> None:
@@ -325,6 +360,27 @@ class Checkpoints:
             if self._sealer is not None:
                 self._sealer.finish()
                 self._sealer = None
+
+    def _tell(self) -> None:
+        """Called by Orbax, in a thread of its own, when all is written and gets its name."""
+        step, size, started = self._saving
+        terminal.say(f"saved checkpoint {step}: {terminal.in_bytes(size)} in {time.monotonic() - started:.1f} s")
+
+    def _leave_weights(self) -> None:
+        """Deletes of older checkpoints what only a run that goes on needs. None may be being written."""
+        if jax.process_index() != 0:
+            return
+        for step in steps(self._workdir)[: -self._resumable]:
+            path = self._folder / str(step)
+            try:
+                # First of all this: what is interrupted after it goes on at the next save.
+                if not (path / WEIGHTS_ONLY).exists():
+                    storage.write(path / WEIGHTS_ONLY, b"")
+                for item in FOR_RESUMING:
+                    if (path / item).exists():
+                        (path / item).rmtree()
+            except Exception as error:  # of several libraries; it costs room, and no run should end for that
+                terminal.say(f"the optimizer state of {path} could not be deleted: {' '.join(str(error).split())}")
 
     @contextlib.contextmanager
     def _in_time(self) -> Iterator[None]:

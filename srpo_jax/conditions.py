@@ -10,7 +10,7 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from srpo_jax import sharding
+from srpo_jax import distributed, sharding
 from srpo_jax.algorithm import preference
 from srpo_jax.algorithm.batch import Batch
 from srpo_jax.architectures import Architecture, used_rewards
@@ -53,7 +53,8 @@ class PromptEncoder:
         ``prompts`` are this process's share (``sharding.local_rows``) of the ``batch_size`` = B prompts.
         """
         ids = self._encoders.tokens(prompts, self._length)
-        return self._apply(self._encoders.params, *(sharding.place(self._mesh, batch_size, array) for array in ids))
+        placed = (sharding.place(self._mesh, batch_size, array) for array in ids)
+        return distributed.in_turn(self._apply(self._encoders.params, *placed))
 
 
 def prompt_encoder(config: ConfigDict, built: Program, architecture: Architecture) -> PromptEncoder:

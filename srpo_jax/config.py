@@ -23,7 +23,7 @@ ENCODE = ("online", "stored")
 IMAGES = ("rollout", "stored")
 DTYPES = ("bfloat16", "float32")
 MOMENTS = ("float32", "bfloat16", "float8")
-ATTENTION = ("xla", "cudnn", "splash")
+ATTENTION = ("auto", "xla", "cudnn", "splash")
 REMAT = ("none", "dots", "full")
 QUANTIZE = ("none", "int8", "nf4")
 
@@ -48,7 +48,8 @@ def reward(kind: str, path: str | None = None, weight: float = 1.0) -> ConfigDic
 def default() -> ConfigDict:
     """The recipe of SRPO with HPS-v2.1 on FLUX.1-dev; paths are left open."""
     c = ConfigDict()
-    c.method = "srpo"  # of algorithm/methods.py: srpo | direct_align | refl | draft_lv
+    c.method = "srpo"  # of algorithm/methods.py: srpo | direct_align | refl | draft_lv | draft_k | drtune |
+    # leapalign | flowbp_sparse | flowbp_bridge | flowbp_lagrange; see docs/methods.md
     c.steps = 19  # updates; a resumed run may name more
     c.seed = 0  # of everything random: noise, grid positions, the order of prompts; 32 bits, as jax.random.key takes
     # Folder of compiled programs, kept between runs; "" compiles every time.
@@ -60,7 +61,9 @@ def default() -> ConfigDict:
     # Of matrix products and frozen weights: bfloat16 | float32. See optim.weights for trained ones.
     c.model.dtype = "bfloat16"
     c.model.round_time = False  # round 1000 * time and 1000 * guidance to bfloat16, as the released script's autocast
-    c.model.attention = "xla"  # xla (everywhere) | cudnn (NVIDIA) | splash (TPU), see models/attention.py
+    c.model.truncate_time = True  # give the network whole thousandths of time, rounded down, as SRPO's trainer
+    # xla (everywhere) | cudnn (NVIDIA) | splash (TPU), see models/attention.py | auto: which of them fits the devices
+    c.model.attention = "auto"
     c.model.scan_unroll = 1  # transformer blocks in one iteration of the scan
 
     # --- LoRA: low-rank factors are trained beside a frozen transformer, see docs/lora.md ---
@@ -119,8 +122,11 @@ def default() -> ConfigDict:
     # them at every step. Compiles longer; where weights are stored in model.dtype, their copy takes memory.
     c.rollout.unroll = False
     c.rollout.guidance = 1.0  # distilled guidance given to the transformer
-    c.rollout.shift = 3.0  # time shift of the noise schedule, here and of the training grid
+    # Time shift of the noise schedule, here and of the training grid; 0 takes the family's own by the pictures' size.
+    c.rollout.shift = 3.0
     c.rollout.noise = "shared"  # shared: one noise for the whole batch, as released | per_sample
+    # Methods that draw steps of the rollout draw them once for the whole batch (shared), as released, or per_sample.
+    c.rollout.draws = "shared"
     # Updates that a rollout serves: 2 rolls out at every second update and uses the images and their noise once more,
     # at other grid positions and with the next control words.
     c.rollout.reuse = 1
@@ -133,7 +139,7 @@ def default() -> ConfigDict:
     c.align = ConfigDict()
     # Of method srpo; without "inversion" nothing guards against reward hacking.
     c.align.branches = ("denoise", "inversion")
-    c.align.guidance = 3.5  # distilled guidance of the step
+    c.align.guidance = 3.5  # distilled guidance of the step, and of every method's passes that carry a gradient
     c.align.schedule_steps = 50  # the inference schedule in which train_timestep counts
     c.align.train_timestep = (5, 25)  # noisiest and cleanest index that are trained
     c.align.length = 1000  # points of the grid between them
@@ -147,14 +153,42 @@ def default() -> ConfigDict:
     c.refl.late_steps = 10  # method refl: the gradient is taken at one of this many last steps of the rollout
     c.draft_lv = ConfigDict()
     c.draft_lv.renoisings = 2  # method draft_lv: how often the final sample is noised again and its last step redone
+    c.draft_k = ConfigDict()
+    c.draft_k.last_steps = 1  # method draft_k: steps at the end of the rollout that the gradient goes through; 0: all
+    c.drtune = ConfigDict()
+    c.drtune.late_steps = 10  # method drtune: the rollout is cut short at one of this many last steps
+    c.drtune.passes = 3  # evenly spaced steps that are trained
+    c.leapalign = ConfigDict()
+    c.leapalign.alpha = 0.3  # method leapalign: share of the gradient that goes through the later leap to the earlier
+    c.leapalign.tau = 0.1  # a leap that misses by less, on average over the latents, counts as one that misses by this
+    c.flowbp_sparse = ConfigDict()
+    c.flowbp_sparse.passes = 3  # method flowbp_sparse: steps that are trained, late ones rather than early ones
+    c.flowbp_sparse.rescale = 1.0  # how far (0 .. 1) their gradients make up for the steps that are not
+    c.flowbp_bridge = ConfigDict()
+    c.flowbp_bridge.passes = 5  # method flowbp_bridge: the same
+    c.flowbp_bridge.rescale = 1.0
+    c.flowbp_bridge.alpha = 0.1  # share of the gradient that goes through the bridge's step to those before it
+    c.flowbp_lagrange = ConfigDict()
+    c.flowbp_lagrange.order = 3  # method flowbp_lagrange: supports of a segment, at most; two of them are trained
+    c.flowbp_lagrange.alpha = 0.1  # share of the gradient that goes through the later segment to the earlier
+    c.flowbp_lagrange.tau = 0.2  # as leapalign.tau
+    c.flowbp_lagrange.rescale = 0.5
+    c.flowbp_lagrange.second = 0.25  # what the second support of a segment counts
+    c.flowbp_lagrange.anchor = 1.0  # of the earlier segment: 1 is the quadrature, 0 LeapAlign's leap
+    # Of the Dirichlet law of the steps after the later segment's first one, of the earlier segment, and before it.
+    c.flowbp_lagrange.concentration = (2.5, 6.0, 2.0)
 
     # --- rewards ---
     c.reward = ConfigDict()
-    # The mixture by name: kind (of rewards/: hps | pickscore | clip), path of a converted folder, weight (0 leaves it
-    # out). Others can be added, several of a kind too: c.reward.models.NAME = reward(KIND, PATH, WEIGHT) in a recipe,
-    # --config.reward.models.NAME.kind=KIND on the command line.
+    # The mixture by name: kind (of rewards/: hps | pickscore | clip | image_reward | aesthetic | aesthetic_v25, see
+    # docs/scores.md), path of a converted folder, weight (0 leaves it out). Others can be added, several of a kind too:
+    # c.reward.models.NAME = reward(KIND, PATH, WEIGHT) in a recipe, --config.reward.models.NAME.kind=KIND on the
+    # command line.
     c.reward.models = ConfigDict({kind: reward(kind, weight=float(kind == "hps")) for kind in REWARDS})
     c.reward.form = "released"  # (1 + k) g+ - g-: released | k g+ + (1 - k) g-: paper
+    # What methods other than srpo follow: caption (the plain reward) | relative (SRPO's, with k = reward.discount)
+    c.reward.target = "caption"
+    c.reward.discount = 0.1
     c.reward.margin = 0.7  # the loss is relu(margin - reward)
     # Control words; update n takes word n modulo the list's length.
     c.reward.positive = ("Natural-lighting", "Detail", "Detailed", "Real")
@@ -187,9 +221,13 @@ def default() -> ConfigDict:
     c.checkpoint = ConfigDict()
     c.checkpoint.every = 10  # updates between checkpoints; the last update is always saved
     c.checkpoint.keep = 3  # newest checkpoints that are kept
+    # Of these, the newest that a run can go on from. Older ones lose the optimiser's state, two thirds of them, and
+    # keep the weights (and their average), for `generate` and `convert export`.
+    c.checkpoint.resumable = 1
     c.sample = ConfigDict()
     c.sample.every = 10  # updates between sample grids, the first before training; 0 draws none
-    c.sample.prompts = config_dict.placeholder(str)  # held-out prompts, a source as data.prompts
+    # Held-out prompts, a source as data.prompts; None takes the 100 that come with the package.
+    c.sample.prompts = config_dict.placeholder(str)
     c.sample.column = config_dict.placeholder(str)  # of these prompts, as data.column
     c.sample.count = 8  # prompts taken from its head
     c.sample.seed = 1  # of the samples' noise: the same at every grid

@@ -2,11 +2,13 @@
 
     python -m srpo_jax.convert import --source FLUX.1-dev --target models/flux-dev
     python -m srpo_jax.convert import --source HPS_v2.1_compressed.pt --target hps --tokenizer FLUX.1-dev/tokenizer
+    python -m srpo_jax.convert import --source clip-vit-large-patch14 --head sac+logos+ava1.pth --target aesthetic
     python -m srpo_jax.convert export --source models/flux-dev --target out --format diffusers [--checkpoint WORKDIR]
     python -m srpo_jax.convert inspect PATH
 
 ``import`` reads a diffusers FLUX pipeline folder, a folder or file of one of its components, Black Forest Labs' single
-files, CLIP in the names of transformers or open_clip (HPS-v2.1, PickScore), and T5. ``export`` writes what diffusers
+files, CLIP in the names of transformers or open_clip (HPS-v2.1, PickScore), T5, ImageReward.pt, and aesthetic scores:
+the folder of a CLIP or SigLIP and, by ``--head``, the file of the score's head. ``export`` writes what diffusers
 (``--format diffusers``), Black Forest Labs' code (``bfl``) and ComfyUI (``comfyui``) read, and of LoRA runs the
 factors alone, as diffusers (``lora-diffusers``) and ComfyUI (``lora-comfyui``) read them. Both are strict (every
 tensor is used once, or nothing is written and one message says what is wrong), exact, and hold one tensor in memory.
@@ -18,18 +20,19 @@ import pathlib
 import re
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import ml_dtypes
 import numpy as np
 
-from srpo_jax import command, errors, families
+from srpo_jax import command, errors, families, terminal
 from srpo_jax.errors import UserError
 from srpo_jax.exporting import FLOAT8, MAX_SHARD_SIZE, STYLES, export_folder, export_lora
 from srpo_jax.families.base import INDEX, TRANSFORMER
 from srpo_jax.importing import import_folder, parts_of_ours, pipeline_parts
 from srpo_jax.weights import engine, folder, formats
 from srpo_jax.weights import lora as weights_lora
+from srpo_jax.weights.files import Spec
 
 DTYPES = {"bfloat16": np.dtype(ml_dtypes.bfloat16), "float32": np.dtype(np.float32), "keep": None}
 EXPORT_DTYPES = DTYPES | {"float16": np.dtype(np.float16), "float8": FLOAT8}
@@ -105,6 +108,7 @@ def _parser() -> command.Parser:
     take("--dtype", choices=DTYPES, default="keep", help="to store in (default: the source's)")
     take("--config", type=command.path, help="the network's config.json, where it is not beside the weights")
     take("--tokenizer", type=command.path, help="tokenizer folder to take along, for a reward that comes without")
+    take("--head", type=command.path, help="weights of an aesthetic score's head; its tower is the source")
     give = add("export", "our format -> others' files")
     give("--source", type=command.path, required=True, help="folder that import made")
     give("--target", type=command.path, required=True, help="folder to make")
@@ -122,13 +126,31 @@ def _parser() -> command.Parser:
     return parser
 
 
+def _wrote(target: str, networks: Sequence[Mapping[str, Spec]]) -> str:
+    """What a command has made, in a line: how many networks, bytes, and dtypes, the one of the most bytes first."""
+    sizes: dict[str, int] = {}
+    for spec in (spec for specs in networks for spec in specs.values()):
+        sizes[spec.dtype.name] = sizes.get(spec.dtype.name, 0) + spec.nbytes
+    count = "1 network" if len(networks) == 1 else f"{len(networks)} networks"
+    dtypes = " and ".join(sorted(sizes, key=sizes.get, reverse=True))
+    return f"wrote {target}: {count}, {terminal.in_bytes(sum(sizes.values()))}, {dtypes}"
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Runs the command line. Raises UserError."""
     args = _parser().parse_args(arguments)
     if args.command == "import":
-        import_folder(
-            args.source, args.target, args.network, args.format, DTYPES[args.dtype], args.config, args.tokenizer
+        written = import_folder(
+            args.source,
+            args.target,
+            args.network,
+            args.format,
+            DTYPES[args.dtype],
+            args.config,
+            args.tokenizer,
+            args.head,
         )
+        print(_wrote(args.target, written))
     elif args.command == "export":
         if args.checkpoint is None and (args.step is not None or args.ema):
             raise UserError("--step and --ema choose from a --checkpoint; give one")
@@ -149,9 +171,11 @@ def main(arguments: list[str] | None = None) -> None:
             if lora is None:
                 what = "no --checkpoint is given" if transformer is None else f"{args.checkpoint} trained all weights"
                 raise UserError(f"--format {args.format} is for a run with config.lora.rank; {what}")
-            export_lora(args.source, args.target, args.format, transformer, lora, dtype)
+            written = [export_lora(args.source, args.target, args.format, transformer, lora, dtype)]
         else:
-            export_folder(args.source, args.target, args.format, dtype, args.max_shard_size, transformer, lora)
+            size = args.max_shard_size
+            written = export_folder(args.source, args.target, args.format, dtype, size, transformer, lora)
+        print(_wrote(args.target, written))
     else:
         for line in describe(args.path):
             print(line)

@@ -9,6 +9,7 @@ import sys
 import threading
 import traceback
 from collections.abc import Iterator
+from typing import Any
 
 import jax
 import numpy as np
@@ -64,7 +65,9 @@ def job(coordinator: str | None = None, process_id: int | None = None, process_c
 
 def is_loss(error: BaseException | None) -> bool:
     """Whether an exception says that another process of the job, or the way to it, is lost."""
-    return isinstance(error, jax.errors.JaxRuntimeError) and bool(re.search(SIGNS_OF_LOSS, str(error)))
+    # What fails while it is dispatched, as small programs on CPUs do, JAX raises as ValueError.
+    kinds = jax.errors.JaxRuntimeError, ValueError
+    return isinstance(error, kinds) and bool(re.search(SIGNS_OF_LOSS, str(error)))
 
 
 def start(coordinator: str | None = None, process_id: int | None = None, process_count: int | None = None) -> None:
@@ -93,9 +96,6 @@ def start(coordinator: str | None = None, process_id: int | None = None, process
 
 
 def _initialize(*place: str | int) -> None:
-    # Between CPUs, Gloo tells messages apart by their order alone. Programs that are started without waiting for the
-    # one before, as the text encoders beside an update, send theirs in an order that differs from process to process.
-    jax.config.update("jax_cpu_enable_async_dispatch", False)
     with _arrival():
         jax.distributed.initialize(*place, heartbeat_timeout_seconds=2 * HEARTBEAT, initialization_timeout=2 * ARRIVAL)
 
@@ -149,6 +149,23 @@ def place() -> tuple[int, int]:
     return state.process_id or 0, state.num_processes or 1
 
 
+def between_cpus() -> bool:
+    """Whether this is a job of several processes without accelerators, whose messages Gloo tells apart by their order
+    alone."""
+    return jax.process_count() > 1 and jax.default_backend() == "cpu"
+
+
+def in_turn(made: Any) -> Any:
+    """What a program with collectives made, a tree; between CPUs it is waited for.
+
+    Two programs that run there at once, as the text encoders beside an update, send their messages in an order that
+    differs from process to process. Accelerators keep programs in order.
+    """
+    if between_cpus():
+        jax.block_until_ready(made)
+    return made
+
+
 def largest(value: int) -> int:
     """The largest value that any process of the job has; every process has to ask at the same point."""
     if jax.process_count() == 1:
@@ -156,3 +173,11 @@ def largest(value: int) -> int:
     # A few bytes a step, which the library moves in ways that a transfer guard would not let pass.
     with jax.transfer_guard("allow"), pulse.bounded(PATIENCE, "agreeing with the other processes"):
         return int(np.max(multihost_utils.process_allgather(np.int32(value))))
+
+
+def of_first(array: np.ndarray) -> np.ndarray:
+    """Process 0's array, of a shape and dtype that all processes know; every process has to ask at the same point."""
+    if jax.process_count() == 1:
+        return array
+    with pulse.bounded(PATIENCE, "hearing from the first process"):
+        return np.asarray(multihost_utils.broadcast_one_to_all(array))

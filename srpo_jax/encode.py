@@ -29,12 +29,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tqdm
 from absl import logging
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from srpo_jax import architectures, command, conditions, distributed, errors, latents, sharding
+from srpo_jax import architectures, command, conditions, distributed, errors, latents, sharding, terminal
 from srpo_jax.config import DTYPES
 from srpo_jax.data import filters, images, sources, stored
 from srpo_jax.data.images import PictureSet
@@ -112,9 +111,10 @@ def encode_prompts(
     work = MissingShards(out, manifest, mesh, batch_size)
     if work.shards:
         compute = Compute(dtype=kind, param_dtype=kind, constrain=sharding.constraint(mesh))
-        encode_texts = conditions.PromptEncoder(model, family, sizes.transformer, compute, mesh, length)
-        if pictures:
-            encode_pictures, load = latents.LatentEncoder(model, family, mesh), images.Loader(pictures)
+        with terminal.doing("loading the encoders"):
+            encode_texts = conditions.PromptEncoder(model, family, sizes.transformer, compute, mesh, length)
+            if pictures:
+                encode_pictures, load = latents.LatentEncoder(model, family, mesh), images.Loader(pictures)
 
         def encode(places: Sequence[int]) -> dict[str, jax.Array]:
             features = encode_texts([texts[place] for place in places], batch_size)
@@ -167,10 +167,7 @@ class MissingShards:
         done = self._manifest.count - sum(len(self._manifest.members(shard)) for shard in self.shards)
         mine = self.shards[self._group :: len(self._groups)]
         size = len(self._groups[self._group][1])
-        bar = tqdm.tqdm(
-            total=self._manifest.count, initial=done, unit=unit, disable=jax.process_index() != 0,
-            mininterval=0.1 if sys.stderr.isatty() else 10,
-        )  # fmt: skip
+        bar = terminal.bar(self._manifest.count, unit, "encoding", done=done, shown=jax.process_index() == 0)
         with bar, stored.Writer(self._out, self._manifest, mine if self._writes else []) as writer:
 
             def write(members: list[int], features: Mapping[str, jax.Array]) -> None:

@@ -12,9 +12,8 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
-import tqdm
 
-from srpo_jax import families
+from srpo_jax import families, terminal
 from srpo_jax.errors import UserError
 from srpo_jax.families.base import INDEX, SCHEDULER, TRANSFORMER, Family
 from srpo_jax.importing import byte_bar, parts_of_ours
@@ -37,7 +36,7 @@ def export_folder(
     max_shard_size: int = MAX_SHARD_SIZE,
     transformer: Params | None = None,
     lora: Lora | None = None,
-) -> None:
+) -> list[Mapping[str, Spec]]:
     """Writes a pipeline or a single network of ours in a format that others read.
 
     Args:
@@ -51,6 +50,9 @@ def export_folder(
       transformer: trained parameters to write instead of the source's transformer.
       lora: that these are low-rank factors, to be merged into the source's transformer (whose merged kernels are then
         float32 unless ``dtype`` says otherwise); from ``checkpoint.lora``.
+
+    Returns:
+      The tensors of each network that was written.
 
     Raises UserError, and writes nothing, if the source is not in our format, the trained parameters do not fit it, or
     a number is beyond what ``dtype`` holds.
@@ -66,7 +68,10 @@ def export_folder(
     family = families.of_pipeline(source) if whole else None
     parts = parts_of_ours(source, family) if whole else [""]
     if not whole and formats.written_as(folder.read_config(source)[0], format) is None:
-        raise UserError(f"{format} has no place for {source}; use --format diffusers")
+        network = folder.read_config(source)[0]
+        remedy = "use --format diffusers" if formats.written_as(network, "diffusers") else "keep what it was made of"
+        raise UserError(f"{format} has no place for {source}, a {network} network; {remedy}")
+    written = []
     with new_folder(target) as out:
         for part in parts:
             expected = family.components[part].network if whole else None
@@ -75,7 +80,8 @@ def export_folder(
                 weights = _trained(transformer, weights) if lora is None else _merged(transformer, lora, weights)
             elif transformer is not None and not whole:
                 raise UserError(f"{source} is a {network} network: a checkpoint has none to put there")
-            _export_network(network, config, weights, out, part, format, dtype, max_shard_size)
+            specs = _export_network(network, config, weights, out, part, format, dtype, max_shard_size)
+            written += [] if specs is None else [specs]
         if whole and format == "diffusers":
             for name in family.copied:
                 if (source / name).is_dir():
@@ -84,6 +90,7 @@ def export_folder(
         elif format == "diffusers" and (source / "tokenizer").is_dir():
             for file in (source / "tokenizer").iterdir():
                 shutil.copy(file, out / file.name)
+    return written
 
 
 def _index(source: pathlib.Path, family: Family, parts: list[str]) -> dict[str, Any]:
@@ -121,7 +128,7 @@ def export_lora(
     factors: Params,
     lora: Lora,
     dtype: np.dtype | None = None,
-) -> None:
+) -> Mapping[str, Spec]:
     """Writes low-rank factors in a format that others read, a file in a new folder.
 
     Args:
@@ -130,6 +137,9 @@ def export_lora(
       format: of ``weights.lora.FORMATS``.
       factors, lora: from ``checkpoint.load_params`` and ``checkpoint.lora``.
       dtype: to store in; None is float32, as alphas always are.
+
+    Returns:
+      The tensors that were written.
 
     Raises UserError, and writes nothing, if the factors are not of the source's transformer.
     """
@@ -150,6 +160,7 @@ def export_lora(
         with SafetensorsWriter(out / subfolder / f"{stem}.safetensors", specs, {"format": "pt"}) as file:
             for name, tensor in tensors.items():
                 file.write(name, tensor)
+    return specs
 
 
 def _export_network(
@@ -161,11 +172,11 @@ def _export_network(
     style: str,
     dtype: np.dtype | None,
     max_shard_size: int,
-) -> None:
-    """Writes one network of ours into the folder of an export."""
+) -> Mapping[str, Spec] | None:
+    """Writes one network of ours into the folder of an export; returns its tensors, None if it has no place there."""
     form = formats.written_as(network, style)
     if form is None:  # of a pipeline; what is asked for by itself was refused before
-        return
+        return None
     table, component = form.table(config), families.component_of(network)
     specs = engine.exported_specs(table, weights.specs, HALF if dtype == FLOAT8 else dtype)
     if dtype == FLOAT8 and component.matrices:
@@ -182,11 +193,12 @@ def _export_network(
     with byte_bar(network, specs, out) as bar, _shards(place, stem, specs, max_shard_size, bar) as writers:
         for name, array in engine.exported(table, weights):
             writers[name].write(name, array)
+    return specs
 
 
 @contextlib.contextmanager
 def _shards(
-    place: pathlib.Path, stem: str, specs: Mapping[str, Spec], largest: int, bar: tqdm.tqdm
+    place: pathlib.Path, stem: str, specs: Mapping[str, Spec], largest: int, bar: terminal.Bar
 ) -> Iterator[dict[str, SafetensorsWriter]]:
     """Opens the file, or the files and their index, that tensors go to; yields the writer of each tensor."""
     groups: list[dict[str, Spec]] = [{}]

@@ -8,6 +8,7 @@ other, elsewhere give --coordinator, --process-id and --process-count.
 
 import argparse
 import dataclasses
+import itertools
 import os
 import pathlib
 import re
@@ -18,17 +19,29 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
-import tqdm
 from absl import logging
 from jax.sharding import Mesh
 from PIL import Image
 
-from srpo_jax import architectures, checkpoint, command, distributed, errors, program, sampling, sharding, storage, text
+from srpo_jax import (
+    architectures,
+    checkpoint,
+    command,
+    distributed,
+    errors,
+    program,
+    sampling,
+    sharding,
+    storage,
+    terminal,
+    text,
+)
 from srpo_jax.config import ATTENTION, DTYPES, QUANTIZE
 from srpo_jax.data import sources
 from srpo_jax.errors import UserError
 from srpo_jax.families.base import TRANSFORMER, Family
 from srpo_jax.models import lora as models_lora
+from srpo_jax.models.attention import choose
 from srpo_jax.models.compute import Compute, Params, join, path_name
 from srpo_jax.models.lora import Lora
 from srpo_jax.weights import engine, folder
@@ -91,7 +104,7 @@ def generate(
     trained: Params | None = None,
     lora: Lora | None = None,
     dtype: str = "float32",
-    attention: str = "xla",
+    attention: str = "auto",
     batch_size: int | None = None,
     text_length: int | None = None,
     mesh: Mesh | None = None,
@@ -110,7 +123,7 @@ def generate(
       trained: the transformer's parameters from ``checkpoint.load_params`` instead of the folder's.
       lora: from ``checkpoint.lora``: that ``trained`` are factors beside the folder's, and how that is stored.
       dtype: of all weights and matrix products.
-      attention: backend.
+      attention: backend of the transformer, see ``models.attention.choose``.
       batch_size: images at a time; default is one a device.
       text_length: tokens of a prompt, padding included; default is ``prompt_length``.
       mesh: default is all devices along "fsdp".
@@ -131,19 +144,28 @@ def generate(
         )
     mesh = mesh or sharding.make_mesh(types.SimpleNamespace(data=1, fsdp=-1, tensor=1))
     kind = jnp.dtype(dtype)
-    compute = Compute(dtype=kind, param_dtype=kind, attention=attention, mesh=mesh, constrain=sharding.constraint(mesh))
-    graphdef, params = read_transformer(model / TRANSFORMER, family.network, compute, mesh, trained, lora)
+    frozen = Compute(dtype=kind, param_dtype=kind, mesh=mesh, constrain=sharding.constraint(mesh))
+    device = mesh.devices.flat[0]
+    compute = dataclasses.replace(frozen, attention=choose(attention, device, kind))
+    terminal.say(f"{mesh.devices.size} {device.platform} device(s), {dtype}, attention {compute.attention}")
+    with terminal.doing("loading the transformer"):
+        graphdef, params = read_transformer(model / TRANSFORMER, family.network, compute, mesh, trained, lora)
     length = text_length or prompt_length(family, model)
-    tools = sampling.read_tools(model, mesh, family, sizes.transformer, compute, length)
+    with terminal.doing("loading the autoencoder and the text encoders"):
+        tools = sampling.read_tools(model, mesh, family, sizes.transformer, frozen, length)
     look, at_once = sampling.Look(height, width, steps, guidance), batch_size or sharding.batch_parts(mesh)
     painter = sampling.Painter(
         mesh, family, graphdef, tools.autoencoder, model, look, at_once=min(at_once, len(prompts))
     )
-    chunks = painter.prepare(tools.encode, prompts, seed=seed, noise=latents)
+    with terminal.doing("encoding the prompts"):
+        chunks = painter.prepare(tools.encode, prompts, seed=seed, noise=latents)
     files = [out / f"{index:04d}-{_words(prompt)}.png" for index, prompt in enumerate(prompts)]
     pending, writes = iter(files), jax.process_index() == 0
-    with tqdm.tqdm(total=len(prompts), unit="image", disable=not (writes and sys.stderr.isatty())) as bar:
-        for images in painter.paint(params, tools.params, chunks):
+    painted = painter.paint(params, tools.params, chunks)
+    with terminal.doing(f"compiling, and the first {chunks[0].count} of {len(prompts)}"):
+        first = next(painted)
+    with terminal.bar(len(prompts), "image", "drawing", shown=writes) as bar:
+        for images in itertools.chain([first], painted):
             for image in images if writes else ():
                 sampling.save_image(Image.fromarray(image), next(pending))
             bar.update(len(images))
@@ -182,7 +204,8 @@ def _parser() -> command.Parser:
     add("--text-length", type=command.at_least(1), help=words)
     add("--batch", type=command.at_least(1), help="images at a time (default: one a device)")
     add("--dtype", choices=DTYPES, help="default: float32 on CPU, bfloat16 on accelerators")
-    add("--attention", choices=ATTENTION, default="xla", help="backend (default: xla)")
+    words = "of the transformer: auto is splash on TPUs, cudnn on NVIDIA GPUs in bfloat16, else xla (default: auto)"
+    add("--attention", choices=ATTENTION, default="auto", help=words)
     command.add_mesh(parser)
     command.add_job(parser)
     return parser

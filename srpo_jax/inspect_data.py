@@ -69,7 +69,7 @@ def describe(path: str | os.PathLike, model: str | None = None, show: int = 8, s
     yield f"{'lengths':<18} {'least':>6} {'median':>6} {'95 %':>6} {'most':>6}"
     yield _row("characters", [len(prompt) for prompt in texts])
     if family is not None:
-        for part, (label, array) in family.tokenizers.items():
+        for part, (label, _, array) in family.tokenizers.items():
             tokenizer = text.load_tokenizer(where / part)
             counts = [len(ids) for ids in tokenizer(texts)["input_ids"]]
             limit = tokenizer.model_max_length if array is None else manifest.arrays[array].shape[0]
@@ -118,7 +118,7 @@ def contact_sheet(path: str | os.PathLike, model: str | None, show: int, seed: i
         )
     examples = data.read(draw(len(data), show, seed))
     found = np.stack([example[stored.LATENTS] for example in examples])
-    images = latents.decode(where, found)
+    images = latents.decode(where, families.of_pipeline(where), found)
     spread = f"latents of {len(examples)} pictures: mean {found.mean():.3f}, deviation {found.std():.3f}"
     return _sheet(images, [example["prompt"] for example in examples]), spread
 

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from srpo_jax import families, sampling, sharding
+from srpo_jax import sampling, sharding
 from srpo_jax.algorithm.batch import join_batch, split_batch
 from srpo_jax.algorithm.networks import to_unit_range
 from srpo_jax.families.base import AUTOENCODER, Family
@@ -53,12 +53,12 @@ class LatentEncoder:
             return self._apply(self._params, sharding.place(self._mesh, batch_size, images))
 
 
-def decode(model: str | os.PathLike, latents: np.ndarray) -> np.ndarray:
-    """Pictures uint8 [B, H, W, 3] from latents [B, h, w, channels], one after the other on the default device.
+def decode(model: str | os.PathLike, family: Family, latents: np.ndarray) -> np.ndarray:
+    """Pictures uint8 [B, H, W, 3] from latents [B, h, w, channels], one after the other on the default device, by the
+    autoencoder of the pipeline folder ``model``.
 
     Raises UserError for a pipeline folder that is not right.
     """
-    family = families.of_pipeline(model)
     _, graphdef, params = folder.load(pathlib.Path(model) / AUTOENCODER, family.decoder)
     height, width = (side * family.factor for side in latents.shape[1:3])
 

@@ -20,6 +20,8 @@ from srpo_jax import storage
 
 JSONL, TENSORBOARD = "metrics.jsonl", "tensorboard"
 COPY_EVERY = 30
+REWARD = "/reward"  # the end of the name of a term's reward
+COLUMNS = 100  # that a step's line has at most; the rest of its metrics is in the files
 
 
 class Metrics:
@@ -50,11 +52,11 @@ class Metrics:
         # Files are named by the second: of two within one, the later would take the place of the other in a bucket.
         self._board = SummaryWriter(str(folder / TENSORBOARD), purge_step=done + 1, filename_suffix=f".{done}")
         self.flush()
-        self._total = total
+        self._done, self._total, self._began = done, total, None
         # A bar needs a terminal that redraws its line; a log file gets a line a step.
         self._bar = None
         if sys.stderr.isatty():
-            self._bar = tqdm.tqdm(total=total, initial=done, unit="step", dynamic_ncols=True)
+            self._bar = tqdm.tqdm(total=total, initial=done, bar_format="{bar:10} {desc}", dynamic_ncols=True)
 
     def write(self, step: int, values: dict[str, float]) -> None:
         """Reports the metrics of a step, finite numbers by name."""
@@ -66,11 +68,14 @@ class Metrics:
             self._board.add_scalar(name, value, step)
         if self._temporary and time.monotonic() > self._copied + COPY_EVERY:
             self.flush()
-        shown = " ".join(f"{name} {_short(value)}" for name, value in values.items())
+        now = time.monotonic()
+        self._began = self._began or now - values.get("step_seconds", 0.0)  # before that, programs were compiled
+        left = (now - self._began) / (step - self._done) * (self._total - step)
+        shown = line(step, self._total, values, left)
         if self._bar is None:
-            print(f"step {step}/{self._total} {shown}", file=sys.stderr, flush=True)
+            print(shown, file=sys.stderr, flush=True)
         else:
-            self._bar.set_postfix_str(shown, refresh=False)
+            self._bar.set_description_str(shown, refresh=False)
             self._bar.update(step - self._bar.n)
 
     def flush(self) -> None:
@@ -83,11 +88,6 @@ class Metrics:
             for file in (self._folder / JSONL, *(self._folder / TENSORBOARD).iterdir()):
                 storage.write(self._workdir / file.relative_to(self._folder), file.read_bytes())
             self._copied = time.monotonic()
-
-    def say(self, text: str) -> None:
-        """A line for the person at the terminal; it does not break the progress bar."""
-        if self._active:
-            tqdm.tqdm.write(text, file=sys.stderr)
 
     def close(self) -> None:
         """Flushes and closes everything."""
@@ -119,5 +119,24 @@ def read(workdir: str | os.PathLike) -> list[dict[str, Any]]:
     return records
 
 
-def _short(value: float) -> str:
-    return f"{value:.4g}"
+def line(step: int, total: int, values: dict[str, float], left: float) -> str:
+    """A step for the person at the terminal, in ``COLUMNS`` columns: loss, each term's reward as far as there is room,
+    the gradient's norm, the seconds of the step, and the ``left`` ones of the run."""
+    rewards = [f"{name.removesuffix(REWARD)} {value:.3g}" for name, value in values.items() if name.endswith(REWARD)]
+    loss = [f"loss {values['loss']:.4g}"] if "loss" in values else []
+    gradient = [f"gradient {values['grad_norm']:.3g}"] if "grad_norm" in values else []
+    seconds = [f"{values['step_seconds']:.3g} s/step"] if "step_seconds" in values else []
+    seconds += [f"{_clock(left)} left"] if step < total else []
+
+    def joined() -> str:
+        return "  ".join([f"step {step}/{total}", " ".join([*loss, *rewards, *gradient]), *seconds])
+
+    while rewards and len(joined()) > COLUMNS:
+        rewards.pop()
+    return joined()
+
+
+def _clock(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

@@ -1,13 +1,14 @@
 r"""Says whether a recipe fits an accelerator that is not there, and how long an update will take.
 
-    python -m srpo_jax.preflight --config=configs/flux_dev_hps.py --topology=v5p:2x2x2 --config.model.attention=splash
+    python -m srpo_jax.preflight --config=configs/flux_dev_hps.py --topology=v5p:2x2x2 --device-batch=1
     python -m srpo_jax.preflight --config=configs/flux_dev_hps.py --topology=h100:8,h200:8 --device-batch=1 \
-        --config.model.attention=cudnn --json=fits.json
+        --json=fits.json
 
 Compiles the training update itself, ahead of time: rollout, autoencoder, reward, gradient and optimiser. That takes two
 CPU minutes and 4 GB of memory, no weights and no accelerator. Sizes are those of the folders that the recipe names, or
-FLUX.1-dev's published ones. The compilers are extra packages: pip install -e '.[preflight-tpu]' (libtpu) and
-pip install -e '.[preflight-cuda]' (jax's CUDA plugin, cuDNN), in the versions that belong to jax.
+FLUX.1-dev's published ones; model.attention=auto stands for what the target has. The compilers are extra packages: pip
+install -e '.[preflight-tpu]' (libtpu) and pip install -e '.[preflight-cuda]' (jax's CUDA plugin, cuDNN), in the
+versions that belong to jax.
 
 Memory is what the compiler plans for each device, and the text encoders, where they stay beside the update. The time is
 a roofline (srpo_jax/costs/roofline.py): "at best" with every published peak reached, "expected" with matrix products

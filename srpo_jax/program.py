@@ -29,7 +29,7 @@ from srpo_jax.algorithm.step import TrainState
 from srpo_jax.architectures import Architecture, used_rewards
 from srpo_jax.errors import UserError
 from srpo_jax.families.base import AUTOENCODER, TRANSFORMER
-from srpo_jax.models import lora
+from srpo_jax.models import attention, lora
 from srpo_jax.models.compute import Compute, Params
 from srpo_jax.models.lora import Lora
 from srpo_jax.optim import Optimizer
@@ -46,12 +46,17 @@ class Computes(NamedTuple):
     text: Compute
 
 
+def attention_of(config: ConfigDict, mesh: Mesh) -> str:
+    """The transformer's attention backend: what a configuration asks for, or what "auto" stands for on the mesh."""
+    return attention.choose(config.model.attention, mesh.devices.flat[0], config.model.dtype)
+
+
 def computes(config: ConfigDict, mesh: Mesh) -> Computes:
     """The execution options that a configuration asks for."""
     frozen = Compute(
         dtype=jnp.dtype(config.model.dtype),
         param_dtype=jnp.dtype(config.model.dtype),
-        attention=config.model.attention,
+        attention=attention_of(config, mesh),
         scan_unroll=config.model.scan_unroll,
         mesh=mesh,
         constrain=sharding.constraint(mesh),
@@ -130,7 +135,7 @@ def build(config: ConfigDict, mesh: Mesh, architecture: Architecture) -> Program
 
     Raises UserError for a mesh that does not fit the batch or a parameter, and for blocks that the transformer lacks.
     """
-    settings, optimizer = Settings.from_config(config), optim.make_optimizer(config.optim)
+    settings, optimizer = Settings.from_config(config, architecture.family), optim.make_optimizer(config.optim)
     family = architecture.family
     family.check_size(settings.height, settings.width, ("config.data.height", "config.data.width"))
     part, devices = config.data.batch_size // config.optim.accumulation, sharding.batch_parts(mesh)

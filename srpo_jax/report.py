@@ -1,23 +1,35 @@
-"""One self-contained HTML page about a run: verdicts, before/after pictures, curves, configuration.
+"""A self-contained HTML page: figures, pictures side by side, curves, tables.
 
-The page loads nothing: pictures are inline PNGs, curves are inline SVG, and it follows the reader's light or dark
-theme. It knows nothing of training; ``render`` takes a ``Report`` of plain values and gives the page as a string.
+The page loads nothing, and says so to the browser (a content security policy): pictures are inline, curves are inline
+SVG, and it follows the reader's light or dark theme. It is made of headings, tables and native controls, with a text
+for every picture and a table behind every curve. It knows nothing of training; ``render`` takes a ``Report`` of plain
+values and gives the page as a string. report.html is the template, report.css the look; report.js pages, filters and
+sorts what is on the page of a ``Browser``, which is whole without it.
 """
 
 import base64
 import dataclasses
+import hashlib
 import html
 import io
 import math
 import pathlib
+from typing import ClassVar
 
+import jinja2
 import numpy as np
 from PIL import Image
 
-STYLE = pathlib.Path(__file__).with_suffix(".css").read_text(encoding="utf-8")
+HERE = pathlib.Path(__file__).parent
+STYLE, SCRIPT = ((HERE / f"report.{kind}").read_text(encoding="utf-8") for kind in ("css", "js"))
 
 # Distinct for the common kinds of colour blindness, and readable on both themes.
 COLOURS = ("#2f7fd6", "#e07a2f", "#1f9e89", "#a35bd0", "#8a8f98")
+EXACT = 128 * 128  # pixels up to which a picture is put into the page as it is; JPEG is a tenth as long for larger ones
+QUALITY = 85  # of JPEG
+
+
+# --- what a page is made of -------------------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,11 +43,36 @@ class Verdict:
 
 
 @dataclasses.dataclass(frozen=True)
+class Verdicts:
+    """Targets side by side."""
+
+    kind: ClassVar[str] = "verdicts"
+    verdicts: tuple[Verdict, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Notes:
+    """What a reader should know of the figures, a paragraph each."""
+
+    kind: ClassVar[str] = "notes"
+    title: str
+    texts: tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True)
 class Shown:
-    """An image ``[H, W, 3]``, uint8, with the text that a reader sees on pointing at it."""
+    """An image ``[H, W, 3]``, uint8.
+
+    Attributes:
+      note: what is said of it on pointing at it.
+      text: a line below it.
+      link: of the whole picture, relative to the page; "" for none.
+    """
 
     pixels: np.ndarray
     note: str = ""
+    text: str = ""
+    link: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,6 +87,7 @@ class Comparison:
 class Gallery:
     """Comparisons that share the names of their stages. ``folded`` ones are opened by a click."""
 
+    kind: ClassVar[str] = "gallery"
     title: str
     text: str
     stages: tuple[str, ...]
@@ -58,10 +96,38 @@ class Gallery:
 
 
 @dataclasses.dataclass(frozen=True)
+class Browsed:
+    """A comparison that can be found again: by its prompt, its category, and numbers by the names of orders."""
+
+    comparison: Comparison
+    category: str = ""
+    numbers: dict[str, float] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True)
+class Browser:
+    """A gallery that is paged, filtered by text or category, sorted by one of ``orders`` in both directions, and seen
+    as a matrix of prompts and seeds of one stage."""
+
+    kind: ClassVar[str] = "browser"
+    title: str
+    text: str
+    stages: tuple[str, ...]
+    entries: tuple[Browsed, ...]
+    orders: tuple[str, ...] = ()
+
+    @property
+    def categories(self) -> list[str]:
+        """Those that there are, in their order."""
+        return list(dict.fromkeys(entry.category for entry in self.entries if entry.category))
+
+
+@dataclasses.dataclass(frozen=True)
 class Chart:
     """Lines over one axis: ``series`` maps a name to its points ``[(x, y), ...]``.
 
-    ``limits`` fixes the vertical range; None takes it from the points. ``percent`` prints 0.5 as "50 %".
+    ``limits`` fixes the vertical range; None takes it from the points. ``percent`` prints 0.5 as "50 %". ``intervals``
+    maps names of series to the (low, high) of each of their points.
     """
 
     title: str
@@ -70,15 +136,26 @@ class Chart:
     x_label: str = "update"
     limits: tuple[float, float] | None = None
     percent: bool = False
+    intervals: dict[str, list[tuple[float, float]]] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True)
+class Charts:
+    """Charts side by side."""
+
+    kind: ClassVar[str] = "charts"
+    charts: tuple[Chart, ...]
 
 
 @dataclasses.dataclass(frozen=True)
 class PageTable:
-    """Rows of text under a header."""
+    """Rows of text under a header; the first cell of a row names it."""
 
+    kind: ClassVar[str] = "table"
     title: str
     header: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
+    text: str = ""
     folded: bool = False
 
 
@@ -88,114 +165,72 @@ class Report:
 
     title: str
     lead: str
-    verdicts: tuple[Verdict, ...]
-    galleries: tuple[Gallery, ...]
-    charts: tuple[Chart, ...]
-    tables: tuple[PageTable, ...]
+    parts: tuple[Verdicts | Notes | Gallery | Browser | Charts | PageTable, ...]
+
+
+# --- the page ---------------------------------------------------------------------------------------------------------
 
 
 def render(report: Report) -> str:
     """The report as one HTML document. All texts are escaped. Raises ValueError for pictures that are not ``[H, W, 3]``
-    uint8 and for charts without a finite point."""
-    first = [gallery for gallery in report.galleries if not gallery.folded]
-    rest = [gallery for gallery in report.galleries if gallery.folded]
-    body = [
-        f"<header><h1>{html.escape(report.title)}</h1><p class='lead'>{html.escape(report.lead)}</p></header>",
-        _verdicts(report.verdicts),
-        *map(_gallery, first),
-        "<div class='charts'>" + "".join(map(_chart, report.charts)) + "</div>",
-        *map(_gallery, rest),
-        *map(_table, report.tables),
-    ]
-    return (
-        "<!doctype html>\n<html lang='en'><head><meta charset='utf-8'>"
-        "<meta name='viewport' content='width=device-width, initial-scale=1'>"
-        f"<title>{html.escape(report.title)}</title><style>{STYLE}</style></head><body><main>"
-        + "\n".join(body)
-        + "</main></body></html>\n"
+    uint8, for comparisons that lack a stage, and for charts without a finite point."""
+    for part in report.parts:
+        if part.kind in ("gallery", "browser"):
+            whole = part.comparisons if part.kind == "gallery" else [entry.comparison for entry in part.entries]
+            for comparison in whole:
+                if len(comparison.columns) != len(part.stages):
+                    found = f"{len(comparison.columns)} columns for {len(part.stages)} stages"
+                    raise ValueError(f"{comparison.prompt!r} has {found}")
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(HERE),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
+    environment.filters |= {
+        "picture": _inline,
+        "curves": curves,
+        "colours": lambda series: zip(_cycle(len(series)), series, strict=True),
+        "rows": _rows,
+    }
+    script = SCRIPT if any(part.kind == "browser" for part in report.parts) else ""
+    return environment.get_template("report.html").render(
+        report=report,
+        style=STYLE,
+        script=script,
+        # The one script that may run, whatever a prompt smuggles in.
+        allowed=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
+        width=WIDTH,
+        height=HEIGHT,
+    ).lstrip()  # fmt: skip
 
 
-# --- sections ---------------------------------------------------------------------------------------------------------
-
-
-def _verdicts(verdicts: tuple[Verdict, ...]) -> str:
-    cards = []
-    for verdict in verdicts:
-        state, word = {True: ("good", "reached"), False: ("bad", "missed"), None: ("plain", "")}[verdict.passed]
-        badge = f"<span class='badge'>{word}</span>" if word else ""
-        cards.append(
-            f"<div class='verdict {state}'><div class='name'>{html.escape(verdict.name)}{badge}</div>"
-            f"<div class='value'>{html.escape(verdict.value)}</div>"
-            f"<div class='wanted'>{html.escape(verdict.wanted)}</div></div>"
-        )
-    return "<section class='verdicts'>" + "".join(cards) + "</section>"
-
-
-def _gallery(gallery: Gallery) -> str:
-    cards = []
-    for comparison in gallery.comparisons:
-        if len(comparison.columns) != len(gallery.stages):
-            raise ValueError(
-                f"{comparison.prompt!r} has {len(comparison.columns)} columns for {len(gallery.stages)} stages"
-            )
-        columns = "".join(
-            f"<div class='stage'><div class='stage-name'>{html.escape(stage)}</div>"
-            + "".join(_picture(picture, f"{comparison.prompt}, {stage}") for picture in pictures)
-            + "</div>"
-            for stage, pictures in zip(gallery.stages, comparison.columns, strict=True)
-        )
-        cards.append(
-            f"<figure><figcaption>{html.escape(comparison.prompt)}</figcaption>"
-            f"<div class='stages'>{columns}</div></figure>"
-        )
-    return _section(gallery.title, gallery.text, f"<div class='gallery'>{''.join(cards)}</div>", gallery.folded)
-
-
-def _picture(picture: Shown, alternative: str) -> str:
+def _inline(picture: Shown) -> str:
+    """The picture as a data URL."""
     pixels = np.asarray(picture.pixels)
     if pixels.ndim != 3 or pixels.shape[-1] != 3 or pixels.dtype != np.uint8:
         raise ValueError(f"a picture must be [H, W, 3] uint8, not {list(pixels.shape)} {pixels.dtype}")
-    file = io.BytesIO()
-    Image.fromarray(pixels).save(file, "PNG", optimize=True)
-    data = base64.b64encode(file.getvalue()).decode()
-    return f"<img src='data:image/png;base64,{data}' alt='{_quote(alternative)}' title='{_quote(picture.note)}'>"
+    file, exact = io.BytesIO(), pixels.shape[0] * pixels.shape[1] <= EXACT
+    kind, options = ("png", {"optimize": True}) if exact else ("jpeg", {"quality": QUALITY})
+    Image.fromarray(pixels).save(file, kind, **options)
+    return f"data:image/{kind};base64,{base64.b64encode(file.getvalue()).decode()}"
 
 
-def _table(table: PageTable) -> str:
-    head = "".join(f"<th>{html.escape(name)}</th>" for name in table.header)
-    rows = "".join("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in table.rows)
-    grid = f"<div class='scroll'><table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>"
-    return _section(table.title, "", grid, table.folded)
-
-
-def _section(title: str, text: str, content: str, folded: bool) -> str:
-    words = f"<p>{html.escape(text)}</p>" if text else ""
-    if folded:
-        return f"<details><summary>{html.escape(title)}</summary>{words}{content}</details>"
-    return f"<section><h2>{html.escape(title)}</h2>{words}{content}</section>"
-
-
-def _quote(text: str) -> str:
-    return html.escape(text, quote=True)
+def _rows(chart: Chart) -> list[list[str]]:
+    """The points of a chart as a table: x, and what each of its series has there."""
+    table: dict[float, dict[str, str]] = {}
+    for name, points in chart.series.items():
+        for (x, y), bar in zip(points, chart.intervals.get(name) or [None] * len(points), strict=True):
+            ends = f" ({_number(bar[0], chart.percent)} to {_number(bar[1], chart.percent)})" if bar else ""
+            table.setdefault(x, {})[name] = _number(y, chart.percent) + ends
+    return [[_number(x, False), *(table[x].get(name, "") for name in chart.series)] for x in sorted(table)]
 
 
 # --- curves -----------------------------------------------------------------------------------------------------------
 
 WIDTH, HEIGHT = 520, 250
 LEFT, RIGHT, TOP, BOTTOM = 52, 14, 12, 36
-
-
-def _chart(chart: Chart) -> str:
-    legend = "".join(
-        f"<span><i style='background:{colour}'></i>{html.escape(name)}</span>"
-        for colour, name in zip(_cycle(len(chart.series)), chart.series, strict=True)
-    )
-    return (
-        f"<section><h2>{html.escape(chart.title)}</h2><p>{html.escape(chart.text)}</p>"
-        f"<div class='legend'>{legend}</div><svg viewBox='0 0 {WIDTH} {HEIGHT}' role='img' "
-        f"aria-label='{_quote(chart.title)}'>{curves(chart)}</svg></section>"
-    )
 
 
 def curves(chart: Chart) -> str:
@@ -205,8 +240,15 @@ def curves(chart: Chart) -> str:
     points = [point for line in series.values() for point in line]
     if not points:
         raise ValueError(f"chart {chart.title!r} has no finite point")
+    bars = {
+        name: [
+            (x, *ends) for (x, _), ends in zip(chart.series[name], ends, strict=True) if all(map(math.isfinite, ends))
+        ]
+        for name, ends in chart.intervals.items()
+    }
+    heights = [y for _, y in points] + [end for line in bars.values() for _, *ends in line for end in ends]
     x_ticks = ticks(min(x for x, _ in points), max(x for x, _ in points))
-    y_ticks = ticks(*(chart.limits or (min(y for _, y in points), max(y for _, y in points))))
+    y_ticks = ticks(*(chart.limits or (min(heights), max(heights))))
     x_low, x_high = x_ticks[0], x_ticks[-1]
     y_low, y_high = y_ticks[0], y_ticks[-1]
 
@@ -233,6 +275,12 @@ def curves(chart: Chart) -> str:
         parts.append(
             f"<polyline fill='none' stroke='{colour}' stroke-width='2' stroke-linejoin='round' points='{path}'/>"
         )
+        for x, low, high in bars.get(name, []):
+            (h, bottom), (_, top) = place(x, low), place(x, high)
+            parts.append(
+                f"<line stroke='{colour}' stroke-width='6' stroke-opacity='0.3' x1='{h:.1f}' x2='{h:.1f}' "
+                f"y1='{bottom:.1f}' y2='{top:.1f}'/>"
+            )
         for x, y in line:
             h, v = place(x, y)
             note = f"{html.escape(name)}, {html.escape(chart.x_label)} {_number(x, False)}: {_number(y, chart.percent)}"

@@ -46,12 +46,17 @@ def fingerprints(config: ConfigDict) -> dict[str, str]:
     parts = fingerprint.of_parts(config.model.path, family.components, family.tokenizers)
     found = {"model.path": fingerprint.joined(parts.values())}
     for name, reward in used_rewards(config).items():
-        path = pathlib.Path(reward.path)
-        parts = [fingerprint.of_network(path)]
-        if (path / TOKENIZER).is_dir():
-            parts.append(fingerprint.of_tokenizer(path / TOKENIZER))
-        found[f"reward.models.{name}.path"] = fingerprint.joined(parts)
+        found[f"reward.models.{name}.path"] = fingerprint.joined(reward_fingerprints(reward.path))
     return found
+
+
+def reward_fingerprints(path: str | os.PathLike) -> list[str]:
+    """Of a reward's network and, if it has one, its tokenizer. Raises UserError for a folder that is not right."""
+    path = pathlib.Path(path)
+    parts = [fingerprint.of_network(path)]
+    if (path / TOKENIZER).is_dir():
+        parts.append(fingerprint.of_tokenizer(path / TOKENIZER))
+    return parts
 
 
 def differences(

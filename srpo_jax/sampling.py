@@ -71,13 +71,25 @@ class Painter:
         function = make_sampler(family, transformer, autoencoder, sigmas, look)
         # Pictures come back to every process, however the batch was split.
         self._sample = jax.jit(function, out_shardings=sharding.replicated(mesh))
+        self._draw = jax.jit(draw_noise, static_argnums=(1, 2), out_shardings=sharding.of_batch(mesh))
 
     def prepare(
-        self, encode: PromptEncoder, prompts: Sequence[str], *, seed: int = 0, noise: np.ndarray | None = None
+        self,
+        encode: PromptEncoder,
+        prompts: Sequence[str],
+        *,
+        seed: int = 0,
+        names: np.ndarray | None = None,
+        noise: np.ndarray | None = None,
     ) -> list[Chunk]:
-        """Encodes prompts and draws noise for them (or takes ``noise`` [len(prompts), N, C]), on the devices."""
-        size, split = self._batch_size, sharding.of_batch(self._mesh)
-        draw = jax.jit(lambda indices: draw_noise(indices, seed, self._shape), out_shardings=split)
+        """Encodes prompts and draws noise for them, on the devices.
+
+        The noise depends on ``seed`` and a picture's row of ``names`` [len(prompts), K], uint32, alone (see
+        ``draw_noise``); without names it is the picture's number. ``noise`` [len(prompts), N, C] is taken instead.
+        """
+        size = self._batch_size
+        if names is None:
+            names = np.arange(len(prompts), dtype=np.uint32)[:, None]
         rows = sharding.local_rows(self._mesh, size)
         chunks = []
         for first in range(0, len(prompts), size):
@@ -85,7 +97,7 @@ class Painter:
             wanted = np.minimum(np.arange(first, first + size), len(prompts) - 1)
             condition = encode([prompts[wanted[row]] for row in rows], size)
             if noise is None:
-                start = draw(sharding.place(self._mesh, size, wanted[rows].astype(np.int32)))
+                start = self._draw(sharding.place(self._mesh, size, names[wanted[rows]]), seed, self._shape)
             else:
                 start = sharding.place(self._mesh, size, np.asarray(noise, np.float32)[wanted[rows]])
             chunks.append(Chunk(condition, start, min(size, len(prompts) - first)))
@@ -157,13 +169,20 @@ def to_bytes(images: jax.Array) -> jax.Array:
     return jnp.round(images * 255).astype(jnp.uint8)
 
 
-def draw_noise(indices: jax.Array, seed: int, shape: tuple[int, int]) -> jax.Array:
-    """Initial noise [B, *shape], float32, of the pictures numbered ``indices`` [B].
+def draw_noise(names: jax.Array, seed: int, shape: tuple[int, int]) -> jax.Array:
+    """Initial noise [B, *shape], float32, of the pictures with ``names`` [B, K], uint32.
 
-    Each number has a key of its own, so that a picture does not depend on how many are made at once.
+    Each name has a key of its own (its words are folded in one after the other), so that a picture does not depend on
+    what else is made, nor on how much of it at once.
     """
-    keys = jax.vmap(lambda index: jax.random.fold_in(jax.random.key(seed), index))(indices)
-    return jax.vmap(lambda key: jax.random.normal(key, shape))(keys)
+
+    def draw(name: jax.Array) -> jax.Array:
+        key = jax.random.key(seed)
+        for word in name:
+            key = jax.random.fold_in(key, word)
+        return jax.random.normal(key, shape)
+
+    return jax.vmap(draw)(names)
 
 
 def grid(images: np.ndarray, columns: int | None = None) -> Image.Image:

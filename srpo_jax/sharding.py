@@ -4,7 +4,8 @@ Every network's class has a table ``RULES``: (pattern, axes) on the dotted path 
 leading layer axis, which stays whole: the scan over layers reads one slice at a time. Within a pair of layers the first
 is split by columns and the second by rows, so that only the second one's result crosses "tensor". Parameters that the
 class says ``MAY_STAY_WHOLE`` (a pattern), those around attention heads of frozen networks, are split over "tensor" only
-where it divides them.
+where it divides them; those that it says are ``UNEVEN`` (another), of widths with few divisors, over no axis that does
+not divide them.
 
 Axes of the mesh:
   data    splits the batch; the only axis that goes from one TPU slice to another.
@@ -99,7 +100,7 @@ def of(mesh: Mesh, network: str) -> Callable[[str, tuple[int, ...]], NamedShardi
     """``sharding(path, shape)`` for the parameters of a network, as ``weights.folder.load`` takes it.
 
     That function raises UserError for a dimension that its mesh axis does not divide, naming the parameter; only what
-    ``MAY_STAY_WHOLE`` then is not split by "tensor".
+    ``MAY_STAY_WHOLE`` then is not split by "tensor", and what is ``UNEVEN`` by no axis.
     """
 
     def sharding(path: str, shape: tuple[int, ...]) -> NamedSharding:
@@ -107,8 +108,10 @@ def of(mesh: Mesh, network: str) -> Callable[[str, tuple[int, ...]], NamedShardi
         axes = spec(network, path)
         if len(axes) > len(shape):
             raise ValueError(f"the rule {axes} for {name} has more axes than its shape {shape}")
-        if re.fullmatch(getattr(folder.classes(network)[1], "MAY_STAY_WHOLE", ""), path):
-            whole = fitting(mesh, shape, axes)
+        made, whole = folder.classes(network)[1], fitting(mesh, shape, axes)
+        if re.fullmatch(getattr(made, "UNEVEN", ""), path):
+            axes = whole
+        elif re.fullmatch(getattr(made, "MAY_STAY_WHOLE", ""), path):
             axes = P(*(there if axis == "tensor" else axis for axis, there in zip(axes, whole, strict=True)))
         for size, axis in zip(shape, axes, strict=False):
             if axis is not None and size % mesh.shape[axis]:
@@ -132,7 +135,7 @@ def gather(mesh: Mesh, network: str) -> Callable[[str, jax.Array], jax.Array]:
     over "fsdp"; what "tensor" splits stays split. ``leaf`` may be what was computed of the parameter, with its axes."""
 
     def whole(path: str, leaf: jax.Array) -> jax.Array:
-        axes = spec(f"{network}.{path}")
+        axes = spec(network, path)
         # First as it lies: else the compiler may gather what the leaf was computed of.
         here = fitting(mesh, leaf.shape, axes)
         leaf = jax.lax.with_sharding_constraint(leaf, NamedSharding(mesh, here))

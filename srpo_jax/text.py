@@ -10,11 +10,13 @@ import numpy as np
 from srpo_jax.errors import UserError
 
 # Any of these makes a folder a tokenizer that transformers can read.
-_VOCABULARIES = ("tokenizer.json", "vocab.json", "spiece.model", "tokenizer.model")
+_VOCABULARIES = ("tokenizer.json", "vocab.json", "vocab.txt", "spiece.model", "tokenizer.model")
 
 
-def load_tokenizer(path: str | os.PathLike) -> Any:
+def load_tokenizer(path: str | os.PathLike, kind: str = "AutoTokenizer") -> Any:
     """A tokenizer from a folder in transformers' format (``tokenizer_config.json`` and a vocabulary).
+
+    ``kind`` is the class of transformers, for folders that do not tell it.
 
     Raises UserError if the folder or its vocabulary is missing or cannot be read.
     """
@@ -27,10 +29,10 @@ def load_tokenizer(path: str | os.PathLike) -> Any:
     # It would warn, among the lines that matter, that it can load no models without torch.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     # Importing transformers takes seconds, and nothing else needs it.
-    from transformers import AutoTokenizer
+    import transformers
 
     try:
-        return AutoTokenizer.from_pretrained(path, local_files_only=True)
+        return getattr(transformers, kind).from_pretrained(path, local_files_only=True)
     except Exception as error:  # a broken file surfaces as anything from KeyError to the Rust library's Exception
         raise UserError(f"{path} cannot be read as a tokenizer: {error}") from error
 
@@ -47,14 +49,21 @@ def tokenize(tokenizer: Any, texts: Sequence[str], length: int, pad: str | int =
       pad: "own", the tokenizer's padding token (T5: 0; CLIP in HF's files: end of text), or an id (open_clip: 0).
 
     Returns:
-      int32 [B, T]. Raises ValueError for a tokenizer without padding token under "own".
+      int32 [B, T]. Raises ValueError for a tokenizer without padding token under "own", UserError for a text with half
+      a character (a lone surrogate), which HF's tokenizers do not take.
     """
     if pad == "own":
         pad = tokenizer.pad_token_id
         if pad is None:
             raise ValueError("the tokenizer has no padding token; give its id as pad")
     out = np.full((len(texts), length), pad, np.int32)
-    rows = tokenizer(list(texts), truncation=True, max_length=length)["input_ids"] if len(texts) else []
+    try:
+        rows = tokenizer(list(texts), truncation=True, max_length=length)["input_ids"] if len(texts) else []
+    except TypeError as error:
+        broken = [text for text in texts if any("\ud800" <= character <= "\udfff" for character in text)]
+        if not broken:
+            raise
+        raise UserError(f"{broken[0]!a} holds half a character, as a cut emoji leaves; mend this text") from error
     for row, ids in zip(out, rows, strict=True):
         row[: len(ids)] = ids
     return out

@@ -4,6 +4,7 @@
 is compiled lives in ``program`` and ``step``.
 """
 
+import contextlib
 import math
 import os
 import signal
@@ -31,7 +32,9 @@ from srpo_jax import (
     resume,
     sampling,
     sharding,
+    space,
     storage,
+    terminal,
     validation,
 )
 from srpo_jax import config as config_lib
@@ -39,6 +42,8 @@ from srpo_jax.algorithm.networks import Frozen
 from srpo_jax.algorithm.step import TrainState
 from srpo_jax.data import loading, sources
 from srpo_jax.errors import UserError
+from srpo_jax.evaluation import prompts
+from srpo_jax.families.base import TRANSFORMER
 from srpo_jax.models.compute import join
 
 
@@ -69,55 +74,74 @@ def _train(config: ConfigDict, workdir: str | os.PathLike, changes: tuple[str, .
     workdir = storage.path(workdir)
     if workdir.exists():
         held.acquire()  # before the work that a second run would do in vain
-    newest = distributed.largest(max(checkpoint.steps(workdir), default=0)) or None
+    newest = distributed.largest(checkpoint.newest(workdir) or 0) or None
     if newest is not None and newest >= config.steps:
         print(f"{workdir} has all of its {config.steps} updates; nothing to do")
         return None
     architecture = architectures.read(config)
     source = loading.open_examples(config, architecture)
-    held_out = sources.read(config.sample.prompts, config.sample.column) if config.sample.every else []
-    if config.compilation_cache:
+    held_out = []
+    if config.sample.every:
+        held_out = sources.read(config.sample.prompts or prompts.SHIPPED, config.sample.column)
+    # A program for CPUs that comes out of the cache runs collectives at once that do not depend on each other.
+    if config.compilation_cache and not distributed.between_cpus():
         jax.config.update("jax_compilation_cache_dir", os.path.expanduser(config.compilation_cache))
 
     # === Mesh and program =============================================================================================
     mesh = sharding.make_mesh(config.mesh)
     built = program.build(config, mesh, architecture)
-    online = config.data.encode == "online"
-    encode = conditions.prompt_encoder(config, built, architecture) if online or held_out else None
-    samples = SampleGrid(config, built, encode, held_out[: config.sample.count], workdir) if held_out else None
+    for words in _describe(config, built):
+        terminal.say(words)
+    terminal.say(space.check(workdir, config, built.state, newest or 0))
+    online, encode, samples = config.data.encode == "online", None, None
+    if online or held_out:
+        with terminal.doing("loading the text encoders"):
+            encode = conditions.prompt_encoder(config, built, architecture)
+    if held_out:
+        with terminal.doing("encoding the held-out prompts"):
+            samples = SampleGrid(config, built, encode, held_out[: config.sample.count], workdir)
     conditioner = conditions.Conditioner(config, built, encode if online else None)
     del encode  # with stored features, text encoders make room here for what is trained
-    state = program.initial_state(config, built) if newest is None else None
-    frozen = program.load_frozen(config, built)
+    state = None
+    if newest is None:
+        with terminal.doing("loading the transformer" if built.frozen.base is None else "making low-rank factors"):
+            state = program.initial_state(config, built)
+    base = [] if built.frozen.base is None else [TRANSFORMER]
+    with terminal.doing(f"loading {', '.join([*base, 'autoencoder', *built.networks.rewards])}"):
+        frozen = program.load_frozen(config, built)
 
     # === State: new, or of the newest checkpoint; from here on the workdir belongs to this run ========================
     held.acquire()
     if newest is None and checkpoint.steps(workdir):
         raise UserError(f"another run has begun and left {workdir} meanwhile; the same command goes on from there")
     checkpoint.write_config(workdir, config, models, changes, newest or 0)
-    checkpoints = checkpoint.Checkpoints(workdir, config.checkpoint.keep, checkpoint.deadline_of(built.state))
+    checkpoints = checkpoint.Checkpoints(
+        workdir, config.checkpoint.keep, checkpoint.deadline_of(built.state), config.checkpoint.resumable
+    )
     rows = sharding.local_rows(mesh, config.data.batch_size)
     stream = loading.batches(source, config.data.batch_size, config.seed, rows)
     if newest is not None:
-        newest, state, run = checkpoints.restore_newest(built.state)
+        with terminal.doing("reading the newest checkpoint"):
+            newest, state, run = checkpoints.restore_newest(built.state)
         if run["source"] != source.digest:
             raise UserError(f"{workdir} was trained on other prompts or pictures than now; choose another --workdir")
         stream.set_state(run["data"])
     step = newest or 0
     skipped = nonfinite.Row(workdir, config.seed, config.optim.patience, run.get("skipped", 0) if newest else 0)
     report = metrics.Metrics(workdir, step, config.steps)
-    report.say(f"{_describe(built)}; from update {step} to {config.steps} in {workdir}")
-    report.say(source.summary)
+    terminal.say(source.summary)
+    terminal.say(f"from update {step} to {config.steps} in {workdir}")
 
+    signals = contextlib.ExitStack()
     try:
         # === Compile ==================================================================================================
-        started = time.perf_counter()
-        update = built.lower().compile()
-        report.say(f"compiled the update in {time.perf_counter() - started:.1f} s")
+        with terminal.doing("compiling the update"):
+            update = built.lower().compile()
 
         # === Loop =====================================================================================================
+        interruption = signals.enter_context(Interruption())
         bound = pulse.bounded(distributed.PATIENCE, "an update with its samples")
-        with Interruption() as interruption, jax.transfer_guard("disallow"), bound as beat:
+        with jax.transfer_guard("disallow"), bound as beat:
             if samples and step % config.sample.every == 0 and samples.lacks(step):
                 samples.draw(step, state, frozen)
             position, examples = stream.get_state(), next(stream)
@@ -128,7 +152,7 @@ def _train(config: ConfigDict, workdir: str | os.PathLike, changes: tuple[str, .
                 held.check()
                 before, used = (step, position), examples
                 step += 1
-                state, values = update(state, frozen, batch)
+                state, values = distributed.in_turn(update(state, frozen, batch))
                 # The next batch is prepared while the devices are busy with this one. Updates that share a rollout
                 # share its prompts; a run that goes on among them starts from where these were read.
                 preparing = time.perf_counter()
@@ -145,7 +169,7 @@ def _train(config: ConfigDict, workdir: str | os.PathLike, changes: tuple[str, .
                 seconds = time.perf_counter() - started
                 largest = values.pop("largest_weight")
                 if words := skipped.note(step, values, used, before):
-                    report.say(words)
+                    terminal.say(words)
                 if skipped.is_over or not math.isfinite(largest):
                     good, read_from = skipped.before
                     # The weights are still those of that moment; a rollout that began before it is another by now.
@@ -166,7 +190,7 @@ def _train(config: ConfigDict, workdir: str | os.PathLike, changes: tuple[str, .
                     report.flush()
                     checkpoints.save(step, state, _position(config, source, position, skipped))
                 if stop:
-                    report.say(f"stopped after update {step}; the same command goes on from there")
+                    terminal.say(f"stopped after update {step}; the same command goes on from there")
                     return stop
 
                 # --- samples ---
@@ -175,10 +199,11 @@ def _train(config: ConfigDict, workdir: str | os.PathLike, changes: tuple[str, .
                 started = time.perf_counter()
         return None
     finally:
-        # A checkpoint that is being written waits for all processes of the job: for ever, if one is lost.
-        if not distributed.is_loss(sys.exception()):
-            checkpoints.close()
-        report.close()
+        with signals:  # the first one does not cut off what is being written
+            # A checkpoint that is being written waits for all processes of the job: for ever, if one is lost.
+            if not distributed.is_loss(sys.exception()):
+                checkpoints.close()
+            report.close()
 
 
 def _position(config: ConfigDict, source: loading.ExampleSource, data: Any, skipped: nonfinite.Row) -> dict[str, Any]:
@@ -220,9 +245,10 @@ class SampleGrid:
     def draw(self, step: int, state: TrainState, frozen: Frozen) -> None:
         """Draws with the moving average of the weights if there is one, and writes the grid."""
         params = join(state.params if state.ema is None else state.ema, frozen.base)
-        images = np.concatenate(list(self._painter.paint(params, frozen.autoencoder, self._chunks)))
-        if jax.process_index() == 0:
-            sampling.save_image(sampling.grid(images), self._file(step))
+        with terminal.doing(f"sampling into {self._folder.name}/{self._file(step).name}"):
+            images = np.concatenate(list(self._painter.paint(params, frozen.autoencoder, self._chunks)))
+            if jax.process_index() == 0:
+                sampling.save_image(sampling.grid(images), self._file(step))
 
     def _file(self, step: int) -> epath.Path:
         return self._folder / f"{step:06d}.png"
@@ -251,10 +277,13 @@ class Interruption:
             signal.signal(caught, handler)
 
 
-def _describe(built: program.Program) -> str:
+def _describe(config: ConfigDict, built: program.Program) -> tuple[str, str]:
     count = sum(leaf.size for leaf in jax.tree.leaves(built.state.params))
-    beside = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(built.frozen.base))
-    words = f" in low-rank factors, beside {beside / 1e9:.4g} GB of frozen weights" if beside else ""
+    beside = checkpoint.size_of(built.frozen.base)
+    words = f" in low-rank factors, beside {terminal.in_bytes(beside)} of frozen weights" if beside else ""
     axes = ", ".join(f"{axis}={size}" for axis, size in built.mesh.shape.items())
     devices = f"{built.mesh.devices.size} {jax.default_backend()} device(s)"
-    return f"{count / 1e6:.4g} million parameters{words} on {devices} ({axes})"
+    at_once = config.data.batch_size // config.optim.accumulation
+    passes = f"{config.data.batch_size} samples an update, {at_once} at a time"
+    attention = f"attention {built.computes.transformer.attention}"
+    return f"{count / 1e6:.4g} million parameters{words} on {devices} ({axes})", f"{attention}; {passes}"

@@ -56,9 +56,11 @@ def validate(config: ConfigDict, paths: bool = True) -> None:
         ("remat.reward", REMAT),
         ("lora.quantize", QUANTIZE),
         ("rollout.noise", ("shared", "per_sample")),
+        ("rollout.draws", ("shared", "per_sample")),
         ("rollout.solver", SOLVERS),
         ("rollout.dtype", ROLLOUT_DTYPES),
         ("reward.form", ("released", "paper")),
+        ("reward.target", ("caption", "relative")),
         ("optim.weights", DTYPES),
         ("optim.moments", MOMENTS),
     ):
@@ -70,20 +72,25 @@ def validate(config: ConfigDict, paths: bool = True) -> None:
     if flat["model.attention"] == "cudnn":
         require("model.dtype", flat["model.dtype"] == "bfloat16", "model.attention=cudnn needs bfloat16")
     for key in (
-        *("steps", "model.scan_unroll", "data.batch_size", "data.text_length", "rollout.steps", "rollout.reuse"),
+        *("steps", "model.scan_unroll", "data.batch_size", "data.height", "data.width", "data.text_length"),
+        *("rollout.steps", "rollout.reuse"),
         "rollout.cache",
-        *("align.schedule_steps", "optim.accumulation", "checkpoint.every", "checkpoint.keep", "sample.count"),
-        *("sample.steps", "refl.late_steps", "draft_lv.renoisings", "optim.patience"),
+        *("align.schedule_steps", "optim.accumulation", "checkpoint.every", "checkpoint.keep", "checkpoint.resumable"),
+        *("sample.count", "sample.steps", "refl.late_steps", "draft_lv.renoisings", "drtune.late_steps"),
+        *("drtune.passes", "flowbp_sparse.passes", "flowbp_lagrange.order", "optim.patience"),
     ):
         require(key, flat[key] >= 1, "must be at least 1")
     for key in (
         *("data.filter.min_length", "data.filter.max_length", "optim.warmup_steps", "optim.weight_decay"),
-        *("lora.rank", "sample.every"),
+        *("lora.rank", "sample.every", "rollout.shift", "draft_k.last_steps"),
     ):
         require(key, flat[key] >= 0, "must not be negative")
     for key in ("seed", "sample.seed"):
         require(key, 0 <= flat[key] <= values.SEED, f"must be from 0 to {values.SEED}")
-    for key in ("lora.alpha", "rollout.shift", "optim.learning_rate", "optim.eps", "optim.clip_norm"):
+    for key in (
+        *("lora.alpha", "optim.learning_rate", "optim.eps", "optim.clip_norm"),
+        *("leapalign.tau", "flowbp_lagrange.tau"),
+    ):
         require(key, np.float32(flat[key]) > 0, "must be greater than 0, in float32 too")
     for key in ("optim.b1", "optim.b2", "optim.ema_decay"):
         require(key, 0 <= flat[key] < 1, "must be at least 0 and less than 1")
@@ -104,6 +111,7 @@ def validate(config: ConfigDict, paths: bool = True) -> None:
     if flat["data.images"] == "stored":
         _check_offline(flat, require)
     _check_align(flat, require)
+    _check_method(flat, require)
     _check_rewards(flat, require)
     for key in ("mesh.data", "mesh.fsdp", "mesh.tensor"):
         require(key, flat[key] >= 1 or flat[key] == -1, "must be at least 1, or -1 for the rest of the devices")
@@ -154,14 +162,13 @@ def _needed_paths(flat: dict[str, Any]) -> list[str]:
     needed = ["model.path", "data.prompts" if flat["data.encode"] == "online" else "data.path"]
     names = [name for key in flat if (name := reward_of(key)) and key.endswith(".weight")]
     needed += [f"reward.models.{name}.path" for name in names if flat[f"reward.models.{name}.weight"] > 0]
-    return needed + (["sample.prompts"] if flat["sample.every"] else [])
+    return needed + (["sample.prompts"] if flat["sample.every"] and flat["sample.prompts"] else [])
 
 
 def _check_paths(flat: dict[str, Any]) -> None:
     if missing := [key for key in _needed_paths(flat) if not flat[key]]:
-        held_out = "; config.sample.every=0 needs no sample.prompts" if "sample.prompts" in missing else ""
         flags = " ".join(f"--config.{key}=..." for key in missing)
-        raise UserError(f"give {'a path' if len(missing) == 1 else 'paths'}: {flags}{held_out}")
+        raise UserError(f"give {'a path' if len(missing) == 1 else 'paths'}: {flags}")
 
 
 def _check_lora(flat: dict[str, Any], require: Any) -> None:
@@ -208,9 +215,38 @@ def _check_align(flat: dict[str, Any], require: Any) -> None:
             f"must be (first, last) with 1 <= first < last <= align.schedule_steps={steps}")  # fmt: skip
     for key in ("align.discount_positive", "align.discount_negative", "align.weights"):
         require(key, len(flat[key]) == 2, "must be two numbers, (at the lowest noise, at the highest)")
-    if flat["method"] == "refl":
-        require("refl.late_steps", flat["refl.late_steps"] <= flat["rollout.steps"],
-                f"must not exceed rollout.steps={flat['rollout.steps']}")  # fmt: skip
+
+
+def _check_method(flat: dict[str, Any], require: Any) -> None:
+    """What a method asks of its own keys and of others; the keys of the other methods are not read."""
+    name, steps = flat["method"], flat["rollout.steps"]
+    within = {
+        "refl": ("refl.late_steps",),
+        "draft_k": ("draft_k.last_steps",),
+        "drtune": ("drtune.late_steps",),
+        "flowbp_sparse": ("flowbp_sparse.passes",),
+        "flowbp_bridge": ("flowbp_bridge.passes",),
+    }
+    for key in within.get(name, ()):
+        require(key, flat[key] <= steps, f"must not exceed rollout.steps={steps}")
+    if METHODS[name].passes is not None:
+        require("rollout.solver", flat["rollout.solver"] == "euler",
+                f"method={name} follows the steps of an Euler rollout; set it to euler")  # fmt: skip
+        require("optim.merge_terms", not flat["optim.merge_terms"],
+                f"the passes of method={name} run one after the other; set it to False")  # fmt: skip
+    if name == "drtune":
+        room = steps - flat["drtune.late_steps"] + 1
+        require("drtune.passes", flat["drtune.passes"] <= room,
+                f"must not exceed {room}, the steps up to the earliest that drtune.late_steps leaves")  # fmt: skip
+    if name == "flowbp_bridge":
+        require("flowbp_bridge.passes", flat["flowbp_bridge.passes"] >= 2, "must be at least 2, one at the bridge")
+    if name == "flowbp_lagrange":
+        require("flowbp_lagrange.anchor", 0 <= flat["flowbp_lagrange.anchor"] <= 1, "must be from 0 to 1")
+        shares = flat["flowbp_lagrange.concentration"]
+        require("flowbp_lagrange.concentration", len(shares) == 3 and all(share > 0 for share in shares),
+                "must be three numbers greater than 0")  # fmt: skip
+    least = {"leapalign": 2, "flowbp_bridge": 2, "flowbp_lagrange": 3}.get(name, 1)
+    require("rollout.steps", steps >= least, f"must be at least {least} for method={name}")
 
 
 def _check_rewards(flat: dict[str, Any], require: Any) -> None:

@@ -16,7 +16,7 @@ from srpo_jax.errors import UserError
 @pytest.fixture
 def workdir(tmp_path):
     """Three checkpoints were saved, two kept."""
-    checkpoints = checkpoint.Checkpoints(tmp_path, keep=2)
+    checkpoints = checkpoint.Checkpoints(tmp_path, keep=2, resumable=2)
     for step in (1, 2, 3):
         checkpoints.save(step, make_state(step), {"data": {"next_index": step}})
     checkpoints.save(3, make_state(9), {})  # a step that is there stays as it is

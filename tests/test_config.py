@@ -42,12 +42,10 @@ def test_every_float_has_to_be_finite():
 def test_all_paths_that_are_not_given_are_named_at_once():
     config = config_lib.default()
     config.reward.models.clip.weight = 1.0
-    keys = ("model.path", "data.prompts", "reward.models.hps.path", "reward.models.clip.path", "sample.prompts")
+    keys = ("model.path", "data.prompts", "reward.models.clip.path", "reward.models.hps.path")
     with pytest.raises(UserError) as error:
         validation.validate(config)
-    assert str(error.value) == (
-        f"give paths: {' '.join(f'--config.{key}=...' for key in keys)}; config.sample.every=0 needs no sample.prompts"
-    )
+    assert str(error.value) == f"give paths: {' '.join(f'--config.{key}=...' for key in keys)}"
     config.data.encode, config.sample.every, config.reward.models.clip.weight, config.model.path = "stored", 0, 0.0, "m"
     with pytest.raises(
         UserError, match=r"^give paths: --config\.data\.path=\.{3} --config\.reward\.models\.hps\.path=\.{3}$"
@@ -59,12 +57,11 @@ def test_all_paths_that_are_not_given_are_named_at_once():
     ("key", "value", "message"),
     [
         ("method", "dpo", r"config\.method='dpo': choose one of srpo, direct_align, refl, draft_lv"),
-        ("data.height", 100, r"config\.data\.height=100: must be a positive multiple of 16"),
-        ("data.width", 0, r"config\.data\.width=0: must be a positive multiple of 16"),
+        ("data.width", 0, r"config\.data\.width=0: must be at least 1"),
         ("steps", 0, r"config\.steps=0: must be at least 1"),
         ("reward.positive", (), r"config\.reward\.positive=\[\]: must be a list of one or more control words"),
         ("reward.negative", ("Flat", " "), r"config\.reward\.negative=.*none of them empty"),
-        ("reward.models.hps.weight", 0.0, r"config\.reward\.weights: all are 0"),
+        ("reward.models.hps.weight", 0.0, r"config\.reward\.models: all weights are 0"),
         ("reward.models.clip.weight", -1.0, r"config\.reward\.models\.clip\.weight=-1\.0: must not be negative"),
         ("reward.models.clip.weight", 1.0, r"give a path: --config\.reward\.models\.clip\.path=\.\.\.$"),
         ("reward.form", "other", r"config\.reward\.form='other'"),
@@ -87,7 +84,7 @@ def test_all_paths_that_are_not_given_are_named_at_once():
         ("model.dtype", "float16", r"config\.model\.dtype='float16': choose one of bfloat16, float32"),
         ("model.attention", "flash", r"config\.model\.attention='flash'"),
         ("remat.transformer", "some", r"config\.remat\.transformer='some'"),
-        ("sample.prompts", None, r"give a path: --config\.sample\.prompts=\.\.\.; config\.sample\.every=0"),
+        ("data.prompts", None, r"give a path: --config\.data\.prompts=\.\.\.$"),
         ("mesh.tensor", 0, r"config\.mesh\.tensor=0"),
         ("mesh.data", -1, r"config\.mesh: only one of"),
         ("seed", 2**50, r"config\.seed=1125899906842624: must be from 0 to 4294967295"),
@@ -132,8 +129,8 @@ def test_late_steps_bind_the_method_that_takes_them():
     ("changes", "message"),
     [
         ({"data.images": "real"}, r"config\.data\.images='real': choose one of rollout, stored"),
-        ({"method": "refl"}, r"config\.method='refl': takes states of a rollout, data\.rollout=offline has none"),
-        ({"data.encode": "online"}, r"config\.data\.encode='online': data\.rollout=offline needs encoded pictures"),
+        ({"method": "refl"}, r"config\.method='refl': takes states of a rollout, data\.images=stored has none"),
+        ({"data.encode": "online"}, r"config\.data\.encode='online': data\.images=stored needs encoded pictures"),
         (
             {"rollout.noise": "shared"},
             r"config\.rollout\.noise='shared': .* draws noise for each picture; set it to per",
@@ -175,13 +172,44 @@ def test_unknown_and_missing_keys():
         complete().optim.lr = 1.0
 
 
-def test_what_may_change_between_a_run_and_its_continuation():
-    first, second = complete(), complete()
-    second.steps, second.mesh.fsdp, second.checkpoint.keep, second.remat.reward = 40, 8, 1, "none"
-    assert config_lib.differing_keys(config_lib.flatten(second), config_lib.flatten(first)) == []
-    second.optim.b1, second.reward.positive = 0.8, ("Real",)
-    differing = config_lib.differing_keys(config_lib.flatten(second), config_lib.flatten(first))
-    assert differing == ["optim.b1", "reward.positive"]
+# --- rewards: name and kind are two things ---------------------------------------------------------------------------
+
+
+def test_rewards_of_one_kind_under_two_names():
+    config = complete()
+    for key, text in (("first.kind", "clip"), ("first.path", "a"), ("second.kind", "clip"), ("second.path", "b")):
+        config_lib.set_text(config, f"reward.models.{key}", text)
+    validation.validate(config)
+    assert config.reward.models.second.to_dict() == {"kind": "clip", "path": "b", "weight": 1.0}
+    config_lib.set_text(config, "reward.models.third.path", "c")
+    with pytest.raises(UserError, match=r"config\.reward\.models\.third\.kind='': choose one of hps, pickscore, clip"):
+        validation.validate(config)
+    config_lib.set_text(config, "reward.models.third.kind", "beauty")
+    with pytest.raises(UserError, match=r"config\.reward\.models\.third\.kind='beauty': choose one of hps, pickscore"):
+        validation.validate(config)
+    with pytest.raises(UserError, match=r"config\.reward\.models\.third\.margin is unknown"):
+        config_lib.set_text(config, "reward.models.third.margin", "1")
+
+
+@pytest.mark.parametrize(
+    ("before", "today"),
+    [
+        ("reward.weights.hps", "reward.models.hps.weight"),
+        ("reward.paths.clip", "reward.models.clip.path"),
+        ("data.rollout", "data.images"),
+    ],
+)
+def test_a_key_of_an_earlier_version_is_told_its_name_of_today(before, today):
+    with pytest.raises(UserError, match=rf"^config\.{re.escape(before)} is config\.{re.escape(today)} now$"):
+        config_lib.set_text(complete(), before, "1")
+    config = complete()
+    group, _, name = before.rpartition(".")
+    with config.unlocked():
+        config.update_from_flattened_dict(
+            {group: {**config.get(group, {}), name: 1}} if group != "data" else {before: 1}
+        )
+    with pytest.raises(UserError, match=rf"config\.{re.escape(before)} is config\.{re.escape(today)} now"):
+        validation.validate(config)
 
 
 # --- the recipes ------------------------------------------------------------------------------------------------------
@@ -192,8 +220,8 @@ RECIPES = pathlib.Path(__file__).parents[1] / "configs"
 @pytest.mark.parametrize("path", sorted(RECIPES.glob("*.py")), ids=lambda path: path.stem)
 def test_recipes_lack_nothing_but_paths(path):
     c = runpy.run_path(str(path))["get_config"]()
-    for name, weight in c.reward.models.items.weight():
-        c.reward.paths[name] = c.reward.paths[name] or ("reward" if weight else None)
+    for reward in c.reward.models.values():
+        reward.path = reward.path or ("reward" if reward.weight else None)
     data = "prompts" if c.data.encode == "online" else "path"
     for group, key in (("model", "path"), ("data", data), ("sample", "prompts")):
         c[group][key] = c[group][key] or "somewhere"
@@ -314,7 +342,6 @@ def test_no_folder_of_the_name_none(recipe):
     ("words", "message"),
     [
         (["--workdir=w", "RECIPE", "--config.optim.lr=1"], r"config\.optim\.lr is unknown"),
-        (["--workdir=w", "RECIPE", "--config.reward.models.foo.weight=1"], "'foo' is unknown; choose one of hps"),
         (["--workdir=w", "RECIPE", "--config.steps=1.5"], r"--config\.steps=1\.5"),
         (["--workdir=w", "RECIPE", "--flag=1"], "unrecognized flag --flag"),
         (["--workdir=w", "RECIPE", "--process-id=a"], "--process-id=a: must be a whole number"),

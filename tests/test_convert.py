@@ -23,6 +23,7 @@ from srpo_jax import checkpoint, convert, importing, integrity
 from srpo_jax.algorithm.step import TrainState
 from srpo_jax.emoji import tokenizers
 from srpo_jax.errors import UserError
+from srpo_jax.families.flux import FLUX
 from srpo_jax.weights import engine, folder, formats
 from srpo_jax.weights.files import SafetensorsFile
 
@@ -63,7 +64,7 @@ def test_import_keeps_the_dtype_and_takes_along_what_is_no_network(pipeline, our
     assert len(list((pipeline / "transformer").glob("*.safetensors"))) > 1
     for part in COMPONENTS:
         assert sorted(os.listdir(ours / part)) == [integrity.BESIDE, folder.CONFIG, folder.WEIGHTS]
-        assert folder.read_config(ours / part)[0] == importing.COMPONENTS[part]
+        assert folder.read_config(ours / part)[0] == FLUX.components[part].network
         assert {spec.dtype.name for spec in SafetensorsFile(ours / part / folder.WEIGHTS).specs.values()} == {dtype}
     for name in ("tokenizer", "tokenizer_2", "scheduler"):
         assert same_files(pipeline / name, ours / name)
@@ -374,7 +375,7 @@ def test_tokenizers_of_a_pipeline_are_its_encoders(pipeline, tmp_path):
     (tmp_path / "in" / "tokenizer").rename(tmp_path / "in" / "other")
     (tmp_path / "in" / "tokenizer_2").rename(tmp_path / "in" / "tokenizer")
     (tmp_path / "in" / "other").rename(tmp_path / "in" / "tokenizer_2")
-    with pytest.raises(UserError, match="in/tokenizer is not this network's tokenizer"):
+    with pytest.raises(UserError, match="in/tokenizer_2 is not this network's tokenizer"):
         convert.import_folder(tmp_path / "in", tmp_path / "out")
     assert not (tmp_path / "out").exists()
 

@@ -99,10 +99,10 @@ def test_wrong_network_config_and_pipeline(pipeline, clip, ours, tmp_path):
         part = {"bfl": ours / "text_encoder", "comfyui": tmp_path / "reward"}[style]
         if style == "comfyui":
             convert.import_folder(clip, part)
-        with pytest.raises(UserError, match=f"{style} has no place for .*; use --format diffusers"):
+        with pytest.raises(UserError, match=f"{style} has no place for .*, a .* network; use --format diffusers"):
             convert.export_folder(part, out, style)
     shutil.rmtree(tmp_path / "reward")
-    with pytest.raises(UserError, match="--tokenizer is for CLIP rewards; .* is a autoencoder network"):
+    with pytest.raises(UserError, match="rewards that read words; .* is a network of the kind autoencoder"):
         convert.import_folder(pipeline / "vae", out, tokenizer=pipeline / "tokenizer")
     assert sorted(os.listdir(tmp_path)) == ["mixed", "pipe"]
 
@@ -184,7 +184,7 @@ def test_inspect_says_what_a_path_is(pipeline, ours, clip, tmp_path, capsys):
         return capsys.readouterr().out
 
     text = inspect(pipeline)
-    assert "FLUX pipeline, diffusers folder" in text and text.count("complete: every tensor fits") == 4
+    assert "FLUX.1 pipeline, diffusers folder" in text and text.count("complete: every tensor fits") == 4
     for words in ("flux (diffusers)", "autoencoder (diffusers)", "clip_text (hf)", "t5 (hf)"):
         assert words in text
     parameters = sum(p.numel() for p in references.flux_transformer().parameters())

@@ -3,77 +3,16 @@
 import json
 import re
 import signal
-import subprocess
-import sys
 
 import jax
 import numpy as np
 import pytest
-from helpers import children, tiny
+from helpers import jobs, tiny
 from helpers.runs import arrays, assert_same, numbers
 from PIL import Image
 
 from srpo_jax import checkpoint, distributed, metrics, pulse, train
 from srpo_jax.errors import UserError
-
-# What happens to a process by its own hand: {"step": 2, "process": 1, "where": "update" | "save", "signal": 9}.
-CHILD = """
-import json, os, pathlib, sys
-import orbax.checkpoint as ocp
-from helpers import tiny
-from srpo_jax import conditions, errors, main, metrics
-
-path, workdir, changes, event, coordinator, process = sys.argv[1:]
-event, process = json.loads(event), int(process)
-write, batch, finalize = metrics.Metrics.write, conditions.Conditioner.batch, ocp.StandardCheckpointHandler.finalize
-
-
-def strike(where, step):
-    if event and (event["process"], event["where"], event["step"]) == (process, where, step):
-        os.kill(os.getpid(), event["signal"])
-
-
-def write_and_strike(self, step, values):
-    write(self, step, values)
-    strike("update", step)
-
-
-def tell_batch(self, examples, step):
-    print(json.dumps([step, examples.prompts]), flush=True)
-    return batch(self, examples, step)
-
-
-def finalize_and_strike(self, directory):  # process 0 does it when all have written their arrays
-    strike("save", int(directory.parent.name.split(".")[0]))
-    finalize(self, directory)
-
-
-metrics.Metrics.write, conditions.Conditioner.batch = write_and_strike, tell_batch
-ocp.StandardCheckpointHandler.finalize = finalize_and_strike
-config = tiny.config(pathlib.Path(path), **json.loads(changes))
-main.parse = lambda argv: main.Command(config, workdir, coordinator, process, 2)
-sys.exit(errors.run(main.main))
-"""
-
-
-def start_two(models, workdir, changes, event=None):
-    """[(exit code, stdout, stderr)] of both processes; fails if one does not end."""
-    words = [models, workdir, json.dumps(changes), json.dumps(event), f"127.0.0.1:{children.free_port()}"]
-    environment = children.environment(JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS="0")  # small programs too
-    pair = [
-        subprocess.Popen(
-            [sys.executable, "-c", CHILD, *map(str, words), str(process)],
-            env=environment,
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        )
-        for process in (0, 1)
-    ]  # fmt: skip
-    try:
-        told = [child.communicate(timeout=150) for child in pair]
-    finally:
-        for child in pair:
-            child.kill()
-    return [(child.returncode, *texts) for child, texts in zip(pair, told, strict=True)]
 
 
 def test_two_processes_lose_one_twice_resume_stop_and_one_goes_on(models, tmp_path):
@@ -88,7 +27,7 @@ def test_two_processes_lose_one_twice_resume_stop_and_one_goes_on(models, tmp_pa
     calm, lost, alone = (tmp_path / name for name in ("calm", "lost", "alone"))
 
     # === Nothing happens ==============================================================================================
-    (first, second) = start_two(models, calm, changes | dict(steps=4, sample__every=4))
+    (first, second) = jobs.start_two(models, calm, changes | dict(steps=4, sample__every=4))
     assert first[0] == second[0] == 0, (first, second)
     assert "2 cpu device(s)" in first[2] and "step 4/4" in first[2]
     assert "step" not in second[2] and len(list((calm / "tensorboard").iterdir())) == 1  # only the first reports
@@ -101,20 +40,20 @@ def test_two_processes_lose_one_twice_resume_stop_and_one_goes_on(models, tmp_pa
 
     # === The second process is killed while the first goes on to the next update ======================================
     event = {"step": 2, "process": 1, "where": "update", "signal": signal.SIGKILL}
-    (first, second) = start_two(models, lost, changes, event)
+    (first, second) = jobs.start_two(models, lost, changes, event)
     assert (first[0], second[0]) == (pulse.LOST, -signal.SIGKILL), (first, second)
     assert first[2].splitlines()[-1].startswith("error: another process of this job is lost (")
 
     # === Both again; the first is killed when a checkpoint is written but not committed ===============================
     event = {"step": 3, "process": 0, "where": "save", "signal": signal.SIGKILL}
-    (first, second) = start_two(models, lost, changes, event)
+    (first, second) = jobs.start_two(models, lost, changes, event)
     assert first[0] == -signal.SIGKILL and "from update 1 to 5" in first[2], first
     assert second[0] in (pulse.LOST, -signal.SIGABRT), second  # by itself, or by JAX: the first coordinates
     assert list((lost / "checkpoints").glob("3.*tmp*")) and checkpoint.steps(lost)[-1] == 2
 
     # === Both again; one is told to stop, and both do =================================================================
     event = {"step": 4, "process": 1, "where": "update", "signal": signal.SIGTERM}
-    (first, second) = start_two(models, lost, changes, event)
+    (first, second) = jobs.start_two(models, lost, changes, event)
     assert first[0] == second[0] == 128 + signal.SIGTERM, (first, second)
     assert "from update 2 to 5" in first[2] and "stopped after update 4" in first[2]
     assert numbers(lost) == numbers(calm) and [record["step"] for record in metrics.read(lost)] == [1, 2, 3, 4]
@@ -136,6 +75,8 @@ def test_two_processes_lose_one_twice_resume_stop_and_one_goes_on(models, tmp_pa
     [
         (UserError("no such file"), 1, "error: no such file\n"),
         (jax.errors.JaxRuntimeError("UNKNOWN: Gloo AllGather failed: Connection closed"), pulse.LOST, "is lost"),
+        (ValueError("UNKNOWN: Gloo AllGather failed: [pair.cc:538] Read error"), pulse.LOST, "is lost"),
+        (ValueError("too many values"), 1, "ValueError: too many values\n"),
         (jax.errors.JaxRuntimeError("UNAVAILABLE: Task 1 heartbeat timeout."), pulse.LOST, "is lost"),
         (jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory"), 1, "RESOURCE_EXHAUSTED: Out of memory\n"),
     ],

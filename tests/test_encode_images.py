@@ -91,7 +91,7 @@ def test_latents_decode_to_the_picture_they_were_made_from(tmp_path):
     )
     encoded = np.asarray(encoder(shown, 4))
     assert 0.7 < encoded.std() < 1.3
-    decoded = pictures.to_float(latents.decode(tmp_path, encoded))
+    decoded = pictures.to_float(latents.decode(tmp_path, FLUX, encoded))
     assert pictures.psnr(decoded, pictures.to_float(shown)).min() > 25
 
 
@@ -197,7 +197,7 @@ def test_a_picture_that_breaks_while_encoding(model, tmp_path, monkeypatch):
     ("more", "message"),
     [
         (["--height=40"], "--height=40: must be a positive multiple of 16"),
-        (["--width=0"], "--width=0: must be a positive multiple of 16"),
+        (["--width=0"], "--width=0: must be at least 1"),
         (["--column=text"], "has no metadata.jsonl: .*leave out 'text'"),
         (["--min-length=99"], "no prompt is left: 7 prompts; left out: 7 shorter than 99"),
         (["--model=nothing"], "nothing/transformer is not a folder"),
@@ -256,7 +256,7 @@ def test_a_contact_sheet_of_decoded_latents(model, whole, tmp_path, capsys):
         pixels = np.asarray(sheet)
     height, width = HEIGHT + 26 + 8, 72 + 8  # of a tile: picture, two lines of text, gap
     assert pixels.shape == (2 * height, 3 * width, 3)
-    for index, image in enumerate(latents.decode(model, found)):
+    for index, image in enumerate(latents.decode(model, FLUX, found)):
         tile = pixels[index // 3 * height :, index % 3 * width :]
         np.testing.assert_array_equal(tile[:HEIGHT, :WIDTH], image)
         assert (tile[HEIGHT : HEIGHT + 26, :72] < 128).any()  # its caption

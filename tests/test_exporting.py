@@ -13,7 +13,6 @@ from helpers import tiny
 from srpo_jax import convert
 from srpo_jax.errors import UserError
 from srpo_jax.models import lora
-from srpo_jax.models.compute import Compute
 from srpo_jax.weights import engine, folder
 from srpo_jax.weights import lora as weights_lora
 from srpo_jax.weights.files import SafetensorsFile
@@ -108,7 +107,7 @@ def test_alphas_are_not_rounded(pipeline, tmp_path, dtype):
     """bfloat16 makes 260 of 261, and a reader would scale the product by it."""
     settings = lora.Lora(2, 261.0, (r"double_blocks\.img_mlp\.in_layer",))
     config = folder.read_config(pipeline / "transformer")[1]
-    like = lora.split(lora.abstract(config, Compute(), settings)[1])[0]
+    like = lora.split(lora.abstract(folder.constructor("flux", config), settings)[1])[0]
     factors = jax.tree.map(lambda leaf: np.ones(leaf.shape, np.float32), like)
     convert.export_lora(
         pipeline, tmp_path / "out", weights_lora.COMFYUI, factors, settings, convert.EXPORT_DTYPES[dtype]

@@ -129,7 +129,7 @@ def test_a_column_of_the_prompts(model, tmp_path):
         (["--checkpoint=none"], "none is not a folder"),
         (["--latents=none.npz"], "--latents=none.npz"),
         (["--fsdp=3"], "needs 3 devices"),
-        (["--model=none"], "none/scheduler/scheduler_config.json"),
+        (["--model=none"], "none/transformer is not a folder"),
     ],
 )
 def test_bad_input_leaves_nothing(model, tmp_path, words, message):

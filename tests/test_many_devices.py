@@ -37,9 +37,9 @@ def update_on_every_mesh(models, out):
         mesh = sharding.make_mesh(config.mesh, jax.devices()[: int(np.prod(shape))])
         architecture = architectures.read(config)
         built = program.build(config, mesh, architecture)
-        encode = conditions.text_encoders(config, built, architecture)
+        encode = conditions.prompt_encoder(config, built, architecture)
         prompts = [tiny.PROMPTS[i % 7] for i in sharding.local_rows(mesh, 16)]
-        batch = conditions.Conditioner(config, built, architecture, encode).batch(Examples(prompts, {}), 1)
+        batch = conditions.Conditioner(config, built, encode).batch(Examples(prompts, {}), 1)
         state, frozen = program.initial_state(config, built), program.load_frozen(config, built)
         # Before the update, which takes the state's memory; its second step runs one block of each kind.
         recipe = dataclasses.replace(built.settings, cache=2, cache_ends=(1, 1))
@@ -70,8 +70,8 @@ def lora_on_every_mesh(models):
         mesh = sharding.make_mesh(config.mesh, jax.devices()[: int(np.prod(shape))])
         architecture = architectures.read(config)
         built = program.build(config, mesh, architecture)
-        encode = conditions.text_encoders(config, built, architecture)
-        conditioner = conditions.Conditioner(config, built, architecture, encode)
+        encode = conditions.prompt_encoder(config, built, architecture)
+        conditioner = conditions.Conditioner(config, built, encode)
         prompts = [tiny.PROMPTS[i % 7] for i in sharding.local_rows(mesh, 8)]
         state, frozen = program.initial_state(config, built), program.load_frozen(config, built)
         path = pathlib.Path(models) / "pipeline" / "transformer"
@@ -176,7 +176,7 @@ def gather_for_rollouts(models):
         compiled = roll.lower(params, batch, noise).compile()
         found = hlo.collectives(compiled.as_text(), 8).found
         moved = sum(one.traffic * one.runs for one in found if one.kind == "all-gather")
-        report.append({"gathered": moved, "latents": np.asarray(compiled(params, batch, noise)).ravel().tolist()})
+        report.append({"gathered": moved, "latents": np.asarray(compiled(params, batch, noise)[0]).ravel().tolist()})
         report[-1]["bytes"] = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
         gathered = re.findall(r"= \w+\[([\d,]+)\]\S* all-gather(?:-start)?\(", compiled.as_text())
         report[-1]["shapes"] = sorted(

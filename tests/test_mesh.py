@@ -21,6 +21,7 @@ from srpo_jax.algorithm import preference
 from srpo_jax.data.loading import Examples
 from srpo_jax.errors import UserError
 from srpo_jax.models import clip
+from srpo_jax.weights import folder
 
 # --- sizes ------------------------------------------------------------------------------------------------------------
 
@@ -48,7 +49,7 @@ def test_sizes_that_do_not_fit(shape, message):
 
 def test_commands_with_flags_of_their_own_say_so_too(tmp_path):
     words = ["--model=none", "--prompt=a", f"--out={tmp_path}"]
-    with pytest.raises(UserError, match="^mesh: data=0, .* must be at least 1"):
+    with pytest.raises(UserError, match="^--data=0: must be at least 1"):
         generate.main([*words, "--data=0"])
     with pytest.raises(UserError, match="^mesh: data=-1, .* only one"):
         generate.main([*words, "--data=-1"])
@@ -181,7 +182,7 @@ def test_heads_that_tensor_does_not_divide(tmp_path):
     """FLUX has 4 heads, its CLIP 2, the reward 3, whose width of 30 the axis does not divide either."""
     models = tiny.write_all(tmp_path)
     text = dataclasses.replace(
-        program.read_config(models / "clip", "clip").text_config, hidden_size=30, num_attention_heads=3
+        folder.read_config(models / "clip", "clip")[1].text_config, hidden_size=30, num_attention_heads=3
     )
     vision = clip.ClipVisionConfig(30, 32, 1, 3, 32, 16, "gelu")
     tiny.save_random(models / "clip", "clip", clip.ClipConfig(text, vision, projection_dim=16), 5)

@@ -1,6 +1,7 @@
 """JSON lines, TensorBoard, terminal."""
 
 import json
+import types
 
 import pytest
 from helpers.runs import scalars
@@ -11,16 +12,53 @@ from srpo_jax import metrics
 def test_lines_on_disk_and_terminal(tmp_path, capsys):
     report = metrics.Metrics(tmp_path, 0, 3)
     report.write(1, {"loss": 0.5, "denoise/reward": 1.25})
-    report.say("hello")
     report.write(2, {"loss": 0.25, "denoise/reward": 1.5})
     report.close()
     assert metrics.read(tmp_path) == [
         {"step": 1, "loss": 0.5, "denoise/reward": 1.25},
         {"step": 2, "loss": 0.25, "denoise/reward": 1.5},
     ]
-    assert capsys.readouterr().err.splitlines() == [
-        "step 1/3 loss 0.5 denoise/reward 1.25", "hello", "step 2/3 loss 0.25 denoise/reward 1.5",
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.rsplit("  ", 1)[0] for line in lines] == [
+        "step 1/3  loss 0.5 denoise 1.25", "step 2/3  loss 0.25 denoise 1.5",
     ]  # fmt: skip
+    assert all(line.endswith(" left") for line in lines)
+
+
+VALUES = {
+    "loss": 1.23456789, "grad_norm": 0.0123456, "denoise/loss": 0.6, "denoise/reward": -0.0012345,
+    "denoise/caption_reward": 0.28, "inversion/loss": 0.6, "inversion/reward": 0.0112345,
+    "inversion/caption_reward": 0.28, "step_seconds": 15.3456, "images_per_second": 2.1, "data_seconds": 0.01,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("step", "left", "words"),
+    [(3, 245.0, "  4 min left"), (3, 45.2, "  45 s left"), (3, 9000, "  2.5 h left"), (19, 0, "")],
+)
+def test_a_steps_line(step, left, words):
+    shown = metrics.line(step, 19, VALUES, left)
+    assert shown == (
+        f"step {step}/19  loss 1.235 denoise -0.00123 inversion 0.0112 gradient 0.0123  15.3 s/step{words}"
+    )
+    assert len(shown) <= metrics.COLUMNS == 100
+
+
+def test_a_steps_line_leaves_out_the_terms_for_which_there_is_no_room():
+    many = VALUES | {f"renoising_{n}/reward": -1.234e-5 for n in range(5)}
+    shown = metrics.line(10000, 20000, many, 1e6)
+    assert len(shown) <= 100 and "denoise" in shown and "gradient 0.0123" in shown and shown.endswith("277.8 h left")
+
+
+def test_the_time_left_is_by_all_that_a_step_takes(tmp_path, capsys, monkeypatch):
+    """Samples and checkpoints among it, and not what came before the first step."""
+    clock = iter([1000.0, 1110.0, 1220.0])
+    monkeypatch.setattr(metrics, "time", types.SimpleNamespace(monotonic=lambda: next(clock)))
+    report = metrics.Metrics(tmp_path, 4, 10)
+    for step in (5, 6, 7):
+        report.write(step, {"loss": 0.5, "step_seconds": 10.0})
+    said = [line.rsplit("  ", 1)[1] for line in capsys.readouterr().err.splitlines()]
+    assert said == ["50 s left", "4 min left", "4 min left"]  # 5 x 10, 4 x 120 / 2, 3 x 230 / 3
 
 
 def test_a_resumed_run_drops_what_came_after_its_checkpoint(tmp_path):

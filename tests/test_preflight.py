@@ -15,13 +15,13 @@ RECIPE = "--config=configs/flux_dev_hps.py"
 @pytest.mark.parametrize(
     "words, message",
     [
-        ([], "required: --topology"),
+        ([], "--topology is missing"),
         (["--topology=v9:2x2"], "known are TPU slices"),
         (["--topology=v5e:2x2x2"], "a v5e slice has 2 axes, as v5e:2x2"),
         (["--topology=v5p:2x0x2"], "a v5p slice has 3 axes"),
         (["--topology=h100:12"], "give a number of GPUs up to 8"),
         (["--topology=h100:8", "--size=720"], "--size=720: write HEIGHTxWIDTH"),
-        (["--topology=h100:8", "--size=720x700"], "config.data.width=700: must be a positive multiple of 16"),
+        (["--topology=h100:8", "--size=720x0"], "config.data.width=0: must be at least 1"),
         (["--topology=h100:8", "--depth=3"], "--depth=3: give two numbers"),
         (["--topology=h100:8", "--config.rollout.stepz=3"], "do you mean config.rollout.steps"),
         (["--topology=h100:8", "now"], "'now' is not understood"),

@@ -13,24 +13,17 @@ from jax.sharding import PartitionSpec as P
 from srpo_jax import optim, sharding
 from srpo_jax.config import default
 from srpo_jax.errors import UserError
+from srpo_jax.families.flux import DEV
 from srpo_jax.models import lora
-from srpo_jax.models.autoencoder import AutoencoderConfig
-from srpo_jax.models.clip import VIT_H_14, ClipTextConfig
-from srpo_jax.models.flux import FluxConfig
-from srpo_jax.models.t5 import T5Config
-from srpo_jax.weights import engine, folder, formats
+from srpo_jax.models.clip import VIT_H_14
+from srpo_jax.weights import engine, folder
 
-FLUX_DEV = FluxConfig(
-    in_channels=64, out_channels=64, num_layers=19, num_single_layers=38, attention_head_dim=128,
-    num_attention_heads=24, joint_attention_dim=4096, pooled_projection_dim=768, guidance_embeds=True,
-    axes_dims_rope=(16, 56, 56),
-)  # fmt: skip
 FULL_SIZE = {
-    "flux": FLUX_DEV,
-    "autoencoder": AutoencoderConfig(),
+    "flux": DEV.transformer,
+    "autoencoder": DEV.autoencoder,
     "clip": VIT_H_14,
-    "clip_text": ClipTextConfig(hidden_size=768, intermediate_size=3072, num_attention_heads=12),
-    "t5": T5Config.from_dict(formats.T5_XXL),
+    "clip_text": DEV.text["text_encoder"],
+    "t5": DEV.text["text_encoder_2"],
 }
 
 
@@ -41,7 +34,7 @@ def parameters(network):
 
 def quantised_with_factors():
     """FLUX.1-dev's parameters under LoRA on every layer."""
-    return lora.abstract(folder.constructor("flux", FLUX_DEV), lora.Lora(16, 16.0, (".*",), "nf4"))[1]
+    return lora.abstract(folder.constructor("flux", DEV.transformer), lora.Lora(16, 16.0, (".*",), "nf4"))[1]
 
 
 class Sizes:

@@ -27,7 +27,7 @@ def test_the_command(monkeypatch, tmp_path, capsys):
 @pytest.mark.parametrize(
     "words, message",
     [
-        ([], "required: --out"),
+        ([], "--out is missing"),
         (["--out=x", "--only=lunch"], "'lunch' is unknown"),
         (["--out=x", "--preset=huge"], "huge"),
         (["--out=x", "y"], "y"),

@@ -4,18 +4,27 @@ import dataclasses
 import json
 import shutil
 import signal
-import subprocess
-import sys
 
 import jax
 import numpy as np
 import pytest
-from helpers import children, tiny
+from helpers import jobs, tiny
 from helpers.runs import arrays, assert_same, numbers
 from ml_collections import ConfigDict
 from PIL import Image
 
-from srpo_jax import architectures, checkpoint, config, encode, metrics, optim, program, sharding, train
+from srpo_jax import (
+    architectures,
+    checkpoint,
+    config,
+    encode,
+    metrics,
+    optim,
+    program,
+    sharding,
+    train,
+    validation,
+)
 from srpo_jax.data import loading
 from srpo_jax.errors import UserError
 from srpo_jax.weights import folder
@@ -159,36 +168,10 @@ def test_another_config_is_refused_by_its_keys(whole, recipe):
         train.train(changed, whole)
 
 
-CHILD = """
-import json, os, pathlib, signal, sys
-from helpers import tiny
-from srpo_jax import errors, main, metrics
-
-path, workdir, changes = sys.argv[1:]
-write = metrics.Metrics.write
-
-
-def write_and_kill(self, step, values):
-    write(self, step, values)
-    if step == 3:
-        os.kill(os.getpid(), signal.SIGTERM)  # in the middle of the run, at a certain moment
-
-
-metrics.Metrics.write = write_and_kill
-main.parse = lambda argv: main.Command(tiny.config(pathlib.Path(path), **json.loads(changes)), workdir)
-sys.exit(errors.run(main.main))
-"""
-
-
 def test_a_terminated_run_saves_and_goes_on(whole, recipe, models, tmp_path):
     workdir = tmp_path / "run"
     changes = dict(steps=4, optim__ema_decay=0.5, sample__every=2, compilation_cache=recipe().compilation_cache)
-    child = subprocess.run(
-        [sys.executable, "-c", CHILD, models, workdir, json.dumps(changes)],
-        env=children.environment(),
-        capture_output=True,
-        text=True,
-    )
+    child = jobs.stop_after_three(models, workdir, changes)
     assert child.returncode == 128 + signal.SIGTERM, child.stderr
     assert "stopped after update 3" in child.stderr
     assert checkpoint.steps(workdir) == [2, 3]
@@ -239,7 +222,7 @@ def test_a_reward_in_the_place_of_the_transformer(recipe, models, tmp_path):
     broken.mkdir()
     for part in (models / "pipeline").iterdir():
         (broken / part.name).symlink_to(models / "clip" if part.name == "transformer" else part)
-    with pytest.raises(UserError, match="transformer holds a clip network; expected flux"):
+    with pytest.raises(UserError, match="transformer holds a clip network; expected the transformer of FLUX.1"):
         train.train(recipe(model__path=str(broken)), tmp_path / "run")
 
 
@@ -287,9 +270,9 @@ def test_every_key_is_read(recipe, tmp_path, monkeypatch):
     plain.reward.models.hps.path = plain.reward.models.pickscore.path = plain.reward.models.clip.path
     keys, seen = set(config.flatten(plain)), set()
     recorded = Recording(plain).note_reads(seen)
-    for name in ("flatten", "to_json", "validate"):
-        function = getattr(config, name)
-        monkeypatch.setattr(config, name, lambda c, f=function: f(plain if isinstance(c, Recording) else c))
+    for module, name in ((config, "flatten"), (config, "to_json"), (validation, "validate")):
+        function = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda c, f=function: f(plain if isinstance(c, Recording) else c))
     train.train(recorded, tmp_path / "run")
     assert len(keys & seen) > 50 and "data.path" not in seen, "what is not read must not count as read"
     # What another source of data reads.

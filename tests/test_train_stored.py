@@ -133,7 +133,7 @@ def test_features_for_another_transformer(recipe, models, tmp_path):
         (other / part.name).symlink_to(part)
     (other / "transformer").unlink()
     tiny.save_random(other / "transformer", "flux", dataclasses.replace(tiny.FLUX, joint_attention_dim=24), 1)
-    with pytest.raises(UserError, match="has features of width 32; the transformer of .* expects 24"):
+    with pytest.raises(UserError, match="text_encoder_2 has width 32; the transformer beside it expects 24"):
         train.train(recipe(model__path=str(other)), tmp_path / "run")
 
 

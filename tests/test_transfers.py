@@ -1,20 +1,13 @@
 """What a run moves between devices and hosts, with the transfer guard as accelerators apply it."""
 
-import json
-import os
-import pathlib
 import signal
-import subprocess
-import sys
 import threading
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import test_distributed
-import test_train
-from helpers import tiny, transfers
+from helpers import jobs, tiny, transfers
 
 from srpo_jax import checkpoint, metrics, train
 
@@ -61,23 +54,16 @@ def test_a_run_samples_saves_logs_and_goes_on(guarded, tmp_path):
 
 def test_a_run_that_is_stopped_is_saved(tmp_path):
     models = tiny.write_all(tmp_path / "models")
-    tests = pathlib.Path(__file__).parent
-    child = subprocess.run(
-        [sys.executable, "-c", INSTALL + test_train.CHILD, models, tmp_path / "run", json.dumps(dict(steps=4))],
-        env=os.environ | {"PYTHONPATH": f"{tests}:{tests.parent}"},
-        capture_output=True,
-        text=True,
-    )
+    child = jobs.stop_after_three(models, tmp_path / "run", dict(steps=4), INSTALL)
     assert child.returncode == 128 + signal.SIGTERM, child.stderr
     assert checkpoint.steps(tmp_path / "run") == [2, 3]
 
 
-def test_two_processes_save_sample_stop_and_go_on(tmp_path, monkeypatch):
-    monkeypatch.setattr(test_distributed, "CHILD", INSTALL + test_distributed.CHILD)
+def test_two_processes_save_sample_stop_and_go_on(tmp_path):
     models = tiny.write_all(tmp_path / "models")
     changes = dict(steps=3, data__batch_size=2, sample__every=2, compilation_cache=str(tmp_path / "cache"))
     stop = {"step": 1, "process": 1, "where": "update", "signal": signal.SIGTERM}
     for event, code in ((stop, 128 + signal.SIGTERM), (None, 0)):
-        told = test_distributed.start_two(models, tmp_path / "run", changes, event)
+        told = jobs.start_two(models, tmp_path / "run", changes, event, INSTALL)
         assert [child[0] for child in told] == [code, code], told
     assert checkpoint.steps(tmp_path / "run") == [1, 2, 3]

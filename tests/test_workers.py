@@ -8,9 +8,8 @@ import sys
 import jax
 import numpy as np
 import pytest
-from helpers import tiny
+from helpers import children, tiny
 from PIL import Image
-from test_distributed import free_port
 
 from srpo_jax import checkpoint, generate
 from srpo_jax.algorithm.step import TrainState
@@ -38,21 +37,21 @@ def test_two_processes_generate_what_one_does(trained, tmp_path):
         f"--model={pipeline}", f"--checkpoint={workdir}", f"--prompts={tmp_path / 'prompts.txt'}", "--height=32",
         "--width=48", "--steps=2",
     ]  # fmt: skip
-    place = [f"--coordinator=127.0.0.1:{free_port()}", "--process_count=2"]
-    children = [
+    place = [f"--coordinator=127.0.0.1:{children.free_port()}", "--process-count=2"]
+    pair = [
         subprocess.Popen(
-            [sys.executable, "-m", "srpo_jax.generate", *words, *place, f"--process_id={process}",
+            [sys.executable, "-m", "srpo_jax.generate", *words, *place, f"--process-id={process}",
              f"--out={tmp_path / f'two{process}'}"],
             cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         )
         for process in (0, 1)
     ]  # fmt: skip
     try:
-        told = [child.communicate(timeout=300) for child in children]
+        told = [child.communicate(timeout=300) for child in pair]
     finally:
-        for child in children:
+        for child in pair:
             child.kill()
-    assert [child.returncode for child in children] == [0, 0], told
+    assert [child.returncode for child in pair] == [0, 0], told
     assert "3 images in" in told[0][0] and "images" not in told[1][0]
     assert not (tmp_path / "two1").exists()
     generate.main([*words, f"--out={tmp_path / 'one'}"])

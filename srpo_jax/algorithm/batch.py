@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import jax
 
 # What the keys of an update are for: one is folded from the update's key for each purpose.
-NOISE, GRID_POSITION, LATE_STEP, RENOISING, ROUNDING = range(5)
+NOISE, GRID_POSITION, LATE_STEP, RENOISING, ROUNDING, PASSES = range(6)
 
 
 class Batch(NamedTuple):
@@ -33,11 +33,13 @@ class Images(NamedTuple):
       latents: clean, packed, ``[B, N, C]``: a rollout's, or of real pictures.
       noise: known noise of the same shape: what the rollout started from, or fresh.
       states: those of the rollout that the method starts from, ``[B, n, N, C]``; None if it needs none.
+      sums: weighted sums of the rollout's velocities, ``[B, m, N, C]``; None if it needs none.
     """
 
     latents: jax.Array
     noise: jax.Array
     states: jax.Array | None = None
+    sums: jax.Array | None = None
 
 
 class Rollout(NamedTuple):

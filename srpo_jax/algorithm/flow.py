@@ -75,6 +75,8 @@ def sample(
     keep: jax.Array | None = None,
     solver: str = "euler",
     memory: Any = (),
+    weigh: jax.Array | None = None,
+    stop: jax.Array | None = None,
 ) -> Any:
     """Integrates a velocity field over a schedule of noise levels, one evaluation a step.
 
@@ -88,9 +90,12 @@ def sample(
         Solving Ordinary Differential Equations I, III.5), which goes along the line through the last two velocities.
         Its first step is Euler's.
       memory: tree of arrays that one evaluation leaves to the next, as the first one gets it.
+      weigh: optional weights ``[B, m, S]`` of the steps' velocities in m sums over them.
+      stop: optional number of steps, a scalar, after which none are taken: a state can still be kept there.
 
     Returns:
-      The state after the last step; with ``keep``, a pair of it and the states that were kept, ``[B, n, ...]``.
+      The state after the last step that is taken; with ``keep`` or ``weigh``, a triple of it, the states that were kept
+      ``[B, n, ...]`` and the weighted sums of velocities ``[B, m, ...]``, each None if it was not asked for.
     """
     if solver not in ("euler", "ab2"):
         raise ValueError(f"solver={solver!r} is unknown; choose euler or ab2")
@@ -99,18 +104,32 @@ def sample(
     lead = np.concatenate([[0.0], steps[1:] / (2 * steps[:-1])]).astype(np.float32)
 
     def body(carry: tuple, inputs: tuple) -> tuple[tuple, None]:
-        (x, before, memory, kept), (index, sigma, sigma_next, ahead) = carry, inputs
+        (x, before, memory, kept, sums), (index, sigma, sigma_next, ahead, weights) = carry, inputs
         if keep is not None:
             kept = jnp.where(per_sample(keep == index, x.ndim + 1), x[:, None], kept)
-        v, memory = velocity(x, sigma, index, memory)
-        if solver == "ab2":
-            v = v.astype(jnp.float32)
-            v, before = v + ahead * (v - before), v
-        return (euler_step(x, v, sigma, sigma_next), before, memory, kept), None
+
+        def step(x: jax.Array, before: Any, memory: Any, sums: Any) -> tuple:
+            v, memory = velocity(x, sigma, index, memory)
+            if weigh is not None:
+                sums = sums + per_sample(weights, x.ndim + 1) * v[:, None].astype(jnp.float32)
+            if solver == "ab2":
+                v = v.astype(jnp.float32)
+                v, before = v + ahead * (v - before), v
+            return euler_step(x, v, sigma, sigma_next), before, memory, sums
+
+        moving = x, before, memory, sums
+        if stop is None:
+            moving = step(*moving)
+        else:
+            moving = jax.lax.cond(index < stop, step, lambda *still: still, *moving)
+        x, before, memory, sums = moving
+        return (x, before, memory, kept, sums), None
 
     # The velocity before the first step is read by no one, and not kept where none is needed.
     before = jnp.zeros_like(noise) if solver == "ab2" else None
     kept = None if keep is None else jnp.zeros((*keep.shape, *noise.shape[1:]), noise.dtype)
-    inputs = jnp.arange(len(steps)), jnp.asarray(sigmas[:-1]), jnp.asarray(sigmas[1:]), jnp.asarray(lead)
-    last, _, _, kept = jax.lax.scan(body, (noise, before, memory, kept), inputs)[0]
-    return last if keep is None else (last, kept)
+    sums = None if weigh is None else jnp.zeros((*weigh.shape[:2], *noise.shape[1:]), jnp.float32)
+    weights = None if weigh is None else jnp.moveaxis(weigh, -1, 0)
+    inputs = jnp.arange(len(steps)), jnp.asarray(sigmas[:-1]), jnp.asarray(sigmas[1:]), jnp.asarray(lead), weights
+    last, _, _, kept, sums = jax.lax.scan(body, (noise, before, memory, kept, sums), inputs)[0]
+    return last if keep is None and weigh is None else (last, kept, sums)

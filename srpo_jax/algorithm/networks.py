@@ -55,7 +55,8 @@ class Frozen(NamedTuple):
 
 def conditioning(settings: Settings, sigma: jax.Array, guidance: float, batch: int) -> tuple[jax.Array, jax.Array]:
     """The times that the transformer is given at noise levels ``sigma``, of their shape, and its guidance [batch]."""
-    time, scale = flow.truncate_time(sigma), jnp.full((batch,), guidance, jnp.float32)
+    time = flow.truncate_time(sigma) if settings.truncate_time else jnp.asarray(sigma, jnp.float32)
+    scale = jnp.full((batch,), guidance, jnp.float32)
     if settings.round_time:
         # The released script's autocast rounds what enters the sinusoids: 822 becomes 820, 3500 becomes 3504.
         time, scale = (

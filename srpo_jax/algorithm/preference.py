@@ -79,6 +79,14 @@ def plain(batch: int) -> Coefficients:
     return {CAPTION: jnp.ones((batch,), jnp.float32)}
 
 
+def target(kind: str, batch: int, discount: float, form: str) -> Coefficients:
+    """What methods follow that have no pair of steps: the plain reward of the caption ("caption"), or the relative one
+    ("relative") with ``discount`` for k."""
+    if kind == "relative":
+        return relative(POSITIVE, NEGATIVE, jnp.full(batch, discount, jnp.float32), form)
+    return plain(batch)
+
+
 def hinge(reward: jax.Array, threshold: float) -> jax.Array:
     """``relu(threshold - reward)``: no gradient once the reward is high enough."""
     return jax.nn.relu(threshold - reward)

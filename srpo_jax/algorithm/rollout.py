@@ -74,7 +74,9 @@ def rollout(
     batch: Batch,
     noise: jax.Array,
     keep: jax.Array | None = None,
-) -> tuple[jax.Array, jax.Array | None]:
+    weigh: jax.Array | None = None,
+    stop: jax.Array | None = None,
+) -> tuple[jax.Array, jax.Array | None, jax.Array | None]:
     """Makes images from ``noise`` without gradient, ``settings.accumulation`` parts of the batch one after the other.
 
     Args:
@@ -82,17 +84,19 @@ def rollout(
       batch: what the images are of.
       noise: [B, N, C].
       keep: steps [B, n] at whose start the state is kept, as in ``flow.sample``.
+      weigh: weights [B, m, S] of the velocities in m sums over them.
+      stop: how many steps each sample needs [B]; a part of the batch takes as many as one of its samples needs.
 
     Returns:
-      Latents [B, N, C], and the states [B, n, N, C] or None.
+      Latents [B, N, C] where the rollout ended, the states [B, n, N, C] or None, the sums [B, m, N, C] or None.
     """
     networks, weights = for_rollout(networks, settings, params)
     family, transformer = networks.family, bind(networks.transformer, weights)
     sigmas = flow.shifted_schedule(settings.rollout_steps, settings.shift)
     size = settings.height, settings.width
 
-    def roll(part: tuple[Any, jax.Array, jax.Array | None]) -> Any:
-        condition, noise, keep = part
+    def roll(part: tuple[Any, ...]) -> Any:
+        condition, noise, keep, weigh, stop = part
         times, scale = conditioning(settings, jnp.asarray(sigmas[:-1]), settings.rollout_guidance, len(noise))
         steps = family.prepare_steps(transformer, condition, times, scale)
 
@@ -108,14 +112,16 @@ def rollout(
         change: Any = ()
         if settings.cache > 1:
             change = family.no_change(transformer, noise, condition)
-        return flow.sample(field, noise, sigmas, keep=keep, solver=settings.solver, memory=change)
+        last = None if stop is None else stop.max()
+        made = flow.sample(field, noise, sigmas, keep, settings.solver, change, weigh, last)
+        return made if isinstance(made, tuple) else (made, None, None)
 
-    whole = batch.condition, noise, keep
+    whole = batch.condition, noise, keep, weigh, stop
     if settings.accumulation == 1:
         made = roll(whole)
     else:
         made = join_batch(jax.lax.map(roll, split_batch(whole, settings.accumulation)))
-    return jax.lax.stop_gradient(made if keep is not None else (made, None))
+    return jax.lax.stop_gradient(made)
 
 
 def of_step(steps: Any, index: jax.Array) -> Any:

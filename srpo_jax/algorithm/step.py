@@ -1,11 +1,13 @@
 """One update: images -> gradient-carrying steps -> rewards -> ``jax.grad`` -> optimiser. What training compiles.
 
     rollout or real pictures --method--> terms --transformer, recover, decode, reward--> losses --> gradient --> AdamW
+                                         chain --decode, reward--> loss --> its gradient --passes--> gradient --> AdamW
 
 The batch is global; it may pass in parts (gradient accumulation) with the same result up to the order of sums, since
 every random number of a sample is drawn for the whole batch first. All parts are rolled out before the first gradient,
 so that the weights are made ready for rollouts once. Terms (SRPO's two branches) run one after the other in a scan, in
-the memory of one, or merged into one batch (``optim.merge_terms``).
+the memory of one, or merged into one batch (``optim.merge_terms``); so do the passes of a chain, of which each may
+send on a part of the gradient of its input.
 """
 
 import functools
@@ -17,11 +19,12 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from srpo_jax.algorithm import direct_align, preference
+from srpo_jax.algorithm import direct_align, flow, preference
 from srpo_jax.algorithm.batch import NOISE, ROUNDING, Batch, Draws, Images, Rollout, join_batch, split_batch
 from srpo_jax.algorithm.methods import METHODS, Term
 from srpo_jax.algorithm.networks import Frozen, Networks, decode, in_compute_dtype, to_unit_range, velocity
-from srpo_jax.algorithm.preference import Prepared
+from srpo_jax.algorithm.passes import Chain, Passes
+from srpo_jax.algorithm.preference import Coefficients, Prepared
 from srpo_jax.algorithm.rollout import rollout
 from srpo_jax.algorithm.settings import Settings
 from srpo_jax.models.compute import Params, join
@@ -65,10 +68,12 @@ def images_of(
     """What an update improves: the batch's real pictures, or a rollout's with the states that the method keeps."""
     if batch.latents is not None:
         return Images(batch.latents, draws.noise)
-    keep = METHODS[settings.method].keep
-    steps = None if keep is None else keep(settings, draws.own, len(draws.noise))
-    latents, states = rollout(networks, settings, join(params, frozen.base), batch, draws.noise, steps)
-    return Images(latents, draws.noise, states)
+    method, transformer = METHODS[settings.method], join(params, frozen.base)
+    keep = None if method.keep is None else method.keep(settings, draws.own, len(draws.noise))
+    weigh = None if method.weigh is None else method.weigh(settings, draws.own)
+    stop = None if method.stop is None else method.stop(settings, draws.own)
+    latents, states, sums = rollout(networks, settings, transformer, batch, draws.noise, keep, weigh, stop)
+    return Images(latents, draws.noise, states, sums)
 
 
 # --- terms ------------------------------------------------------------------------------------------------------------
@@ -97,10 +102,21 @@ def run_term(
     """Takes a term's transformer step, recovers, decodes and scores the image."""
     v = velocity(networks, settings, params, condition, term.noisy, term.sigma_from, settings.guidance)
     recovered = direct_align.recover(term.noisy, v, term.noise, term.sigma_from, term.sigma_to)
-    decoded = decode(networks, settings, frozen.autoencoder, recovered)
+    return Outcome(v, recovered, *score(networks, settings, frozen, recovered, term.coefficients, prepared))
+
+
+def score(
+    networks: Networks,
+    settings: Settings,
+    frozen: Frozen,
+    latents: jax.Array,
+    coefficients: Coefficients,
+    prepared: Prepared,
+) -> tuple[jax.Array, dict[str, Any], jax.Array]:
+    """The decoder's output for clean latents, what the rewards see in it, and the reward: as ``Outcome``."""
+    decoded = decode(networks, settings, frozen.autoencoder, latents)
     seen = preference.look(networks.rewards, frozen.rewards, to_unit_range(decoded))
-    reward = preference.mixture(networks.rewards, frozen.rewards, seen, prepared, term.coefficients)
-    return Outcome(v, recovered, decoded, seen, reward)
+    return decoded, seen, preference.mixture(networks.rewards, frozen.rewards, seen, prepared, coefficients)
 
 
 def term_loss(
@@ -119,12 +135,33 @@ def term_loss(
     The metric ``caption_reward`` is the reward of the image under its plain caption, without control words.
     """
     outcome = run_term(networks, settings, params, frozen, condition, term, prepared)
-    plain = preference.plain(len(outcome.reward))
+    return _loss(networks, settings, frozen, outcome.seen, outcome.reward, term.weight, prepared, count)
+
+
+def chain_loss(
+    networks: Networks, settings: Settings, frozen: Frozen, latents: jax.Array, chain: Chain, prepared: Prepared
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """The loss of a chain's scored ``latents`` and its metrics ``[1]``, as of a term."""
+    _, seen, reward = score(networks, settings, frozen, latents, chain.coefficients, prepared)
+    return _loss(networks, settings, frozen, seen, reward, chain.weight, prepared)
+
+
+def _loss(
+    networks: Networks,
+    settings: Settings,
+    frozen: Frozen,
+    seen: dict[str, Any],
+    reward: jax.Array,
+    weight: jax.Array,
+    prepared: Prepared,
+    count: int = 1,
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    plain = preference.plain(len(reward))
     metrics = {
-        "loss": term.weight * preference.hinge(outcome.reward, settings.margin),
-        "reward": outcome.reward,
+        "loss": weight * preference.hinge(reward, settings.margin),
+        "reward": reward,
         "caption_reward": jax.lax.stop_gradient(
-            preference.mixture(networks.rewards, frozen.rewards, outcome.seen, prepared, plain)
+            preference.mixture(networks.rewards, frozen.rewards, seen, prepared, plain)
         ),
     }
     metrics = {name: values.reshape(-1, count).mean(0) for name, values in metrics.items()}
@@ -151,12 +188,12 @@ def gradient(
     total: Params | None = None,
     share: float = 1.0,
 ) -> tuple[Params, dict[str, jax.Array]]:
-    """The gradient of one part of a batch, summed over the method's terms, and metrics ``[terms]`` by name.
+    """The gradient of one part of a batch, summed over the method's terms or passes, and metrics ``[terms]`` by name.
 
     Args:
       networks, settings, params, frozen: of the update.
       batch, images, own: of this part; ``own`` are the method's draws.
-      total: what the gradient is added to: parts and terms then share one sum, and not a sum of sums, each of which is
+      total: what the gradient is added to: parts and passes then share one sum, and not a sum of sums, each of which is
         as large as the parameters. Sums are float32, whatever the parameters are.
       share: scales what is added, as for a mean over parts of a batch.
     """
@@ -164,6 +201,20 @@ def gradient(
     weights = in_compute_dtype(networks, params, frozen.base)
     terms = METHODS[settings.method].terms(settings, images, own)
     given = batch.condition, prepared
+
+    def add(total: Params, grads: Params) -> Params:
+        return jax.tree.map(lambda t, g: t + share * g.astype(jnp.float32), total, grads)
+
+    if isinstance(terms, Chain):
+        h, metrics = _chain_gradient(networks, settings, frozen, terms, prepared)
+
+        def add_pass(carry: tuple[Params, jax.Array], one: Passes) -> tuple[tuple[Params, jax.Array], None]:
+            total, h = carry
+            grads, through = _pull_back(networks, settings, weights, frozen, batch.condition, one, h)
+            return (add(total, grads), h + flow.per_sample(one.nesting, h.ndim) * through), None
+
+        start = no_gradient(params) if total is None else total
+        return jax.lax.scan(add_pass, (start, h), terms.passes)[0][0], metrics
 
     def differentiate(term: Term, given: Any, count: int = 1) -> tuple[Params, dict[str, jax.Array]]:
         condition, prepared = given
@@ -173,9 +224,6 @@ def gradient(
             return term_loss(networks, settings, read, frozen, condition, term, prepared, count)
 
         return jax.grad(loss, has_aux=True)(weights)
-
-    def add(total: Params, grads: Params) -> Params:
-        return jax.tree.map(lambda t, g: t + share * g.astype(jnp.float32), total, grads)
 
     count = terms.weight.shape[0]
     if settings.merge_terms or count == 1:  # compilers do less well inside of a loop
@@ -190,6 +238,29 @@ def gradient(
 
     total, metrics = jax.lax.scan(add_term, no_gradient(params) if total is None else total, terms)
     return total, {name: values[:, 0] for name, values in metrics.items()}
+
+
+def _chain_gradient(
+    networks: Networks, settings: Settings, frozen: Frozen, chain: Chain, prepared: Prepared
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """The loss's gradient of a chain's scored latents [B, N, C], and the metrics."""
+
+    def loss(latents: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
+        return chain_loss(networks, settings, frozen, latents, chain, prepared)
+
+    return jax.grad(loss, has_aux=True)(chain.latents)
+
+
+def _pull_back(
+    networks: Networks, settings: Settings, weights: Params, frozen: Frozen, condition: Any, one: Passes, h: jax.Array
+) -> tuple[Params, jax.Array]:
+    """The gradients of the weights and of the input [B, N, C], of one pass whose velocity has ``coefficient * h``."""
+
+    def field(weights: Params, x: jax.Array) -> jax.Array:
+        return velocity(networks, settings, join(weights, frozen.base), condition, x, one.sigma, settings.guidance)
+
+    _, back = jax.vjp(field, weights, one.state)
+    return back(flow.per_sample(one.coefficient, h.ndim) * h)
 
 
 def no_gradient(params: Params) -> Params:

@@ -32,7 +32,7 @@ def advise(candidate: Candidate, report: dict[str, Any]) -> list[str]:
     config, target, memory = candidate.config, candidate.target, report["memory"]
     fused, advice = FUSED[target.platform], []
     samples = config.data.batch_size // config.optim.accumulation // sharding.batch_parts(candidate.built.mesh)
-    if config.model.attention != fused:
+    if config.model.attention != fused and (fused != "cudnn" or config.model.dtype == "bfloat16"):
         advice.append(f"--config.model.attention={fused}: no attention matrix in memory, and faster")
     if report["fits"]:
         if memory["headroom"] < MARGIN:

@@ -18,7 +18,9 @@ import dataclasses
 from typing import NamedTuple
 
 from srpo_jax.models.autoencoder import AutoencoderConfig
-from srpo_jax.models.clip import ClipConfig, ClipTextConfig
+from srpo_jax.models.blip import BlipConfig, BlipVisionConfig
+from srpo_jax.models.clip import ClipConfig, ClipTextConfig, ClipVisionConfig
+from srpo_jax.models.siglip import SiglipVisionConfig
 from srpo_jax.models.t5 import T5Config
 
 FUSED_ATTENTION = ("cudnn", "splash")  # backends that keep no attention matrix and make the logits again
@@ -157,12 +159,45 @@ def _convolution(inputs: int, outputs: int, rows: int, columns: int) -> float:
 
 
 def image_tower(config: ClipConfig) -> Forward:
-    """A reward's vision tower: one picture."""
-    vision = config.vision_config
+    """A CLIP's vision tower: one picture."""
+    return vision_tower(config.vision_config, 1, config.projection_dim)
+
+
+def vision_tower(
+    vision: ClipVisionConfig | BlipVisionConfig | SiglipVisionConfig, others: int, projection_dim: int = 0
+) -> Forward:
+    """A reward's vision tower: one picture. ``others``: tokens beside those of patches."""
     width, patches = vision.hidden_size, (vision.image_size // vision.patch_size) ** 2
-    blocks = _blocks(width, vision.intermediate_size, vision.num_hidden_layers, patches + 1)
-    ends = 2 * patches * 3 * vision.patch_size**2 * width + 2 * width * config.projection_dim
+    blocks = _blocks(width, vision.intermediate_size, vision.num_hidden_layers, patches + others)
+    ends = 2 * patches * 3 * vision.patch_size**2 * width + 2 * width * projection_dim
     return dataclasses.replace(blocks, products=blocks.products + ends)
+
+
+def siglip(vision: SiglipVisionConfig) -> Forward:
+    """SigLIP's vision tower: one picture. One query of its pooling attends to all patches."""
+    tower, width = vision_tower(vision, 0), vision.hidden_size
+    patches = (vision.image_size // vision.patch_size) ** 2
+    pooling = 2 * 2 * width**2 * (patches + 1) + 2 * 2 * width * vision.intermediate_size
+    attention = tower.attention + 2 * 2 * patches * width
+    return dataclasses.replace(tower, products=tower.products + pooling, attention=attention)
+
+
+def blip_text(config: BlipConfig, tokens: int) -> Forward:
+    """BLIP's text encoder: one caption, padded to ``tokens``, looking at one picture in every layer."""
+    text, image = config.text_config, config.vision_config
+    width, layers = text.hidden_size, text.num_hidden_layers
+    words = 2 * tokens * (6 * width**2 + 2 * width * text.intermediate_size)
+    looked_at = 2 * image.tokens * 2 * width * image.hidden_size
+    attention = layers * 2 * 2 * tokens * (tokens + image.tokens) * width
+    products = layers * (words + looked_at)
+    return Forward(
+        products=products,
+        first=0.0,
+        attention=attention,
+        # A norm after each residual reads every product of a block.
+        again={"none": 0, "dots": 0, "full": products},
+        again_attention={"none": 0, "dots": attention / 2, "full": attention},
+    )
 
 
 def text_tower(config: ClipTextConfig, projection_dim: int | None = None) -> Forward:

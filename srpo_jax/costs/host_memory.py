@@ -75,7 +75,8 @@ def describe(memory: HostMemory, available: int | None = None, limit: int | None
     """
     parts = [("offloaded", memory.offloaded), ("the copy", memory.copied), ("the writer", memory.written)]
     words = ", ".join(f"{name} {size / host.GIB:.1f}" for name, size in parts if size)
-    lines = [f"a save takes {memory.needed / host.GIB:.1f} GiB of each process's host ({words})"]
+    pinned = f", {memory.pinned / host.GIB:.1f} of it pinned" if memory.pinned else ""
+    lines = [f"a save takes {memory.needed / host.GIB:.1f} GiB of each process's host ({words}){pinned}"]
     if available is not None and memory.needed > available:
         missing = (memory.needed - available) / host.GIB
         lines.append(f"{missing:.1f} GiB of host memory are missing: use hosts with more of it, or more of them")

@@ -14,12 +14,10 @@ import optax
 from ml_collections import ConfigDict
 
 from srpo_jax import sharding
+from srpo_jax.algorithm import methods, preference
 from srpo_jax.algorithm import networks as calls
-from srpo_jax.algorithm import preference
 from srpo_jax.algorithm import rollout as rollouts
 from srpo_jax.algorithm.batch import Batch
-from srpo_jax.algorithm.methods import METHODS
-from srpo_jax.costs import work
 from srpo_jax.models.compute import join, path_name
 from srpo_jax.program import Program, compiler_options, in_float32, with_sharding
 
@@ -33,7 +31,7 @@ class Part(NamedTuple):
       name: one of ``work.PARTS``.
       function: jitted.
       arguments: trees of ``ShapeDtypeStruct`` with shardings.
-      calls: how often it runs in an update; below 1 where a rollout serves several updates.
+      calls: how often it runs in an update; below 1 where a rollout serves several updates or is cut short.
     """
 
     name: str
@@ -46,9 +44,11 @@ def take_apart(config: ConfigDict, built: Program) -> Iterator[Part]:
     """The parts of a program, in the order in which an update runs them."""
     networks, settings, mesh = built.networks, built.settings, built.mesh
     passes, split = settings.accumulation, sharding.of_batch(mesh)
-    count, terms = config.data.batch_size // passes, work.terms(config)
-    # Samples of a gradient, and gradients of a pass.
-    wide, gradients = (count * terms, 1) if settings.merge_terms else (count, terms)
+    count, cost = config.data.batch_size // passes, methods.cost(settings)
+    # Samples of a gradient, and gradients of a part of the batch: of the transformer, and of what follows it.
+    wide, taken, scored = count, cost.passes, cost.pictures
+    if settings.merge_terms:
+        wide, taken, scored = count * cost.pictures, 1, 1
     params, opt_state = built.state.params, built.state.opt_state
     frozen, base = built.frozen._replace(base=None), built.frozen.base
     in_place = jax.tree.map(lambda leaf: leaf.sharding, params)
@@ -87,7 +87,7 @@ def take_apart(config: ConfigDict, built: Program) -> Iterator[Part]:
         return jax.grad(product)(x)
 
     prepared = rows(wide, jax.eval_shape(captions, frozen, batch))
-    followed = METHODS[settings.method].follows
+    followed = methods.follows(settings)
 
     def reward(frozen: Any, decoded: jax.Array, prepared: Any) -> jax.Array:
         def total(decoded: jax.Array) -> jax.Array:
@@ -103,12 +103,11 @@ def take_apart(config: ConfigDict, built: Program) -> Iterator[Part]:
     yield Part("captions", jit(captions), (frozen, batch), passes)
     if config.data.images == "rollout":
         whole = built.batch, rows(config.data.batch_size, tokens)
-        yield Part("rollout", jit(rollout), (weights, base, *whole), 1 / settings.reuse)
-    gradients *= passes
+        yield Part("rollout", jit(rollout), (weights, base, *whole), cost.rollout / settings.rollout_steps)
     arguments = weights, base, rows(wide, batch), tokens, array(), tokens
-    yield Part("transformer", jit(transformer, out_shardings=in_place), arguments, gradients)
-    yield Part("autoencoder", jit(autoencoder), (frozen, tokens, picture), gradients)
-    yield Part("reward", jit(reward), (frozen, picture, prepared), gradients)
+    yield Part("transformer", jit(transformer, out_shardings=in_place), arguments, taken * passes)
+    yield Part("autoencoder", jit(autoencoder), (frozen, tokens, picture), scored * passes)
+    yield Part("reward", jit(reward), (frozen, picture, prepared), scored * passes)
     yield Part(
         "optimizer",
         jit(

@@ -12,10 +12,10 @@ from typing import Any, NamedTuple
 import jax
 from ml_collections import ConfigDict
 
+from srpo_jax import checkpoint, program, sharding
 from srpo_jax import config as config_lib
-from srpo_jax import program, sharding
 from srpo_jax.architectures import Architecture
-from srpo_jax.costs import hlo, roofline, topologies, work
+from srpo_jax.costs import hlo, host_memory, roofline, topologies, work
 from srpo_jax.costs.hardware import GIB
 from srpo_jax.costs.topologies import Target
 from srpo_jax.errors import UserError
@@ -27,7 +27,7 @@ class Candidate(NamedTuple):
     """A recipe on a target, and all that a run builds before its first update.
 
     Attributes:
-      config: validated.
+      config: validated; of "auto", what it stands for on the target.
       architecture: sizes.
       target: the devices.
       built: the update.
@@ -57,8 +57,9 @@ def prepare(
             "needs; plan without it, less the bytes of the optimizer"
         )
     mesh = sharding.make_mesh(config.mesh, topologies.devices(target))
+    config = config.copy_and_resolve_references()
+    config.model.attention = program.attention_of(config, mesh)
     if device_batch is not None:
-        config = config.copy_and_resolve_references()
         at_once = device_batch * sharding.batch_parts(mesh)
         if config.data.batch_size % at_once:
             raise UserError(
@@ -115,6 +116,7 @@ def check(candidate: Candidate) -> dict[str, Any]:
         "compile_seconds": seconds,
         "compiled": compiled is not None,
         "memory": memory,
+        "host_memory": _save(candidate)._asdict(),
         "model_flops": {name: part.model for name, part in parts.items()},
         "hardware_flops": {name: part.hardware for name, part in parts.items()},
         "collectives": _traffic(found.found, target, places),
@@ -175,6 +177,12 @@ def _memory(candidate: Candidate, compiled: Any, refused: tuple[str, float] | No
     memory["needed"] = memory["planned"] + memory["text_encoders"]
     memory["headroom"] = memory["capacity"] - memory["needed"]
     return memory
+
+
+def _save(candidate: Candidate) -> host_memory.HostMemory:
+    """What a checkpoint takes of each host."""
+    state, target = candidate.built.state, candidate.target
+    return host_memory.of_save([getattr(state, name) for name in checkpoint.ARRAYS], target.hosts, target.platform)
 
 
 def _traffic(

@@ -156,7 +156,7 @@ def attention_traffic(config: ConfigDict, architecture: Architecture) -> float:
     """Bytes of attention matrices that an update writes and reads where attention is not fused."""
     family, tokens = architecture.family, sum(work.tokens(config, architecture.family))
     gradient = MATRIX_FORWARD * (1 + (config.remat.transformer != "none")) + MATRIX_BACKWARD
-    moved = gradient * work.terms(config) * family.attention_entries(architecture.transformer, tokens)
+    moved = gradient * work.counts(config, family).passes * family.attention_entries(architecture.transformer, tokens)
     for sizes, passes in work.rollout_passes(config, architecture):
         moved += MATRIX_FORWARD * passes * family.attention_entries(sizes, tokens)
     return config.data.batch_size * moved

@@ -135,7 +135,7 @@ def benchmark(
         f"{folder.parameters(family.network, sizes) / 1e6:.4g} million parameters in "
         f"{' + '.join(map(str, family.blocks(sizes)))} blocks; "
         f"batch {config.data.batch_size} in {config.optim.accumulation}, {config.data.height}x{config.data.width}, "
-        f"{config.model.dtype}"
+        f"{config.model.dtype}, attention {built.computes.transformer.attention}"
     )
     counted = work.update(config, architecture)
     found = {}

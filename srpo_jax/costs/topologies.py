@@ -22,6 +22,7 @@ from srpo_jax.costs.hardware import GIB
 from srpo_jax.errors import UserError
 
 GPUS_PER_HOST = 8
+CHIPS_PER_HOST = 4  # of a TPU slice of several hosts
 # Bytes/s of one GPU to other hosts: a 400 Gbit/s adapter for each GPU, as in a DGX H100. No data sheet of a GPU says.
 GPU_NETWORK = 50e9
 
@@ -37,6 +38,8 @@ class Tpu(NamedTuple):
       ring: length by which an axis is closed: of v4 and v5p, if all of the slice's are multiples of it; of v5e and v6e,
         an axis as long as this.
       memory: bytes of a chip that libtpu gives to programs; it keeps the rest. From its messages (libtpu 0.0.42).
+      host: bytes of memory of a host with 4 chips (cloud.google.com/kubernetes-engine/docs/concepts/plan-tpus: machine
+        types ct4p-hightpu-4t, ct5lp-hightpu-4t, ct5p-hightpu-4t, ct6e-standard-4t).
       network: bytes/s of a chip, each way, to other slices: the share that each of a pod's 256 chips has in its
         published data-centre network (cloud.google.com/tpu/docs/v6e: 6.4 Tbit/s of v5e, 25.6 of v6e). None is published
         on the pages of v4 and v5p: taken for as slow as v5e's, the slowest that is.
@@ -46,14 +49,15 @@ class Tpu(NamedTuple):
     axes: int
     ring: int
     memory: float
+    host: float
     network: float
 
 
 TPUS = {
-    "v4": Tpu("TPU v4", 3, 4, 30.75 * GIB, 6.4e12 / 8 / 256),
-    "v5e": Tpu("TPU v5e", 2, 16, 15.75 * GIB, 6.4e12 / 8 / 256),
-    "v5p": Tpu("TPU v5p", 3, 4, 95.74 * GIB, 6.4e12 / 8 / 256),
-    "v6e": Tpu("TPU v6e", 2, 16, 31.25 * GIB, 25.6e12 / 8 / 256),
+    "v4": Tpu("TPU v4", 3, 4, 30.75 * GIB, 407 * GIB, 6.4e12 / 8 / 256),
+    "v5e": Tpu("TPU v5e", 2, 16, 15.75 * GIB, 192 * GIB, 6.4e12 / 8 / 256),
+    "v5p": Tpu("TPU v5p", 3, 4, 95.74 * GIB, 448 * GIB, 6.4e12 / 8 / 256),
+    "v6e": Tpu("TPU v6e", 2, 16, 31.25 * GIB, 720 * GIB, 25.6e12 / 8 / 256),
 }
 
 # Packages of the compilers, by platform: setup.py's extras.
@@ -119,6 +123,18 @@ class Target(NamedTuple):
     def count(self) -> int:
         """Devices."""
         return math.prod(self.shape) * self.slices
+
+    @property
+    def hosts(self) -> int:
+        """Processes of a job: one on each host."""
+        return self.shape[0] if self.platform == "gpu" else math.ceil(self.count / CHIPS_PER_HOST)
+
+    @property
+    def host_memory(self) -> float | None:
+        """Bytes of one host's memory; None where it is the buyer's choice. Fewer chips have a part of a host."""
+        if self.platform == "gpu":
+            return None
+        return TPUS[self.generation].host * min(self.count, CHIPS_PER_HOST) / CHIPS_PER_HOST
 
     @property
     def network(self) -> float:

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from srpo_jax.costs import host_memory
 from srpo_jax.costs.hardware import GIB
 from srpo_jax.costs.plan import Candidate
 from srpo_jax.weights import folder
@@ -32,6 +33,8 @@ def describe(candidate: Candidate, report: dict[str, Any]) -> str:
     if memory["host"]:
         lines.append(f"    on the host {memory['host'] / GIB:8.2f}  (moments)")
     lines.append(f"    headroom    {memory['headroom'] / GIB:8.2f}  of {memory['capacity'] / GIB:.2f}")
+    save = host_memory.HostMemory(**report["host_memory"])
+    lines += [f"  {line}" for line in host_memory.describe(save, candidate.target.host_memory)]
     model, hardware = (sum(report[name].values()) for name in ("model_flops", "hardware_flops"))
     lines.append(f"  TFLOP         {model / 1e12:.4g} of the model, {hardware / 1e12:.4g} of the hardware, an update")
     width = max(18, *map(len, report["collectives"])) if report["collectives"] else 0

@@ -5,7 +5,8 @@ Two figures a part (``flops.Work``), from a config and sizes alone.
 
 from ml_collections import ConfigDict
 
-from srpo_jax.algorithm.methods import METHODS
+from srpo_jax.algorithm import methods
+from srpo_jax.algorithm.methods import Cost
 from srpo_jax.algorithm.preference import VARIANTS
 from srpo_jax.algorithm.settings import Settings
 from srpo_jax.architectures import Architecture, used_rewards
@@ -25,9 +26,9 @@ PARTS = ("captions", "rollout", "transformer", "autoencoder", "reward", "optimiz
 ADAMW = 19
 
 
-def terms(config: ConfigDict) -> int:
-    """How many gradient-carrying steps a sample takes in one update."""
-    return len(METHODS[config.method].names(Settings.from_config(config)))
+def counts(config: ConfigDict, family: Family) -> Cost:
+    """How often a sample passes through each network in one update."""
+    return methods.cost(Settings.from_config(config, family))
 
 
 def tokens(config: ConfigDict, family: Family) -> tuple[int, int]:
@@ -35,19 +36,18 @@ def tokens(config: ConfigDict, family: Family) -> tuple[int, int]:
     return family.token_shape(config.data.height, config.data.width)[0], config.data.text_length
 
 
-def rollout_steps(config: ConfigDict) -> tuple[float, float]:
+def rollout_steps(config: ConfigDict, family: Family) -> tuple[float, float]:
     """Steps of a sample's rollout in one update, of all blocks and of few (``rollout.cache``): where a rollout serves
     several updates, its share; none where real pictures take its place."""
-    if config.data.images == "stored":
-        return 0.0, 0.0
-    whole = -(-config.rollout.steps // config.rollout.cache)
-    return whole / config.rollout.reuse, (config.rollout.steps - whole) / config.rollout.reuse
+    taken = counts(config, family).rollout
+    whole = taken * -(-config.rollout.steps // config.rollout.cache) / config.rollout.steps
+    return whole, taken - whole
 
 
 def rollout_passes(config: ConfigDict, architecture: Architecture) -> tuple[tuple[object, float], ...]:
     """(config of a transformer, passes through it) of a sample's rollout in an update: of all blocks, and of few."""
     family, sizes = architecture.family, architecture.transformer
-    whole, few = rollout_steps(config)
+    whole, few = rollout_steps(config, family)
     passes = ((sizes, whole),)
     return (*passes, (family.with_blocks(sizes, tuple(config.rollout.cache_ends)), few)) if few else passes
 
@@ -76,13 +76,15 @@ def sample(config: ConfigDict, architecture: Architecture) -> dict[str, Work]:
     captions     what the rewards make of captions alone, each of every variant of the prompt
     rollout      the transformer without gradient, once a step; where a rollout serves several updates, its share; none
                  where real pictures take its place
-    transformer  forward and backward, once a term
-    autoencoder  the decoder, forward and backward, once a term
+    transformer  forward and backward, once a term or a pass
+    autoencoder  the decoder, forward and backward, once a picture that is scored
     reward       what the rewards make of pictures, and of pictures and captions together, forward and backward, once a
-                 term; for the metrics, once more without gradient under the plain caption
+                 picture; for the metrics, once more without gradient under the plain caption
     """
     data, remat, family = config.data, config.remat, architecture.family
-    size, count, lora = tokens(config, family), terms(config), Lora.from_config(config.lora)
+    size, lora = tokens(config, family), Lora.from_config(config.lora)
+    settings = Settings.from_config(config, family)
+    count, followed = methods.cost(settings), methods.follows(settings)
     options = dict(remat=remat.transformer, attention=config.model.attention)
     if lora is None:
         trained = family.forward(architecture.transformer, *size).gradient(trained=True, **options)
@@ -98,15 +100,13 @@ def sample(config: ConfigDict, architecture: Architecture) -> dict[str, Work]:
         if (cost := scorer.look_cost()) is not None:
             reward += cost.gradient(remat=remat.reward, **frozen)
         if (cost := scorer.score_cost()) is not None:
-            reward += (
-                cost.gradient(remat=remat.reward, **frozen) * len(METHODS[config.method].follows) + cost.inference()
-            )
+            reward += cost.gradient(remat=remat.reward, **frozen) * len(followed) + cost.inference()
     return {
         "captions": captions,
         "rollout": rollout(config, architecture),
-        "transformer": trained * count,
-        "autoencoder": vae.gradient(remat=remat.autoencoder, **frozen) * count,
-        "reward": reward * count,
+        "transformer": trained * count.passes,
+        "autoencoder": vae.gradient(remat=remat.autoencoder, **frozen) * count.pictures,
+        "reward": reward * count.pictures,
     }
 
 

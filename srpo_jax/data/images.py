@@ -14,14 +14,13 @@ import hashlib
 import io
 import os
 import pathlib
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
-import tqdm
 from PIL import Image, ImageOps
 
+from srpo_jax import terminal
 from srpo_jax.data import sources
 from srpo_jax.errors import UserError
 
@@ -143,10 +142,20 @@ def _read_tfds(spec: str, column: str | None) -> Iterator[Picture | str]:
 
 
 def decode(content: bytes, height: int, width: int) -> np.ndarray:
-    """A picture's file as uint8 [height, width, 3], RGB: turned upright, on white where it is transparent, cropped.
+    """A picture's file as uint8 [height, width, 3], as ``upright`` has it, cropped.
 
-    Raises ValueError, with the reason, for a file that is damaged or not a picture, and for a picture that would have
-    to be enlarged.
+    Raises ValueError as ``upright`` does, and for a picture that would have to be enlarged.
+    """
+    image = upright(content)
+    if image.width < width or image.height < height:
+        raise ValueError(f"is {image.width}x{image.height}, smaller than {width}x{height}")
+    return np.asarray(crop(image, height, width))
+
+
+def upright(content: bytes) -> Image.Image:
+    """A picture's file as RGB: turned upright, on white where it is transparent.
+
+    Raises ValueError, with the reason, for a file that is damaged or not a picture of 8 bits.
     """
     try:
         with Image.open(io.BytesIO(content)) as opened:
@@ -156,13 +165,11 @@ def decode(content: bytes, height: int, width: int) -> np.ndarray:
         raise ValueError(f"cannot be decoded ({str(error).partition(' <')[0] or type(error).__name__})") from error
     if image.mode not in MODES:
         raise ValueError(f"has pixels of mode {image.mode}; save it as 8-bit RGB")
-    if image.width < width or image.height < height:
-        raise ValueError(f"is {image.width}x{image.height}, smaller than {width}x{height}")
     if image.mode in ("LA", "PA", "RGBA") or "transparency" in image.info:
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, "white")
         image = Image.alpha_composite(white, image)
-    return np.asarray(crop(image.convert("RGB"), height, width))
+    return image.convert("RGB")
 
 
 def crop(image: Image.Image, height: int, width: int) -> Image.Image:
@@ -201,10 +208,7 @@ def examine(
             return b"", f"{picture.name} {error}"
 
     with concurrent.futures.ThreadPoolExecutor(THREADS) as pool:
-        bar = tqdm.tqdm(
-            total=len(pictures), desc="check", unit="picture", disable=not progress, leave=False,
-            mininterval=0.1 if sys.stderr.isatty() else 10,
-        )  # fmt: skip
+        bar = terminal.bar(len(pictures), "picture", "checking", shown=progress)
         found = []
         with bar:
             for result in pool.map(look, pictures):

@@ -36,17 +36,42 @@ def read(spec: str | os.PathLike, column: str | None = None) -> list[str]:
 
     Raises UserError if the source is missing or is not what its name says, has no such column, or holds no prompt.
     """
+    return [prompt for where, values in _parts(spec, column) for prompt, _ in _texts(values, where)]
+
+
+def read_beside(spec: str | os.PathLike, column: str | None, beside: str) -> list[tuple[str, Any]]:
+    """The prompts as ``read``, each with what another column, ``beside``, has for it.
+
+    Raises UserError as ``read``, and if there is no such column.
+    """
+    found = []
+    for (where, values), (_, others) in zip(_parts(spec, column), _parts(spec, beside), strict=True):
+        by_place = {place: value for value, place in others}
+        found += [(prompt, by_place[place]) for prompt, place in _texts(values, where)]
+    return found
+
+
+def files(spec: str | os.PathLike) -> list[pathlib.Path]:
+    """The file of a source, or those that match a pattern, sorted by name. Raises UserError if none does."""
     spec = os.fspath(spec)
-    if spec.startswith(TFDS):
-        return _texts(read_tfds(spec.removeprefix(TFDS), column), spec)
-    path = pathlib.Path(spec)
-    if path.is_dir() and (path / "dataset_info.json").exists():
-        return _texts(read_tfds(spec, column), spec)
-    if path.exists() or not glob.has_magic(spec):
-        return _texts(_read_file(path, column), spec)
+    if os.path.exists(spec) or not glob.has_magic(spec):
+        return [pathlib.Path(spec)]
     if not (found := sorted(glob.glob(spec))):
         raise UserError(f"{spec} matches no file")
-    return [prompt for file in found for prompt in _texts(_read_file(pathlib.Path(file), column), file)]
+    return [pathlib.Path(file) for file in found]
+
+
+def _parts(spec: str | os.PathLike, column: str | None) -> Iterator[tuple[Any, Iterable[tuple[Any, Any]]]]:
+    """Where prompts are read from, and the values there with their places, of each file of a source."""
+    spec = os.fspath(spec)
+    path = pathlib.Path(spec)
+    if spec.startswith(TFDS):
+        yield spec, read_tfds(spec.removeprefix(TFDS), column)
+    elif path.is_dir() and (path / "dataset_info.json").exists():
+        yield spec, read_tfds(spec, column)
+    else:
+        for file in files(spec):
+            yield file, _read_file(file, column)
 
 
 def choose_column(names: Sequence[str], column: str | None, where: Any) -> str:
@@ -64,8 +89,8 @@ def choose_column(names: Sequence[str], column: str | None, where: Any) -> str:
     raise UserError(f"{where}: name the column of the prompts; there are {listed}")
 
 
-def _texts(values: Iterable[tuple[Any, Any]], where: Any) -> list[str]:
-    """Checked and stripped prompts of ``(value, its place)`` pairs."""
+def _texts(values: Iterable[tuple[Any, Any]], where: Any) -> list[tuple[str, Any]]:
+    """Checked and stripped prompts of ``(value, its place)`` pairs, with their places."""
     prompts = []
     for value, place in values:
         if value is None:
@@ -73,7 +98,7 @@ def _texts(values: Iterable[tuple[Any, Any]], where: Any) -> list[str]:
         if not isinstance(value, str):
             raise UserError(f"{where}, {place}: expected text, found {json.dumps(value, default=str)[:60]}")
         if value.strip():
-            prompts.append(value.strip())
+            prompts.append((value.strip(), place))
     if not prompts:
         raise UserError(f"{where} holds no prompt")
     return prompts

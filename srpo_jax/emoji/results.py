@@ -133,6 +133,7 @@ def page(results: Results) -> report.Report:
             None,
         ),
     ]
+    shown, *others = galleries(results)
     return report.Report(
         title=f"SRPO on a small FLUX: from any style to {WANTED}",
         lead=(
@@ -141,10 +142,11 @@ def page(results: Results) -> report.Report:
             f"“Flat” and “Mono”. All figures are of {content['pictures']} pictures of {len(results.concepts)} other "
             "concepts, on which it was never aligned, by a judge that nothing was trained against."
         ),
-        verdicts=tuple(verdicts),
-        galleries=tuple(galleries(results)),
-        charts=tuple(charts(results)),
-        tables=(
+        parts=(
+            report.Verdicts(tuple(verdicts)),
+            shown,
+            report.Charts(tuple(charts(results))),
+            *others,
             report.PageTable(
                 "What was run",
                 ("part", "time"),

@@ -252,6 +252,10 @@ class Family(abc.ABC):
 
     # --- inference ---
 
+    def shift(self, height: int, width: int) -> float:
+        """The time shift of the family's own schedule for pictures of that size in pixels (``rollout.shift`` = 0)."""
+        raise UserError(f"config.rollout.shift=0.0: {self.name} has no shift by the size of pictures; give a number")
+
     @abc.abstractmethod
     def schedule(self, path: str | os.PathLike, steps: int, height: int, width: int) -> np.ndarray:
         """The noise levels ``[steps + 1]``, float32, 1 to 0, of the pipeline's inference for pictures of that size.

@@ -167,6 +167,10 @@ class FluxFamily(Family):
         """See ``models.flux.is_modulation``."""
         return is_modulation(path)
 
+    def shift(self, height: int, width: int) -> float:
+        """exp(mu), mu linear in the number of tokens: the dynamic shift of FLUX.1's published scheduler."""
+        return shift_by_size(self.token_shape(height, width)[0], SCHEDULER_DEFAULTS)
+
     def schedule(self, path: str | os.PathLike, steps: int, height: int, width: int) -> np.ndarray:
         """Of diffusers' ``FlowMatchEulerDiscreteScheduler``, by the pipeline's own file."""
         return pipeline_schedule(steps, self.token_shape(height, width)[0], read_scheduler(path))
@@ -230,6 +234,13 @@ def read_scheduler(path: str | os.PathLike) -> dict[str, Any]:
     return {key: found.get(key, value) for key, value in SCHEDULER_DEFAULTS.items()}
 
 
+def shift_by_size(tokens: int, scheduler: dict[str, Any]) -> float:
+    """``exp(mu)``, mu linear in the number of image tokens, by the values of a scheduler as ``pipeline_schedule``'s."""
+    low, high = scheduler["base_image_seq_len"], scheduler["max_image_seq_len"]
+    slope = (scheduler["max_shift"] - scheduler["base_shift"]) / (high - low)
+    return float(np.exp(scheduler["base_shift"] + slope * (tokens - low)))
+
+
 def pipeline_schedule(steps: int, tokens: int, scheduler: dict[str, Any]) -> np.ndarray:
     """The noise levels ``[steps + 1]`` of FLUX.1's inference pipeline for an image of ``tokens`` tokens, float32.
 
@@ -241,9 +252,7 @@ def pipeline_schedule(steps: int, tokens: int, scheduler: dict[str, Any]) -> np.
     """
     sigmas = np.linspace(1.0, 1.0 / steps, steps)
     if scheduler["use_dynamic_shifting"]:
-        low, high = scheduler["base_image_seq_len"], scheduler["max_image_seq_len"]
-        slope = (scheduler["max_shift"] - scheduler["base_shift"]) / (high - low)
-        shift = np.exp(scheduler["base_shift"] + slope * (tokens - low))
+        shift = shift_by_size(tokens, scheduler)
     else:
         shift = scheduler["shift"]
     return np.append(flow.time_shift(sigmas, shift), 0.0).astype(np.float32)

@@ -7,6 +7,9 @@
 | splash | TPUs (a Pallas kernel) | no | any |
 """
 
+import re
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
@@ -16,6 +19,30 @@ SPLASH_MULTIPLE = 128
 SPLASH_BLOCKS = (512, 256, 128)
 # The one mesh axis that divides heads; every other axis of a mesh divides the batch.
 HEAD_AXIS = "tensor"
+CUDNN_LEAST = 8.0  # compute capability: Ampere's
+
+
+def choose(backend: str, device: Any, dtype: Any) -> str:
+    """The backend that "auto" stands for on a kind of device; any other name stands for itself.
+
+    Args:
+      backend: "auto", or as ``attention`` takes it.
+      device: one of those that run the network, here or described (``jax.experimental.topologies``).
+      dtype: of queries, keys and values.
+
+    Returns:
+      On TPUs "splash"; on NVIDIA GPUs from Ampere on, in bfloat16, "cudnn"; else "xla".
+    """
+    if backend != "auto":
+        return backend
+    if device.platform == "tpu":
+        return "splash"
+    # AMD's GPUs have names here, as gfx942. Devices that are only described do not always say.
+    capability = str(getattr(device, "compute_capability", None) or CUDNN_LEAST)
+    new = re.fullmatch(r"\d+(\.\d+)?", capability) is not None and float(capability) >= CUDNN_LEAST
+    if device.platform in ("gpu", "cuda") and new and jnp.dtype(dtype) == jnp.bfloat16:
+        return "cudnn"
+    return "xla"
 
 
 def attention(

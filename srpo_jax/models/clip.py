@@ -5,7 +5,7 @@ pooled text embedding. Both towers are pre-norm transformers; every layer norm i
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -13,49 +13,30 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 
-from srpo_jax.models.attention import attention
 from srpo_jax.models.compute import Compute
 from srpo_jax.models.stack import scan_blocks, stack
+from srpo_jax.models.tower import (
+    BLOCK_RULES,
+    MAY_STAY_WHOLE,
+    PatchEmbedding,
+    TowerBlock,
+    layer_norm,
+    linear,
+    parameter,
+    pick,
+)
 
 # Where older files keep a wrong end-of-text id (2), their models take the feature at the largest id of the sequence.
 LEGACY_EOS_TOKEN_ID = 2
 
-
 # How the parameters lie on a mesh, see ``sharding``.
 RULES = (
-    (r".*blocks\.attn\.[qkv]\.kernel", P(None, "fsdp", "tensor")),
-    (r".*blocks\.attn\.[qkv]\.bias", P(None, "tensor")),
-    (r".*blocks\.mlp\.in_layer\.kernel", P(None, "fsdp", "tensor")),
-    (r".*blocks\.mlp\.in_layer\.bias", P(None, "tensor")),
-    (r".*blocks\.(attn\.proj|mlp\.out_layer)\.kernel", P(None, "tensor", "fsdp")),
+    *BLOCK_RULES,
     (r".*token_embedding", P(None, "fsdp")),
     (r".*projection\.kernel", P("fsdp", None)),
     (r"vision\.patch_embedding\.kernel", P()),
     (r".*(bias|scale|class_embedding|position_embedding)", P()),
 )
-MAY_STAY_WHOLE = r".*blocks\.attn\..*"  # around heads that "tensor" may not divide, as CLIP-L's 12
-
-
-def quick_gelu(x: jax.Array) -> jax.Array:
-    """OpenAI's approximation of GELU: ``x * sigmoid(1.702 x)``."""
-    return x * jax.nn.sigmoid(1.702 * x)
-
-
-def exact_gelu(x: jax.Array) -> jax.Array:
-    """GELU by the error function, as open_clip and HF's "gelu" have it: in float32, rounded once."""
-    return jax.nn.gelu(x.astype(jnp.float32), approximate=False).astype(x.dtype)
-
-
-ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {"quick_gelu": quick_gelu, "gelu": exact_gelu}
-
-
-def _pick(cls: type, config: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """The entries of a config.json that are fields of ``cls``. Absent ones keep the defaults, as HF files have it."""
-    picked = {f.name: config[f.name] for f in dataclasses.fields(cls) if f.name in config}
-    act = picked.get("hidden_act", "quick_gelu")
-    if act not in ACTIVATIONS:
-        raise ValueError(f"{where}: hidden_act={act!r} is not supported; known: {', '.join(ACTIVATIONS)}")
-    return picked
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,7 +56,7 @@ class ClipTextConfig:
     @classmethod
     def from_dict(cls, config: Mapping[str, Any]) -> "ClipTextConfig":
         """From the config.json of a ``CLIPTextModel`` or the ``text_config`` of a ``CLIPModel``. Raises ValueError."""
-        return cls(**_pick(cls, config, "CLIP text config"))
+        return cls(**pick(cls, config, "CLIP text config"))
 
     @property
     def end_rule(self) -> str:
@@ -101,7 +82,7 @@ class ClipVisionConfig:
         """From the ``vision_config`` of a ``CLIPModel``. Raises ValueError for what this module does not compute."""
         if config.get("num_channels", 3) != 3:
             raise ValueError(f"CLIP vision config: num_channels={config['num_channels']} is not supported; expected 3")
-        picked = cls(**_pick(cls, config, "CLIP vision config"))
+        picked = cls(**pick(cls, config, "CLIP vision config"))
         if picked.image_size % picked.patch_size:
             raise ValueError(
                 f"CLIP vision config: image_size={picked.image_size} is not a multiple of "
@@ -210,82 +191,6 @@ def end_positions(ids: jax.Array, rule: str, eos_token_id: int) -> jax.Array:
     raise ValueError(f"end_rule={rule!r} is unknown; choose argmax or eos")
 
 
-def _norm(width: int, eps: float, rngs: nnx.Rngs) -> nnx.LayerNorm:
-    """Layer norm in float32 whatever the input. The fast variance E[x^2] - E[x]^2 cancels, so it is off."""
-    return nnx.LayerNorm(
-        width, epsilon=eps, use_fast_variance=False, dtype=jnp.float32, param_dtype=jnp.float32, rngs=rngs
-    )
-
-
-def _linear(n_in: int, n_out: int, compute: Compute, rngs: nnx.Rngs, *, std: float, bias: bool = True) -> nnx.Linear:
-    """A dense layer with OpenAI CLIP's normal initialisation."""
-    return nnx.Linear(
-        n_in,
-        n_out,
-        use_bias=bias,
-        kernel_init=nnx.initializers.normal(std),
-        dtype=compute.dtype,
-        param_dtype=compute.param_dtype,
-        rngs=rngs,
-    )
-
-
-class ClipAttention(nnx.Module):
-    """Multi-head self-attention with biases."""
-
-    def __init__(self, width: int, heads: int, layers: int, causal: bool, compute: Compute, *, rngs: nnx.Rngs):
-        if width % heads:
-            raise ValueError(f"CLIP: hidden_size={width} is not a multiple of num_attention_heads={heads}")
-        self.heads, self.causal, self.compute = heads, causal, compute
-        self.q = _linear(width, width, compute, rngs, std=width**-0.5)
-        self.k = _linear(width, width, compute, rngs, std=width**-0.5)
-        self.v = _linear(width, width, compute, rngs, std=width**-0.5)
-        self.proj = _linear(width, width, compute, rngs, std=width**-0.5 * (2 * layers) ** -0.5)
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """[B, T, D] -> [B, T, D]."""
-        split = (*x.shape[:2], self.heads, x.shape[2] // self.heads)
-        q, k, v = (self.compute.constrain(f(x).reshape(split), "heads") for f in (self.q, self.k, self.v))
-        out = attention(q, k, v, backend=self.compute.attention, causal=self.causal, mesh=self.compute.mesh)
-        return self.proj(out.reshape(x.shape))
-
-
-class ClipMlp(nnx.Module):
-    """Dense, activation, dense."""
-
-    def __init__(self, width: int, hidden: int, layers: int, act: str, compute: Compute, *, rngs: nnx.Rngs):
-        self.act = ACTIVATIONS[act]
-        self.in_layer = _linear(width, hidden, compute, rngs, std=(2 * width) ** -0.5)
-        self.out_layer = _linear(hidden, width, compute, rngs, std=width**-0.5 * (2 * layers) ** -0.5)
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """[B, T, D] -> [B, T, D]."""
-        return self.out_layer(self.act(self.in_layer(x)))
-
-
-class ClipBlock(nnx.Module):
-    """Pre-norm transformer block of either tower."""
-
-    def __init__(self, config: ClipTextConfig | ClipVisionConfig, causal: bool, compute: Compute, *, rngs: nnx.Rngs):
-        width, layers, eps = config.hidden_size, config.num_hidden_layers, config.layer_norm_eps
-        self.norm1 = _norm(width, eps, rngs)
-        self.attn = ClipAttention(width, config.num_attention_heads, layers, causal, compute, rngs=rngs)
-        self.norm2 = _norm(width, eps, rngs)
-        self.mlp = ClipMlp(width, config.intermediate_size, layers, config.hidden_act, compute, rngs=rngs)
-        self.compute = compute
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """[B, T, D] -> [B, T, D] in ``compute.dtype``."""
-        x = self.compute.constrain(x, "tokens")
-        x = x + self.attn(self.norm1(x).astype(x.dtype))
-        x = x + self.mlp(self.norm2(x).astype(x.dtype))
-        return self.compute.constrain(x, "tokens")
-
-
-def _parameter(init: Callable, shape: tuple[int, ...], compute: Compute, rngs: nnx.Rngs) -> nnx.Param:
-    return nnx.Param(init(rngs.params(), shape, compute.param_dtype))
-
-
 class ClipTextTower(nnx.Module):
     """Causal text transformer; its feature is the final norm's output at the end of text, perhaps projected."""
 
@@ -293,12 +198,12 @@ class ClipTextTower(nnx.Module):
         width = config.hidden_size
         self.config, self.compute = config, compute
         init = nnx.initializers.normal
-        self.token_embedding = _parameter(init(0.02), (config.vocab_size, width), compute, rngs)
-        self.position_embedding = _parameter(init(0.01), (config.max_position_embeddings, width), compute, rngs)
-        self.blocks = stack(lambda r: ClipBlock(config, True, compute, rngs=r), config.num_hidden_layers, rngs)
-        self.norm_out = _norm(width, config.layer_norm_eps, rngs)
+        self.token_embedding = parameter(init(0.02), (config.vocab_size, width), compute, rngs)
+        self.position_embedding = parameter(init(0.01), (config.max_position_embeddings, width), compute, rngs)
+        self.blocks = stack(lambda r: TowerBlock(config, compute, rngs=r, causal=True), config.num_hidden_layers, rngs)
+        self.norm_out = layer_norm(width, config.layer_norm_eps, rngs)
         if projection_dim is not None:
-            self.projection = _linear(width, projection_dim, compute, rngs, std=width**-0.5, bias=False)
+            self.projection = linear(width, projection_dim, compute, rngs, std=width**-0.5, bias=False)
 
     def hidden(self, ids: jax.Array) -> jax.Array:
         """[B, T] ids -> [B, T, D] float32, after the final norm. Raises ValueError if T exceeds the position table."""
@@ -327,29 +232,19 @@ class ClipVisionTower(nnx.Module):
         width, patch, eps = config.hidden_size, config.patch_size, config.layer_norm_eps
         self.config, self.compute = config, compute
         init, tokens = nnx.initializers.normal, (config.image_size // patch) ** 2 + 1
-        # The kernel has the layout of a convolution (HWIO); stride = size makes it one product over cut-out patches.
-        self.patch_embedding = nnx.Dict(
-            kernel=_parameter(init((3 * patch * patch) ** -0.5), (patch, patch, 3, width), compute, rngs)
-        )
-        self.class_embedding = _parameter(init(width**-0.5), (width,), compute, rngs)
-        self.position_embedding = _parameter(init(width**-0.5), (tokens, width), compute, rngs)
-        self.norm_in = _norm(width, eps, rngs)
-        self.blocks = stack(lambda r: ClipBlock(config, False, compute, rngs=r), config.num_hidden_layers, rngs)
-        self.norm_out = _norm(width, eps, rngs)
-        self.projection = _linear(width, projection_dim, compute, rngs, std=width**-0.5, bias=False)
+        self.patch_embedding = PatchEmbedding(config.image_size, patch, width, False, compute, rngs=rngs)
+        self.class_embedding = parameter(init(width**-0.5), (width,), compute, rngs)
+        self.position_embedding = parameter(init(width**-0.5), (tokens, width), compute, rngs)
+        self.norm_in = layer_norm(width, eps, rngs)
+        self.blocks = stack(lambda r: TowerBlock(config, compute, rngs=r), config.num_hidden_layers, rngs)
+        self.norm_out = layer_norm(width, eps, rngs)
+        self.projection = linear(width, projection_dim, compute, rngs, std=width**-0.5, bias=False)
 
     def __call__(self, pixels: jax.Array) -> jax.Array:
         """Normalised pixels [B, S, S, 3] -> [B, E] float32, not normalised. Raises ValueError unless S = image_size."""
-        size, patch, width = self.config.image_size, self.config.patch_size, self.config.hidden_size
-        batch, dtype = pixels.shape[0], self.compute.dtype
-        if pixels.shape[1:] != (size, size, 3):
-            raise ValueError(f"CLIP vision: expected pixels [B, {size}, {size}, 3], got {pixels.shape}")
-        pixels = self.compute.constrain(pixels.astype(dtype), "image")
-        side = size // patch
-        patches = pixels.reshape(batch, side, patch, side, patch, 3).transpose(0, 1, 3, 2, 4, 5)
-        patches = patches.reshape(batch, side * side, patch * patch * 3)
-        x = patches @ self.patch_embedding["kernel"][...].astype(dtype).reshape(-1, width)
-        first = jnp.broadcast_to(self.class_embedding[...].astype(dtype), (batch, 1, width))
+        width, dtype = self.config.hidden_size, self.compute.dtype
+        x = self.patch_embedding(pixels)
+        first = jnp.broadcast_to(self.class_embedding[...].astype(dtype), (x.shape[0], 1, width))
         x = jnp.concatenate([first, x], axis=1) + self.position_embedding[...].astype(dtype)
         x = scan_blocks(self.blocks, self.norm_in(x).astype(dtype), self.compute)
         return self.projection(self.norm_out(x[:, 0])).astype(jnp.float32)

@@ -38,10 +38,15 @@ class Reward(abc.ABC):
     Attributes:
       network: the network's name in ``weights.folder.NETWORKS``.
       published: sizes of the published weights, for work without them (preflight, benchmark).
+      tokenizer_of: where its tokenizer is found that the published weights come without, in words; "" for a reward
+        without tokenizer.
+      reported: what a reward is multiplied by where it is reported, to stand on its publication's scale.
     """
 
     network: ClassVar[str]
     published: ClassVar[Any]
+    tokenizer_of: ClassVar[str] = ""
+    reported: ClassVar[float] = 1.0
 
     def __init__(self, sizes: Any, graphdef: nnx.GraphDef, weight: float = 1.0):
         self.sizes, self.graphdef, self.weight = sizes, graphdef, weight
@@ -52,6 +57,14 @@ class Reward(abc.ABC):
 
         Raises UserError for a folder whose tokenizer is missing or does not fit the network.
         """
+
+    @classmethod
+    def load_tokenizer(cls, sizes: Any, where: str | os.PathLike) -> Any:
+        """The tokenizer in a folder, for a network of these sizes; of a reward that has ``tokenizer_of``.
+
+        Raises UserError if it is missing or is not the network's.
+        """
+        raise NotImplementedError(f"{cls.__name__} has no tokenizer")
 
     @abc.abstractmethod
     def token_shapes(self) -> Any:

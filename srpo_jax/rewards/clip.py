@@ -5,7 +5,7 @@ They differ in weights, in a scale, and in what fills short captions.
 
 import os
 import pathlib
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +14,7 @@ from srpo_jax import text, tokens
 from srpo_jax.costs import flops
 from srpo_jax.costs.flops import Forward
 from srpo_jax.errors import UserError
-from srpo_jax.models.clip import VIT_H_14
+from srpo_jax.models.clip import VIT_H_14, ClipConfig
 from srpo_jax.models.compute import Params, bind
 from srpo_jax.rewards.base import Reward, Tokenize, int32
 
@@ -29,18 +29,26 @@ class ClipReward(Reward):
 
     network = "clip"
     published = VIT_H_14
+    tokenizer_of = "HPS-v2.1, PickScore and CLIP-H have that of FLUX.1-dev/tokenizer"
+    reported = TEMPERATURE_DIVISOR  # as PickScore and the CLIP score are printed: about 100 times the cosine
     open_clip: ClassVar[bool] = False  # whether it was trained with open_clip's tokenizer
+
+    @classmethod
+    def load_tokenizer(cls, sizes: ClipConfig, where: str | os.PathLike) -> Any:
+        """As transformers reads it."""
+        tokenizer = text.load_tokenizer(where)
+        tokens.check(tokenizer, sizes.text_config, where)
+        return tokenizer
 
     def tokens(self, path: str | os.PathLike) -> Tokenize:
         """Token ids int32 [B, T], T as the network has positions."""
-        where, sizes = pathlib.Path(path) / "tokenizer", self.sizes.text_config
-        tokenizer = text.load_tokenizer(where)
-        tokens.check(tokenizer, sizes, where)
+        where, length = pathlib.Path(path) / "tokenizer", self.sizes.text_config.max_position_embeddings
+        tokenizer = self.load_tokenizer(self.sizes, where)
         if self.open_clip:
             tokenizer = tokens.OpenClipTokenizer(tokenizer, where)
         if tokenizer.pad_token_id is None:
             raise UserError(f"{where} names no padding token; take the tokenizer of a CLIP model")
-        return lambda texts: text.tokenize(tokenizer, texts, sizes.max_position_embeddings)
+        return lambda texts: text.tokenize(tokenizer, texts, length)
 
     def token_shapes(self) -> jax.ShapeDtypeStruct:
         """[T]."""
@@ -75,6 +83,7 @@ class ClipReward(Reward):
 class HpsReward(ClipReward):
     """HPS-v2.1 (arXiv 2306.09341): the inner product as it is, under open_clip's tokenizer."""
 
+    reported = 1.0
     open_clip = True
 
     def scale(self, params: Params) -> float:
@@ -102,19 +111,19 @@ def preprocess(images: jax.Array, size: int) -> jax.Array:
     Returns:
       ``[B, size, size, 3]``, float32.
     """
-    batch, height, width, channels = images.shape
+    height, width = images.shape[1:3]
     short = min(height, width)
     resized_height, resized_width = size * height // short, size * width // short
-    x = images.astype(jnp.float32)
-    if (resized_height, resized_width) != (height, width):
-        x = jax.image.resize(
-            x,
-            (batch, resized_height, resized_width, channels),
-            method="cubic",
-            antialias=True,
-            precision=jax.lax.Precision.HIGHEST,
-        )
+    x = resize(images.astype(jnp.float32), resized_height, resized_width)
     # torchvision rounds the crop's corner half to even, as Python does.
     top, left = round((resized_height - size) / 2), round((resized_width - size) / 2)
     x = x[:, top : top + size, left : left + size]
     return (x - jnp.asarray(MEAN)) / jnp.asarray(STD)
+
+
+def resize(images: jax.Array, height: int, width: int) -> jax.Array:
+    """``[B, H, W, C]`` to another size, bicubic and antialiased, as torchvision and PIL do; in the same dtype."""
+    if images.shape[1:3] == (height, width):
+        return images
+    shape = len(images), height, width, images.shape[3]
+    return jax.image.resize(images, shape, method="cubic", antialias=True, precision=jax.lax.Precision.HIGHEST)

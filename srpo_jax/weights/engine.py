@@ -143,11 +143,16 @@ def check(
         elif not jnp.issubdtype(source.specs[place[name]].dtype, jnp.floating):
             faults["not of floating point"].append(f"{name} ({source.specs[place[name]].dtype.name})")
     known = set(expected) | set(table.aliases) | table.ignored
-    faults["not used"] = [name for name in source.specs if name not in known]
+    faults["not used"] = [name for name in source.specs if name not in known and not name.startswith(table.unread)]
     listed = "; ".join(f"{len(names)} {fault}: {_shorten(names)}" for fault, names in faults.items() if names)
     if listed:
         raise UserError(f"{source.path} does not hold this {network} network{remark}: {listed}")
     return place
+
+
+def unread(table: Table, source: Source) -> list[str]:
+    """The names of what a source holds that the network does not have (``Table.unread``)."""
+    return [name for name in source.specs if name.startswith(table.unread)]
 
 
 def _shorten(names: list[str]) -> str:

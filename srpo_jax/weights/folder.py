@@ -41,6 +41,9 @@ NETWORKS = {
     "flux": ("srpo_jax.models.flux", "FluxConfig", "Flux"),
     "autoencoder": ("srpo_jax.models.autoencoder", "AutoencoderConfig", "Autoencoder"),
     "clip": ("srpo_jax.models.clip", "ClipConfig", "Clip"),
+    "blip": ("srpo_jax.models.blip", "BlipConfig", "Blip"),
+    "aesthetic": ("srpo_jax.models.aesthetic", "ClipAestheticConfig", "ClipAesthetic"),
+    "aesthetic_v25": ("srpo_jax.models.aesthetic", "SiglipAestheticConfig", "SiglipAesthetic"),
     "clip_text": ("srpo_jax.models.clip", "ClipTextConfig", "ClipText"),
     "t5": ("srpo_jax.models.t5", "T5Config", "T5Encoder"),
 }

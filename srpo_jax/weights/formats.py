@@ -20,7 +20,8 @@ class Format:
 
     Attributes:
       network: ours, see ``folder.NETWORKS``.
-      name: "diffusers", "bfl" (Black Forest Labs' single files, also ComfyUI's), "hf" (transformers) or "open_clip".
+      name: "diffusers", "bfl" (Black Forest Labs' single files, also ComfyUI's), "hf" (transformers), "open_clip" or
+        "image_reward" (its authors' file).
       marks: groups of tensor names; a file that holds all of a group is in this format, unless an earlier one fits too.
       rules: the function of ``srpo_jax.weights.<module>`` that makes the table from the network's config.
       config: the file with the network's config, and what it calls the network (``_class_name`` or ``model_type``).
@@ -39,12 +40,54 @@ class Format:
         module = importlib.import_module(folder.NETWORKS[self.network][0].replace(".models.", ".weights."))
         return getattr(module, self.rules)(config)
 
+    @property
+    def has_head(self) -> bool:
+        """Whether its tensors come from two files, of a tower and of a score's head."""
+        return any(mark.startswith(HEAD) for group in self.marks for mark in group)
+
+    def fits(self, specs: Mapping[str, Spec]) -> bool:
+        """Whether tensors of these names are in this format."""
+        return any(all(mark in specs for mark in group) for group in self.marks)
+
     def __str__(self) -> str:
         return f"{self.network} ({self.name})"
 
 
+HEAD = "head."  # before the names of a score's head, which is a file beside that of its tower
 # A format whose marks are part of another's comes after it.
 FORMATS = (
+    Format(
+        "blip",
+        "image_reward",
+        (("blip.visual_encoder.cls_token", "mlp.layers.7.weight"),),
+        "image_reward_rules",
+        ("med_config.json", "bert"),
+        "ImageReward",
+    ),
+    Format(
+        "aesthetic",
+        "hf",
+        (("vision_model.embeddings.class_embedding", f"{HEAD}layers.7.weight"),),
+        "hf_clip_rules",
+        ("config.json", "clip"),
+        "model",
+    ),
+    Format(
+        "aesthetic",
+        "open_clip",
+        (("visual.class_embedding", f"{HEAD}layers.7.weight"),),
+        "open_clip_rules",
+        ("open_clip_config.json", ""),
+        "open_clip_model",
+    ),
+    Format(
+        "aesthetic_v25",
+        "hf",
+        (("vision_model.head.probe", f"{HEAD}scoring_head.8.weight"),),
+        "siglip_rules",
+        ("config.json", "siglip"),
+        "model",
+    ),
     Format(
         "flux",
         "diffusers",
@@ -125,7 +168,7 @@ def detect(specs: Mapping[str, Spec], where: Any, said: str = "") -> Format:
     words = strangers.never_ours(specs)
     if words is None:
         for form in FORMATS:
-            if any(all(mark in specs for mark in group) for group in form.marks):
+            if form.fits(specs):
                 return form
         words = strangers.described(specs, "" if said in {form.config[1] for form in FORMATS} else said)
     raise UserError(f"{where} {words}")
@@ -143,7 +186,10 @@ def written_as(network: str, style: str) -> Format | None:
     """The format for a network in an export of a style ("diffusers", "bfl", "comfyui"), None if it has no place there.
 
     Text encoders are in transformers' names in every style; BFL's own files hold none, ComfyUI has no use for rewards.
+    Scores with a head of their own are read by no other program under any of these names.
     """
+    if network in ("blip", "aesthetic", "aesthetic_v25"):
+        return None
     if network in ("flux", "autoencoder"):
         return find(network, "diffusers" if style == "diffusers" else "bfl")
     if style == "bfl" or (style == "comfyui" and network == "clip"):
@@ -151,18 +197,30 @@ def written_as(network: str, style: str) -> Format | None:
     return find(network, "hf")
 
 
-def open_network(path: pathlib.Path, network: str | None = None, name: str | None = None) -> tuple[Format, Source]:
+def open_network(
+    path: pathlib.Path, network: str | None = None, name: str | None = None, head: pathlib.Path | None = None
+) -> tuple[Format, Source]:
     """Opens the weights of one network, a file or a component's folder.
 
     Args:
       path: the file or folder.
       network, name: what its network and format must be; None takes what they are.
+      head: a file with the head of the score whose tower ``path`` is.
 
     Raises UserError if there is nothing readable or it is not what was asked for.
     """
     names = [file for file in sources.WEIGHT_FILES if name != "open_clip" or file.startswith("open_clip")]
     source = sources.open_source(path, names)
-    form = detect(source.specs, source.path, _said(path / "config.json") if path.is_dir() else "")
+    if head is None:
+        form = detect(source.specs, source.path, _said(path / "config.json") if path.is_dir() else "")
+    else:
+        source = sources.JoinedSource(source, sources.open_file(head), HEAD)
+        form = next((form for form in FORMATS if form.has_head and form.fits(source.specs)), None)
+        if form is None:
+            raise UserError(
+                f"{path} and {head} make no score: LAION's head (layers.7.weight) belongs to a CLIP, V2.5's "
+                "(scoring_head.8.weight) to a SigLIP"
+            )
     if network not in (None, form.network) or name not in (None, form.name):
         raise UserError(f"{source.path} looks like {form}; expected {' '.join(filter(None, (network, name)))}")
     return form, source
@@ -187,11 +245,11 @@ def find_config(form: Format, path: pathlib.Path, source: Source, given: Any = N
 
 def parse_config(form: Format, content: Mapping[str, Any], where: Any) -> Any:
     """A network's config from a foreign config.json, an open_clip_config.json or our own. Raises UserError."""
-    if form.network == "clip" and ("model_cfg" in content or "vision_cfg" in content):
+    if form.network in ("clip", "aesthetic") and ("model_cfg" in content or "vision_cfg" in content):
         from srpo_jax.models.clip import ClipConfig
 
         try:
-            return ClipConfig.from_open_clip(content)
+            content = dataclasses.asdict(ClipConfig.from_open_clip(content))
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"{where}: {error}") from error
     if str(content.get("format", "")).startswith("srpo_jax/"):

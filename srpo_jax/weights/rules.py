@@ -78,11 +78,14 @@ class Table:
         are skipped when read and not written. Anything else that no rule uses is an error.
       aliases: second names of tied tensors, ``{alias: name used in a rule}``. A file may hold either name or both; if
         both, the two must be equal bit for bit. Only the rule's name is written.
+      unread: how the names of parts begin that such files hold and our network does not have, as the text tower of a
+        CLIP whose vision tower alone it is. They are skipped as well.
     """
 
     rules: tuple[Rule, ...]
     ignored: frozenset[str] = frozenset()
     aliases: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    unread: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "rules", tuple(self.rules))

@@ -30,6 +30,7 @@ WEIGHT_FILES = (
     "pytorch_model.bin.index.json",
     "pytorch_model.bin",
     "open_clip_pytorch_model.bin",
+    "ImageReward.pt",
 )
 _INDEX = re.compile(r"\.index(\.\w+)?\.json$")
 # Wrappers that put their own word before every name: torch's data parallelism, and ComfyUI's saving nodes.
@@ -128,6 +129,21 @@ class RenamedSource:
     def read(self, name: str) -> np.ndarray:
         """One tensor of the source."""
         return self._source.read(self._prefix + name)
+
+
+class JoinedSource:
+    """A source and another one, whose names get a prefix that none of the first has."""
+
+    def __init__(self, source: Source, other: Source, prefix: str):
+        self.path = f"{source.path} with {other.path}"
+        self._source, self._other, self._prefix = source, other, prefix
+        self.specs = {**source.specs, **{prefix + name: spec for name, spec in other.specs.items()}}
+
+    def read(self, name: str) -> np.ndarray:
+        """One tensor of either."""
+        if name.startswith(self._prefix):
+            return self._other.read(name.removeprefix(self._prefix))
+        return self._source.read(name)
 
 
 def open_file(path: pathlib.Path) -> Source:

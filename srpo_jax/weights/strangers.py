@@ -47,6 +47,14 @@ _OTHERS = (
     (r"^visual\.trunk\.|^text\.transformer\.", "an open_clip model that is not of its plain ViT family"),
     (r"^vision_model\.", "a vision transformer without its text half"),
 )
+# Halves of what is read together. A SigLIP's text tower has the names of a CLIP's.
+_HALVES = (
+    (r"^vision_model\.head\.probe", "a SigLIP: as the tower of an aesthetic score it takes the score's head by --head"),
+    (
+        r"^(layers|scoring_head)\.[24]\.weight",
+        "an aesthetic score's head: give it by --head, its tower as --source",
+    ),
+)
 # Every name that a FLUX.1 transformer's file can hold, diffusers' and BFL's: a file of these alone is a part of one.
 _LAYER = r"(weight|bias)"
 _FLUX = re.compile(
@@ -77,7 +85,7 @@ def never_ours(names: Iterable[str]) -> str | None:
         return f"looks like {words}"
     if words := _first(_FAMILIES, names):
         return f"is {words}, which is not supported"
-    if words := _first(_FORMS, names):
+    if words := _first((*_FORMS, *_HALVES), names):
         return f"looks like {words}"
     return None
 

@@ -39,7 +39,7 @@ def test_states_are_kept_at_the_start_of_their_steps():
     sigmas = flow.shifted_schedule(7, 3.0)
     x0, noise = (jax.random.normal(jax.random.key(i), (3, 2, 4)) for i in (0, 1))
     keep = jnp.array([[0, 6], [3, 3], [5, 1]])
-    last, kept = flow.sample(field(lambda x, sigma: noise - x0), noise, sigmas, keep)
+    last, kept, _ = flow.sample(field(lambda x, sigma: noise - x0), noise, sigmas, keep)
     np.testing.assert_allclose(last, x0, atol=1e-5)
     for place in (0, 1):
         expected = flow.add_noise(x0, noise, jnp.asarray(sigmas)[keep[:, place]])

@@ -111,7 +111,7 @@ def load_case(name, converted, compute=Compute(), frozen_compute=None):  # noqa:
     config.align.groundtruth_ratio = args["groundtruth_ratio"]
     config.align.discount_positive = tuple(args["discount_pos"])
     config.align.discount_negative = tuple(args["discount_inv"])
-    settings = Settings.from_config(config)
+    settings = Settings.from_config(config, FLUX)
 
     flux_config, transformer, params = folder.load(converted / "transformer", "flux", compute)
     _, autoencoder, vae_params = folder.load(converted / "vae", "autoencoder", frozen_compute or compute)
@@ -349,4 +349,4 @@ def test_scales_of_rewards_are_not_rounded(converted):
 
 def test_term_order_is_the_records_order():
     config = default()
-    assert METHODS["srpo"].names(Settings.from_config(config)) == BRANCHES
+    assert METHODS["srpo"].names(Settings.from_config(config, FLUX)) == BRANCHES

@@ -65,7 +65,7 @@ def test_a_process_saves_its_share():
 def test_a_report_says_what_is_missing():
     memory = HostMemory(143 * GIB, 0, 143 * GIB, 114 * GIB, 143 * GIB)
     assert host_memory.describe(memory) == [
-        "a save takes 257.0 GiB of each process's host (the copy 143.0, the writer 114.0)"
+        "a save takes 257.0 GiB of each process's host (the copy 143.0, the writer 114.0), 143.0 of it pinned"
     ]
     assert len(host_memory.describe(memory, 1024 * GIB)) == 1
     _, missing, pinned = host_memory.describe(memory, 100 * GIB)

@@ -26,7 +26,7 @@ def test_parts_ask_for_what_the_update_has(config):
     assert tuple(found) == work.PARTS
     weights, base, batch, noise = found["rollout"].arguments
     assert jax.tree.structure(weights) == jax.tree.structure(built.state.params) and base is None
-    assert batch.text.shape == built.batch.text.shape and noise.shape == (8, 6, 64)
+    assert batch.condition["text"].shape == built.batch.condition["text"].shape and noise.shape == (8, 6, 64)
     assert jax.eval_shape(found["rollout"].function, weights, base, batch, noise).shape == noise.shape
     grads = jax.eval_shape(found["transformer"].function, *found["transformer"].arguments)
     assert jax.tree.map(jnp.shape, grads) == jax.tree.map(jnp.shape, weights)

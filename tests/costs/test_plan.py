@@ -32,7 +32,7 @@ def on_this_cpu(monkeypatch):
 def test_check_on_a_compiled_update(monkeypatch, tmp_path):
     on_this_cpu(monkeypatch)
     config = tiny.config(tmp_path, data__batch_size=4, optim__accumulation=2)
-    candidate = plan.prepare(config, (plans.ARCHITECTURE, plans.TEXT), topologies.parse("h100:1"))
+    candidate = plan.prepare(config, plans.ARCHITECTURE, topologies.parse("h100:1"))
     report = json.loads(json.dumps(plan.check(candidate)))
     memory = report["memory"]
     assert memory["arguments"]["weights"] == 4 * PARAMETERS
@@ -64,9 +64,9 @@ def test_prompts_encoded_before(monkeypatch, tmp_path):
     """Sample grids need the text encoders too, but not beside the update; without grids nobody does."""
     on_this_cpu(monkeypatch)
     target = topologies.parse("h100:1")
-    for every, found in ((10, {"clip_text", "t5"}), (0, set())):
+    for every, found in ((10, {"text_encoder", "text_encoder_2"}), (0, set())):
         config = tiny.config(tmp_path, data__encode="stored", sample__every=every)
-        candidate = plan.prepare(config, (plans.ARCHITECTURE, plans.TEXT), target)
+        candidate = plan.prepare(config, plans.ARCHITECTURE, target)
         assert set(candidate.encoders) == found
         assert plan._memory(candidate, None, ("planned", 5.0))["text_encoders"] == 0
 
@@ -81,7 +81,7 @@ def test_a_program_that_does_not_fit(tmp_path, monkeypatch):
     on_this_cpu(monkeypatch)
     monkeypatch.setattr(program.Program, "lower", fail)
     config = tiny.config(tmp_path, data__batch_size=4, optim__accumulation=2)
-    candidate = plan.prepare(config, (plans.ARCHITECTURE, plans.TEXT), topologies.parse("v5e:1x1"))
+    candidate = plan.prepare(config, plans.ARCHITECTURE, topologies.parse("v5e:1x1"))
     candidate.config.optim.ema_decay = 0.9
     report = plan.check(candidate)
     assert not report["fits"] and not report["compiled"]
@@ -133,7 +133,7 @@ def test_text_encoders_that_the_mesh_does_not_fit(monkeypatch, tmp_path):
     place = sharding.of_tree
     monkeypatch.setattr(sharding, "of_tree", refuse)
     with pytest.raises(errors.UserError, match="t5.token_embedding"):
-        plan.prepare(tiny.config(tmp_path), (plans.ARCHITECTURE, plans.TEXT), topologies.parse("h100:1"))
+        plan.prepare(tiny.config(tmp_path), plans.ARCHITECTURE, topologies.parse("h100:1"))
 
 
 def test_what_cannot_be_built(monkeypatch):
@@ -157,7 +157,7 @@ def test_ahead_of_time(name, data, tmp_path):
         pytest.skip(f"the compiler is missing: {topologies.INSTALL[target.platform]}")
     topologies.prepare()
     config = tiny.config(tmp_path, data__batch_size=8, mesh__data=data)
-    candidate = plan.prepare(config, (plans.ARCHITECTURE, plans.TEXT), target, device_batch=1)
+    candidate = plan.prepare(config, plans.ARCHITECTURE, target, device_batch=1)
     assert candidate.config.optim.accumulation == 8 // target.count and config.optim.accumulation == 1
     report = plan.check(candidate)
     assert report["fits"] and report["loops_of_unknown_length"] == []

@@ -6,8 +6,9 @@ import optax
 import pytest
 
 from srpo_jax import architectures, config
+from srpo_jax.architectures import Architecture
 from srpo_jax.costs import flops, hlo, roofline, topologies
-from srpo_jax.families.flux import DEV
+from srpo_jax.families.flux import DEV, FLUX
 
 GROUP = (tuple(range(8)),)
 
@@ -84,7 +85,7 @@ def test_estimate():
         hlo.Collective("all-gather", "b", 10e9, GROUP, 3),
         hlo.Collective("all-reduce", "c", 8e9, GROUP, 1),
     ]
-    sizes = DEV.transformer
+    sizes = Architecture(FLUX, *DEV, {})
     got = roofline.estimate(c, sizes, work, 2765e9 / 4, 0, found, target, CUBE)
     assert got.compute == {"rollout": pytest.approx(1.0), "reward": pytest.approx(0.5)}
     assert got.memory == {"optimizer": pytest.approx(0.25)}

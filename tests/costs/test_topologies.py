@@ -115,3 +115,13 @@ def test_devices_of_several_hosts_and_slices():
     assert places[3:5] == [(0, 1, 1), (1, 0, 0)] and len(set(places)) == 8
     # A 256th of 6.4 and of 25.6 Tbit/s.
     assert target.network == 3.125e9 and topologies.parse("v6e:2x2*2").network == 12.5e9
+
+
+@pytest.mark.parametrize(
+    "name, hosts, memory",
+    [("v5p:2x2x2", 2, 448), ("v5e:4x4*2", 8, 192), ("v6e:1x1", 1, 180), ("h100:4x8", 4, None), ("h200:1", 1, None)],
+)
+def test_hosts_of_a_target(name, hosts, memory):
+    target = topologies.parse(name)
+    assert target.hosts == hosts
+    assert target.host_memory == (None if memory is None else memory * 2**30)

@@ -21,6 +21,7 @@ def test_a_plan_that_fits(tmp_path):
         "    planned         7.00",
         "    encoders        0.50  (text encoders, beside the update)",
         "    headroom       67.00  of 74.50",
+        "  a save takes 5.0 GiB of each process's host (the copy 3.0, the writer 2.0), 3.0 of it pinned",
         "  TFLOP         6 of the model, 8 of the hardware, an update",
         "  all-gather              5.00 GB a device in 40 runs",
         "  seconds       1.25 at best (compute 1, memory 0.25, interconnect 0.5), 2 expected",

@@ -111,7 +111,7 @@ def test_page_shows_every_picture_once():
         {run: [record] for run in demo.RUNS},
         [],
     )
-    open_, folded = results.page(found).galleries
+    open_, folded = (part for part in results.page(found).parts if isinstance(part, report.Gallery))
     assert (len(open_.comparisons), len(folded.comparisons)) == (results.SHOWN, 30 - results.SHOWN)
     assert {c.prompt for c in open_.comparisons + folded.comparisons} == {c.caption for c in concepts}
     assert report.render(results.page(found)).count("<svg") == 6

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from srpo_jax import architectures, config, metrics
+from srpo_jax import architectures, config, metrics, validation
 from srpo_jax.costs import work
 from srpo_jax.data import images
 from srpo_jax.emoji import demo, pictures, rollouts, world
@@ -39,7 +39,7 @@ def test_shrunk_comparison(tmp_path, monkeypatch, capsys):
     assert offline["images_per_second"] == pytest.approx(2 / offline["seconds"])
     assert f"| offline, 3D | {offline['seconds']:.1f} |" in table and f"| {offline['3D']:.1%} |" in table
     there = json.loads((tmp_path / "runs" / "offline_wanted" / "config.json").read_text())
-    assert (there["data"]["rollout"], there["rollout"]["reuse"]) == ("offline", 1)
+    assert (there["data"]["images"], there["rollout"]["reuse"]) == ("stored", 1)
     assert len(json.loads((tmp_path / "pictures" / "offline_wanted_encoded" / "prompts.json").read_text())) == 182
     with Image.open(tmp_path / "rollouts.png") as sheet:
         assert sheet.height > 2 * 64 and sheet.width > 3 * 64
@@ -56,7 +56,7 @@ def test_cases_are_cheaper_rollouts(case, monkeypatch, tmp_path):
     demo.prepare(tmp_path, recipe)
     monkeypatch.setattr("srpo_jax.train.train", lambda config, workdir: None)
     own, workdir = rollouts.run(tmp_path, recipe, case)
-    config.validate(own)
+    validation.validate(own)
     there, here = config.flatten(recipe), config.flatten(own)
     assert {key.split(".")[0] for key in here if here[key] != there[key]} == {"rollout", "sample"}
     architecture = architectures.read(recipe)

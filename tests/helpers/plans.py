@@ -25,7 +25,7 @@ ARCHITECTURE = Architecture(FLUX, tiny.FLUX, tiny.VAE, TEXT, {"clip": TOWERS})
 
 def candidate(path: pathlib.Path, **changes) -> plan.Candidate:
     """A tiny update on this machine's CPU, which stands in for an H100."""
-    config = tiny.config(path, data__batch_size=4, optim__accumulation=2, **changes)
+    config = tiny.config(path, model__dtype="bfloat16", data__batch_size=4, optim__accumulation=2, **changes)
     built = program.build(config, sharding.make_mesh(config.mesh, jax.devices()[:1]), ARCHITECTURE)
     return plan.Candidate(config, ARCHITECTURE, topologies.parse("h100:1"), built, {})
 
@@ -40,6 +40,7 @@ def report(candidate: plan.Candidate) -> dict:
             "temporaries": 3 * 2**30, "code": 2**26, "planned": 7 * 2**30, "text_encoders": 2**29, "host": 0,
             "needed": 7.5 * 2**30, "headroom": 67 * 2**30, "capacity": 74.5 * 2**30,
         },
+        "host_memory": {"state": 3 * 2**30, "offloaded": 0, "copied": 3 * 2**30, "written": 2**31, "pinned": 3 * 2**30},
         "model_flops": {"rollout": 6e12}, "hardware_flops": {"rollout": 8e12}, "loops_of_unknown_length": [],
         "collectives": {"all-gather": {"instructions": 2, "runs": 40, "bytes": 5e9}},
         "seconds": {

@@ -115,6 +115,7 @@ def config(path: pathlib.Path, **changes):
     c.reward.positive, c.reward.negative = WORDS
     c.optim.learning_rate = 1e-3
     c.checkpoint.every = 2
+    c.checkpoint.resumable = c.checkpoint.keep  # tests go on from older ones too
     c.sample.every, c.sample.prompts, c.sample.steps = 0, str(path / "held_out.txt"), 2
     c.refl.late_steps = 2
     c.update_from_flattened_dict({key.replace("__", "."): value for key, value in changes.items()})

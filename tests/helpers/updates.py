@@ -41,7 +41,7 @@ def settings(**changes):
     config.data.height, config.data.width = 32, 48
     config.rollout.steps, config.rollout.noise = 3, "per_sample"
     config.refl.late_steps = 2
-    return dataclasses.replace(Settings.from_config(config), **changes)
+    return dataclasses.replace(Settings.from_config(config, families_flux.FLUX), **changes)
 
 
 def make_networks(compute):

@@ -10,8 +10,7 @@ from flax import nnx
 from helpers import tiny
 
 from srpo_jax import architectures, program, sharding
-from srpo_jax.algorithm import step
-from srpo_jax.algorithm.rollout import rollout
+from srpo_jax.algorithm.rollout import in_eight_bits, rollout
 from srpo_jax.models import eight_bit
 from srpo_jax.models.compute import bind
 
@@ -70,7 +69,7 @@ def test_a_rollout(kind, models):
     error = float(jnp.linalg.norm(found - exact) / jnp.linalg.norm(exact - noise))
     assert 0 < error < 3 * BOUND[kind], error
 
-    networks, eight = step.in_eight_bits(built.networks, params, kind)
+    networks, eight = in_eight_bits(built.networks, params, kind)
     kept = eight["double_blocks"]["img_mod"]["kernel"]
     np.testing.assert_array_equal(kept, params["double_blocks"]["img_mod"]["kernel"])
     assert set(eight["single_blocks"]["mlp_in"]["kernel"]) == {"codes", "scales"}

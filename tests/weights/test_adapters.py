@@ -16,7 +16,7 @@ from helpers import references, tiny
 from srpo_jax import convert
 from srpo_jax.errors import UserError
 from srpo_jax.models import lora
-from srpo_jax.models.compute import Compute
+from srpo_jax.models.flux import Flux
 from srpo_jax.weights import adapters, engine, flux, folder
 from srpo_jax.weights import lora as weights_lora
 
@@ -27,7 +27,7 @@ EVERYTHING = (".*",)
 def random_factors(config, settings):
     """Factors of which none is 0, by path."""
     generator = np.random.default_rng(0)
-    like = engine.flatten(lora.split(lora.abstract(config, Compute(), settings)[1])[0])
+    like = engine.flatten(lora.split(lora.abstract(folder.constructor("flux", config), settings)[1])[0])
     return {name: generator.normal(size=leaf.shape).astype(np.float32) for name, leaf in like.items()}
 
 
@@ -144,7 +144,7 @@ def bfl_file(config, rank, *, seed=0):
     """Factors for every layer of the blocks in BFL's names, fused layers with one pair: ``{module: (down, up)}``."""
     generator, pairs = np.random.default_rng(seed), {}
     for name, shape in engine.source_shapes(flux.bfl_rules(config), folder.shapes("flux", config)).items():
-        if name.startswith(lora.STACKS) and len(shape) == 2:
+        if name.startswith(Flux.STACKS) and len(shape) == 2:
             down, up = (generator.normal(size=size).astype(np.float32) for size in ((rank, shape[1]), (shape[0], rank)))
             pairs[name.removesuffix(".weight")] = down, up
     return pairs

@@ -38,7 +38,9 @@ def network():
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_folder_round_trip(tmp_path, network, dtype):
     graphdef, params = network
-    params = jax.tree.map(lambda a: a.astype(dtype), params)
+    _, like = folder.abstract("clip_text", CONFIG, compute.Compute(param_dtype=dtype))
+    assert {leaf.dtype for leaf in jax.tree.leaves(like)} == {np.dtype(dtype), np.dtype(np.float32)}  # of norms
+    params = jax.tree.map(lambda leaf, like: leaf.astype(like.dtype), params, like)
     folder.save(tmp_path / "net", "clip_text", CONFIG, params)
     assert folder.read_config(tmp_path / "net") == ("clip_text", CONFIG)
     config, loaded_graphdef, loaded = folder.load(tmp_path / "net", "clip_text", compute.Compute(param_dtype=dtype))

@@ -1,0 +1,111 @@
+"""Draws a candidate's pictures, or reads those that are there, a fixed part of the list at a time.
+
+A picture's noise depends on its prompt, its number and the seed (``Item.name``): neither on what else is drawn nor on
+batches, processes or the update of a checkpoint.
+"""
+
+import functools
+import pathlib
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from srpo_jax import architectures, checkpoint, generate, sampling, sharding
+from srpo_jax.data import images
+from srpo_jax.errors import UserError
+from srpo_jax.evaluation.candidates import Candidate, Item
+from srpo_jax.families.base import TRANSFORMER
+from srpo_jax.models.compute import Compute
+from srpo_jax.models.lora import Lora
+
+Draw = Callable[[Sequence[Item]], np.ndarray]
+
+
+class Drawing(NamedTuple):
+    """How pictures are drawn.
+
+    Attributes:
+      look: sides in pixels, steps, guidance.
+      seed: of all noise.
+      dtype: of weights and matrix products.
+      attention: backend.
+      text_length: tokens of a prompt; None is the tokenizer's.
+    """
+
+    look: sampling.Look
+    seed: int = 0
+    dtype: str = "float32"
+    attention: str = "xla"
+    text_length: int | None = None
+
+    def settings(self) -> dict[str, Any]:
+        """What pictures depend on, by the names of the command's flags."""
+        values = self._asdict()
+        del values["attention"]
+        return values.pop("look")._asdict() | values
+
+
+class Studio:
+    """What draws pictures on a mesh, ``at_once`` at a time; the parts of a pipeline are read once for all its
+    checkpoints, and only one transformer is held."""
+
+    def __init__(self, mesh: Mesh, drawing: Drawing, at_once: int):
+        self._mesh, self.drawing, self._at_once = mesh, drawing, at_once
+        kind = jnp.dtype(drawing.dtype)
+        self._compute = Compute(
+            dtype=kind, param_dtype=kind, attention=drawing.attention, mesh=mesh, constrain=sharding.constraint(mesh)
+        )
+        self._pipeline = functools.lru_cache(1)(self._read_pipeline)
+        self._painters: dict[tuple[str, Lora | None], sampling.Painter] = {}
+
+    def check(self, candidate: Candidate) -> None:
+        """Raises UserError for sizes that its family has not."""
+        family, _ = architectures.read_pipeline(candidate.pipeline)
+        family.check_size(self.drawing.look.height, self.drawing.look.width, ("--height", "--width"))
+
+    def open(self, candidate: Candidate) -> Draw:
+        """Reads a candidate's weights. Returns what draws items, at most ``at_once``: uint8 [B, height, width, 3]."""
+        family, tools = self._pipeline(candidate.pipeline)
+        trained = None
+        if candidate.workdir is not None:
+            trained = checkpoint.load_params(candidate.workdir, candidate.step, candidate.ema)
+        graphdef, params = generate.read_transformer(
+            pathlib.Path(candidate.pipeline) / TRANSFORMER,
+            family.network,
+            self._compute,
+            self._mesh,
+            trained,
+            candidate.lora,
+        )
+        # Checkpoints of a run share a graph definition, and so what is compiled for it.
+        key = candidate.pipeline, candidate.lora
+        if key not in self._painters:
+            look, pipeline = self.drawing.look, candidate.pipeline
+            self._painters = {key: sampling.Painter(
+                self._mesh, family, graphdef, tools.autoencoder, pipeline, look, at_once=self._at_once
+            )}  # fmt: skip
+        painter = self._painters[key]
+
+        def draw(items: Sequence[Item]) -> np.ndarray:
+            names = np.stack([item.name for item in items])
+            prompts = [item.prompt for item in items]
+            chunks = painter.prepare(tools.encode, prompts, seed=self.drawing.seed, names=names)
+            return np.concatenate(list(painter.paint(params, tools.params, chunks)))
+
+        return draw
+
+    def _read_pipeline(self, path: str) -> tuple:
+        family, sizes = architectures.read_pipeline(path)
+        length = self.drawing.text_length or generate.prompt_length(family, path)
+        return family, sampling.read_tools(path, self._mesh, family, sizes.transformer, self._compute, length)
+
+
+def read(picture: images.Picture) -> np.ndarray:
+    """A picture as uint8 [H, W, 3], at its own size. Raises UserError for one that cannot be read."""
+    try:
+        return np.asarray(images.upright(picture.content()))
+    except (ValueError, OSError) as error:
+        raise UserError(f"{picture.name}: {error}") from error
