@@ -26,9 +26,9 @@ def update_on_both(models):
         mesh = sharding.make_mesh(config.mesh, jax.devices()[: data * fsdp * tensor])
         architecture = architectures.read(config)
         built = program.build(config, mesh, architecture)
-        encode = conditions.text_encoders(config, built, architecture)
+        encode = conditions.prompt_encoder(config, built, architecture)
         prompts = [tiny.PROMPTS[i % 7] for i in sharding.local_rows(mesh, 8)]
-        batch = conditions.Conditioner(config, built, architecture, encode).batch(Examples(prompts, {}), 1)
+        batch = conditions.Conditioner(config, built, encode).batch(Examples(prompts, {}), 1)
         state, frozen = program.initial_state(config, built), program.load_frozen(config, built)
         state, found = built.lower().compile()(state, frozen, batch)
         metrics[name] = {key: float(value) for key, value in found.items()}
