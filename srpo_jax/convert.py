@@ -25,7 +25,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 import ml_dtypes
 import numpy as np
 
-from srpo_jax import command, errors, families, terminal
+from srpo_jax import command, errors, families, record, terminal
 from srpo_jax.errors import UserError
 from srpo_jax.exporting import FLOAT8, MAX_SHARD_SIZE, STYLES, export_folder, export_lora
 from srpo_jax.families.base import INDEX, TRANSFORMER
@@ -165,7 +165,7 @@ def main(arguments: list[str] | None = None) -> None:
             jax.config.update("jax_platforms", "cpu")
             logging.set_verbosity(logging.ERROR)  # Orbax warns of a file that one item of a checkpoint never has
             transformer = checkpoint.load_params(args.checkpoint, args.step, args.ema)
-            lora = checkpoint.lora(args.checkpoint)
+            lora = record.lora(args.checkpoint)
         dtype = EXPORT_DTYPES[args.dtype]
         if args.format in weights_lora.FORMATS:
             if lora is None:

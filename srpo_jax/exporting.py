@@ -49,7 +49,7 @@ def export_folder(
       max_shard_size: in bytes; larger diffusers networks are cut into several files with an index.
       transformer: trained parameters to write instead of the source's transformer.
       lora: that these are low-rank factors, to be merged into the source's transformer (whose merged kernels are then
-        float32 unless ``dtype`` says otherwise); from ``checkpoint.lora``.
+        float32 unless ``dtype`` says otherwise); from ``record.lora``.
 
     Returns:
       The tensors of each network that was written.
@@ -135,7 +135,7 @@ def export_lora(
       source: the pipeline or transformer that they adapt, a folder that ``import_folder`` made.
       target: the folder to make.
       format: of ``weights.lora.FORMATS``.
-      factors, lora: from ``checkpoint.load_params`` and ``checkpoint.lora``.
+      factors, lora: from ``checkpoint.load_params`` and ``record.lora``.
       dtype: to store in; None is float32, as alphas always are.
 
     Returns:

@@ -30,6 +30,7 @@ from srpo_jax import (
     distributed,
     errors,
     program,
+    record,
     sampling,
     sharding,
     storage,
@@ -121,7 +122,7 @@ def generate(
       seed: of the initial noise; image i has its own whatever the batch.
       latents: initial noise [len(prompts), N, C], packed, instead.
       trained: the transformer's parameters from ``checkpoint.load_params`` instead of the folder's.
-      lora: from ``checkpoint.lora``: that ``trained`` are factors beside the folder's, and how that is stored.
+      lora: from ``record.lora``: that ``trained`` are factors beside the folder's, and how that is stored.
       dtype: of all weights and matrix products.
       attention: backend of the transformer, see ``models.attention.choose``.
       batch_size: images at a time; default is one a device.
@@ -232,7 +233,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def _run(args: argparse.Namespace) -> None:
-    lora = None if args.checkpoint is None else checkpoint.lora(args.checkpoint)
+    lora = None if args.checkpoint is None else record.lora(args.checkpoint)
     if lora is None and args.quantize != "none":
         raise UserError(f"--quantize={args.quantize} is for the base of a LoRA run; give one as --checkpoint")
     if lora is not None and args.quantize != "trained":

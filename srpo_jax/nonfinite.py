@@ -30,6 +30,7 @@ from srpo_jax import (
     distributed,
     lock,
     program,
+    record,
     resume,
     sharding,
     storage,
@@ -304,7 +305,7 @@ def replay(config: ConfigDict, workdir: str | os.PathLike, number: int, changes:
     """
     validation.validate(config)
     validation.check_files(config)
-    checkpoint.check_workdir(workdir, config, resume.fingerprints(config), changes)
+    record.check(workdir, config, resume.fingerprints(config), changes)
     workdir = storage.path(workdir)
     seed, examples = read(workdir, number)
     with lock.Lock(workdir) as held:

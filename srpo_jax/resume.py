@@ -1,8 +1,5 @@
 """Whether a run may go on in a workdir: what of its configuration may change, and that its models are the same ones.
 
-    WORKDIR/config.json   the configuration, in the keys of the version that wrote it
-    WORKDIR/models.json   fingerprints (``weights.fingerprint``) of the models, by the key of their path
-
 Models are told by their content, not by where they lie; prompts and pictures by the digest in each checkpoint.
 """
 

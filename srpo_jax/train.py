@@ -29,6 +29,7 @@ from srpo_jax import (
     nonfinite,
     program,
     pulse,
+    record,
     resume,
     sampling,
     sharding,
@@ -70,7 +71,7 @@ def _train(config: ConfigDict, workdir: str | os.PathLike, changes: tuple[str, .
     validation.validate(config)
     validation.check_files(config)
     models = resume.fingerprints(config)
-    checkpoint.check_workdir(workdir, config, models, changes)
+    record.check(workdir, config, models, changes)
     workdir = storage.path(workdir)
     if workdir.exists():
         held.acquire()  # before the work that a second run would do in vain
@@ -114,7 +115,7 @@ def _train(config: ConfigDict, workdir: str | os.PathLike, changes: tuple[str, .
     held.acquire()
     if newest is None and checkpoint.steps(workdir):
         raise UserError(f"another run has begun and left {workdir} meanwhile; the same command goes on from there")
-    checkpoint.write_config(workdir, config, models, changes, newest or 0)
+    record.write(workdir, config, models, changes, newest or 0)
     checkpoints = checkpoint.Checkpoints(
         workdir, config.checkpoint.keep, checkpoint.deadline_of(built.state), config.checkpoint.resumable
     )

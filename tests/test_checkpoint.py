@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from helpers.states import abstract, make_state
 
-from srpo_jax import checkpoint
+from srpo_jax import checkpoint, record
 from srpo_jax.config import default
 from srpo_jax.errors import UserError
 
@@ -100,23 +100,23 @@ def test_parameters_that_are_not_there(workdir, tmp_path_factory):
 
 def test_a_workdir_belongs_to_one_config(tmp_path):
     config = default()
-    checkpoint.check_workdir(tmp_path / "new", config, {})
+    record.check(tmp_path / "new", config, {})
     assert not (tmp_path / "new").exists()
-    checkpoint.write_config(tmp_path / "new", config, {})
-    checkpoint.check_workdir(tmp_path / "new", config, {})
+    record.write(tmp_path / "new", config, {})
+    record.check(tmp_path / "new", config, {})
     assert json.loads((tmp_path / "new" / "config.json").read_text())["steps"] == 19
     config.seed, config.steps = 1, 99
     with pytest.raises(UserError, match=r"another config: seed is 0 there, 1 here\. Choose another --workdir"):
-        checkpoint.check_workdir(tmp_path / "new", config, {})
+        record.check(tmp_path / "new", config, {})
 
 
 def test_strange_workdirs(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="is a file"):
-        checkpoint.check_workdir(tmp_path / "file", default(), {})
+        record.check(tmp_path / "file", default(), {})
     (tmp_path / "bare" / "checkpoints" / "3" / "params").mkdir(parents=True)
     with pytest.raises(UserError, match="config.json is gone, and no checkpoint beside it holds the configuration"):
-        checkpoint.check_workdir(tmp_path / "bare", default(), {})
+        record.check(tmp_path / "bare", default(), {})
     (tmp_path / "bare" / "config.json").write_text("{")
     with pytest.raises(UserError, match="cannot be read as JSON"):
-        checkpoint.check_workdir(tmp_path / "bare", default(), {})
+        record.check(tmp_path / "bare", default(), {})

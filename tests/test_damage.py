@@ -15,7 +15,7 @@ from helpers import bucket, tiny
 from helpers.runs import arrays, assert_same, numbers
 from helpers.states import abstract, make_state
 
-from srpo_jax import checkpoint, config, integrity, leftovers, storage, train
+from srpo_jax import checkpoint, config, integrity, leftovers, record, storage, train
 from srpo_jax.errors import UserError
 from srpo_jax.weights import folder
 from srpo_jax.weights.files import new_folder
@@ -68,7 +68,7 @@ def cut(file):
 def saved(tmp_path_factory):
     """A workdir with checkpoints 2 and 3 and a configuration."""
     workdir = tmp_path_factory.mktemp("saved")
-    checkpoint.write_config(workdir, config.default(), {"model.path": "m"})
+    record.write(workdir, config.default(), {"model.path": "m"})
     checkpoints = checkpoint.Checkpoints(workdir, keep=2)
     for step in (2, 3):
         checkpoints.save(step, make_state(step), {"config": config.flatten(config.default())})
@@ -137,14 +137,14 @@ def test_none_that_can_be_read_is_an_error_and_no_fresh_start(workdir):
     with pytest.raises(
         UserError, match=r"no checkpoint that can be read, but 2\.unreadable, 3\.unreadable; bring back"
     ):
-        checkpoint.check_workdir(workdir, config.default(), {})
+        record.check(workdir, config.default(), {})
 
 
 def test_folders_that_are_none_any_more_are_no_fresh_start(workdir):
     for step in "23":
         (workdir / "checkpoints" / step / "_CHECKPOINT_METADATA").unlink()
     with pytest.raises(UserError, match="no checkpoint that can be read, but 2, 3; bring back a copy"):
-        checkpoint.check_workdir(workdir, config.default(), {})
+        record.check(workdir, config.default(), {})
 
 
 @pytest.mark.parametrize("message", ["UNAVAILABLE: try again", "RESOURCE_EXHAUSTED: out of memory"])
@@ -230,24 +230,24 @@ def test_a_configuration_that_cannot_be_read_is_in_the_checkpoints(workdir, caps
     file = workdir / "config.json"
     file.unlink() if content is None else file.write_text(content)
     wanted = config.default()
-    checkpoint.check_workdir(workdir, wanted, {"model.path": "m"})
+    record.check(workdir, wanted, {"model.path": "m"})
     assert "the configuration in the checkpoint of update 3 is used in its place" in capsys.readouterr().err
     wanted.seed = 5
     with pytest.raises(UserError, match="another config: seed is 0 there, 5 here"):
-        checkpoint.check_workdir(workdir, wanted, {})
-    assert checkpoint.lora(workdir) is None
+        record.check(workdir, wanted, {})
+    assert record.lora(workdir) is None
     (workdir / "checkpoints" / "3" / "run" / "metadata").write_text("{")
     with pytest.raises(UserError, match="another config: seed is 0 there, 5 here"):
-        checkpoint.check_workdir(workdir, wanted, {})
+        record.check(workdir, wanted, {})
     assert "of update 2 is used" in capsys.readouterr().err
     (workdir / "checkpoints" / "2" / "run" / "metadata").write_text("{")
     with pytest.raises(UserError, match=r"config.json .*no checkpoint beside it holds the configuration; bring back"):
-        checkpoint.check_workdir(workdir, wanted, {})
+        record.check(workdir, wanted, {})
 
 
 def test_fingerprints_that_cannot_be_read(workdir, capsys):
     (workdir / "models.json").write_text("[")
-    checkpoint.check_workdir(workdir, config.default(), {"model.path": "another"})
+    record.check(workdir, config.default(), {"model.path": "another"})
     assert "models.json cannot be read as JSON" in capsys.readouterr().err
 
 

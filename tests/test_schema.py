@@ -7,7 +7,7 @@ import shutil
 import numpy as np
 import pytest
 
-from srpo_jax import checkpoint, config, metrics, schema
+from srpo_jax import config, metrics, record, schema
 from srpo_jax.data import stored
 from srpo_jax.errors import UserError
 from srpo_jax.weights import folder
@@ -107,5 +107,5 @@ def test_metrics_and_configs_that_hold_something_else(tmp_path, content):
     assert metrics.read(tmp_path) == [{"step": 1}]
     (tmp_path / "config.json").write_text(content if content != '{"loss": 1}\n' else DEEP)
     with pytest.raises(UserError) as error:
-        checkpoint.check_workdir(tmp_path, config.default(), {})
+        record.check(tmp_path, config.default(), {})
     assert "\n" not in str(error.value)

@@ -10,7 +10,7 @@ from helpers.runs import numbers, scalars
 from helpers.states import abstract, make_state
 from PIL import Image
 
-from srpo_jax import checkpoint, config, generate, metrics, storage, train
+from srpo_jax import checkpoint, config, generate, metrics, record, storage, train
 from srpo_jax.errors import UserError
 
 
@@ -34,7 +34,7 @@ def test_paths_that_are_not_supported(monkeypatch):
         storage.path("gs://")
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(UserError, match="gs://b/run: this needs another package; run `pip install gcsfs`"):
-        checkpoint.check_workdir("gs://b/run", config.default(), {})
+        record.check("gs://b/run", config.default(), {})
 
 
 def test_a_local_file_is_replaced_as_a_whole(tmp_path):
@@ -47,9 +47,9 @@ def test_a_local_file_is_replaced_as_a_whole(tmp_path):
 
 def test_a_bucket_that_refuses_is_named(server):
     with pytest.raises(UserError, match=r"gs://forbidden/run cannot be read \(.*gcloud auth application-default login"):
-        checkpoint.check_workdir("gs://forbidden/run", config.default(), {})
+        record.check("gs://forbidden/run", config.default(), {})
     with pytest.raises(UserError, match=r"gs://missing/run/config.json cannot be written \(.*check the bucket's name"):
-        checkpoint.write_config("gs://missing/run", config.default(), {})
+        record.write("gs://missing/run", config.default(), {})
 
 
 # --- what a run writes ------------------------------------------------------------------------------------------------

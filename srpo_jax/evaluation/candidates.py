@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from srpo_jax import architectures, checkpoint, storage
+from srpo_jax import architectures, checkpoint, record, storage
 from srpo_jax.config import reward_of
 from srpo_jax.data import images
 from srpo_jax.errors import UserError
@@ -160,7 +160,7 @@ def _checkpoints(label: str | None, text: str, model: Candidate, ema: bool, quan
     checkpoint.load_params(workdir, int(which) if which and which != ALL else None, ema)  # what is wrong is told here
     there = checkpoint.steps(workdir)
     steps = there if which == ALL else [int(which) if which else there[-1]]
-    lora, rewards = checkpoint.lora(workdir), _rewards(workdir)
+    lora, rewards = record.lora(workdir), _rewards(workdir)
     if lora is None and quantize != "none":
         raise UserError(f"--quantize={quantize} is for the base of a LoRA run; {workdir} is none")
     if lora is not None and quantize != "trained":
@@ -180,7 +180,7 @@ def _checkpoints(label: str | None, text: str, model: Candidate, ema: bool, quan
 
 def _rewards(workdir: str) -> tuple[str, ...]:
     """Fingerprints of the rewards that a run was trained with, as far as its folder tells."""
-    file = storage.path(workdir) / checkpoint.MODELS
+    file = storage.path(workdir) / record.MODELS
     content = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
     return tuple(sorted(value for key, value in content.items() if reward_of(key)))
 

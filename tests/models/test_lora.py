@@ -14,7 +14,7 @@ from helpers.factors import EVERYTHING, random_factors, write_file
 from helpers.parity import relative_error
 from PIL import Image
 
-from srpo_jax import architectures, checkpoint, metrics, program, sharding, train, validation
+from srpo_jax import architectures, metrics, program, record, sharding, train, validation
 from srpo_jax import config as config_lib
 from srpo_jax.algorithm import step
 from srpo_jax.algorithm.batch import Rollout
@@ -224,7 +224,7 @@ def test_a_checkpoint_holds_factors_alone(whole):
     assert len(stored) == 4 * 2 * 11 + 1  # weights, two moments and average of both factors of 11 layers; a counter
     assert all("lora_" in name or leaf.ndim == 0 for name, leaf in stored.items())
     assert all(leaf.any() for leaf in stored.values())
-    assert checkpoint.lora(whole) == lora.Lora(2, 16.0, DEFAULT, "int8")
+    assert record.lora(whole) == lora.Lora(2, 16.0, DEFAULT, "int8")
 
 
 def test_sample_grids_show_the_factors_at_work(whole):
