@@ -172,9 +172,9 @@ class Checkpoints:
         )
 
     def restore(self, step: int, like: TrainState) -> tuple[TrainState, dict[str, Any]]:
-        """Reads a checkpoint into the shapes, dtypes and shardings of ``like`` (``ShapeDtypeStruct`` leaves), after
-        its checksums have been checked. One without them, of an earlier version or of a run that was killed while they
-        were made, is read as it is, which is said.
+        """Reads a checkpoint into the shapes, dtypes and shardings of ``like`` (``ShapeDtypeStruct`` leaves; None is
+        not read), after its checksums have been checked. One without them, of an earlier version or of a run that was
+        killed while they were made, is read as it is, which is said.
 
         Returns:
           The state, and the dictionary that ``save`` was given.
@@ -184,10 +184,11 @@ class Checkpoints:
         """
         path = self._folder / str(step)
         wanted = {name: getattr(like, name) for name in ARRAYS if getattr(like, name) is not None}
+        within = () if like.opt_state is not None else (*wanted, "run")  # of weights alone, see FOR_RESUMING
         try:
             if not integrity.sealed(path):
                 leftovers.say(f"{path} has no checksums; it is read without being checked")
-            words = integrity.damage(path)
+            words = integrity.damage(path, within)
             if distributed.largest(bool(words)):  # all go on from the same checkpoint
                 raise Unreadable(words or f"{path} is damaged, as another process of this job has found")
             stored = self._manager.item_metadata(step)
@@ -200,7 +201,7 @@ class Checkpoints:
         except Exception as error:  # of several libraries, which take a broken file for many things
             raise _told(path, error) from error
         counter = jax.device_put(np.int32(step), like.step.sharding)
-        return TrainState(step=counter, **{name: found[name] for name in wanted}), found["run"]
+        return TrainState(counter, **{name: found[name] if name in wanted else None for name in ARRAYS}), found["run"]
 
     def save(self, step: int, state: TrainState, run: dict[str, Any]) -> None:
         """Starts to write the state and a JSON-able dictionary; returns when training may change the state.

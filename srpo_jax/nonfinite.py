@@ -40,6 +40,7 @@ from srpo_jax.algorithm import preference, step
 from srpo_jax.algorithm.batch import Batch, split_batch
 from srpo_jax.algorithm.methods import METHODS
 from srpo_jax.algorithm.networks import Frozen
+from srpo_jax.algorithm.passes import Chain
 from srpo_jax.algorithm.step import TrainState
 from srpo_jax.data.loading import Examples
 from srpo_jax.errors import UserError
@@ -177,14 +178,18 @@ def stages(
         batch, images, own = part
         prepared = preference.prepare(networks.rewards, frozen.rewards, batch.reward_tokens)
         terms = METHODS[settings.method].terms(settings, images, own)
-        one = jax.tree.map(lambda leaf: leaf[index], terms)
-        read = join(params, frozen.base)
-        outcome = step.run_term(networks, settings, read, frozen, batch.condition, one, prepared)
-        found = {"velocity": outcome.velocity, "recovered latents": outcome.recovered, "decoded image": outcome.decoded}
+        if isinstance(terms, Chain):
+            coefficients = terms.coefficients
+            decoded, seen, _ = step.score(networks, settings, frozen, terms.latents, coefficients, prepared)
+            found = {"scored latents": terms.latents, "decoded image": decoded}
+        else:
+            one = jax.tree.map(lambda leaf: leaf[index], terms)
+            read, coefficients = join(params, frozen.base), one.coefficients
+            outcome = step.run_term(networks, settings, read, frozen, batch.condition, one, prepared)
+            decoded, seen = outcome.decoded, outcome.seen
+            found = {"velocity": outcome.velocity, "recovered latents": outcome.recovered, "decoded image": decoded}
         for name, scorer in networks.rewards.items():
-            only = {name: scorer}
-            reward = preference.mixture(only, frozen.rewards, outcome.seen, prepared, one.coefficients)
-            found[f"reward {name}"] = reward
+            found[f"reward {name}"] = preference.mixture({name: scorer}, frozen.rewards, seen, prepared, coefficients)
         return {name: _flag(tree) for name, tree in found.items()}
 
     names = METHODS[settings.method].names(settings)
@@ -317,8 +322,11 @@ def replay(config: ConfigDict, workdir: str | os.PathLike, number: int, changes:
         conditioner = conditions.Conditioner(config, built, encode)
         before = [step for step in checkpoint.steps(workdir) if step < number]
         if before:
-            checkpoints = checkpoint.Checkpoints(workdir, config.checkpoint.keep, checkpoint.deadline_of(built.state))
-            state, _ = checkpoints.restore(before[-1], built.state)
+            checkpoints = checkpoint.Checkpoints(
+                workdir, config.checkpoint.keep, checkpoint.deadline_of(built.state), config.checkpoint.resumable
+            )
+            weights = dataclasses.replace(built.state, opt_state=None, ema=None, rollout=None)
+            state, _ = checkpoints.restore(before[-1], weights)
             checkpoints.close()
         else:
             state = program.initial_state(config, built)

@@ -34,6 +34,8 @@ def up_to_date(flat: dict[str, Any]) -> dict[str, Any]:
         found[today] = IMAGES_BEFORE[value] if today == "data.images" and today != key else value
         if (name := config_lib.reward_of(today)) and today != key:  # name and kind were one
             found[f"reward.models.{name}.kind"] = name
+    if found.get("method") == "refl":  # which drew a step for each sample before it could choose
+        found.setdefault("rollout.draws", "per_sample")
     return config_lib.flatten(config_lib.default()) | found
 
 

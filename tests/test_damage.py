@@ -69,7 +69,7 @@ def saved(tmp_path_factory):
     """A workdir with checkpoints 2 and 3 and a configuration."""
     workdir = tmp_path_factory.mktemp("saved")
     record.write(workdir, config.default(), {"model.path": "m"})
-    checkpoints = checkpoint.Checkpoints(workdir, keep=2)
+    checkpoints = checkpoint.Checkpoints(workdir, keep=2, resumable=2)
     for step in (2, 3):
         checkpoints.save(step, make_state(step), {"config": config.flatten(config.default())})
     checkpoints.close()
@@ -83,7 +83,7 @@ def workdir(saved, tmp_path):
 
 def restore(workdir):
     """(step, state) of the newest checkpoint that can be read."""
-    checkpoints = checkpoint.Checkpoints(workdir, keep=2)
+    checkpoints = checkpoint.Checkpoints(workdir, keep=2, resumable=2)
     try:
         return checkpoints.restore_newest(abstract(make_state(0)))[:2]
     finally:
@@ -118,7 +118,7 @@ def test_the_checkpoint_before_a_damaged_one_is_used(workdir, capsys, kind, seal
     assert "no checksums" in told if not sealed and name == "3.unreadable" else "no checksums" not in told
     assert files(path.with_name(name)) == left, "nothing of it is lost"
     assert checkpoint.steps(workdir) == [2]
-    checkpoints = checkpoint.Checkpoints(workdir, keep=2)
+    checkpoints = checkpoint.Checkpoints(workdir, keep=2, resumable=2)
     checkpoints.save(3, make_state(9), {})  # its place is free
     checkpoints.close()
     step, state = restore(workdir)
@@ -192,7 +192,7 @@ def test_leftovers_that_are_surely_ours_go(workdir, capsys):
     (workdir / "samples").mkdir()
     for name in (".config.json.partial", "samples/.000010.png.partial", "samples/.mine.partial"):
         (workdir / name).write_text("")
-    checkpoint.Checkpoints(workdir, keep=2).close()
+    checkpoint.Checkpoints(workdir, keep=2, resumable=2).close()
     assert sorted(path.name for path in inside.iterdir()) == ["1.unreadable", "2", "3", "5.incomplete"]
     assert [path.name for path in (workdir / "samples").iterdir()] == [".mine.partial"]
     told = capsys.readouterr().err.splitlines()
@@ -204,7 +204,7 @@ def test_the_same_in_a_bucket(monkeypatch, capsys):
     with bucket.serve() as server:
         for name, value in server.environment.items():
             monkeypatch.setenv(name, value)
-        checkpoints = checkpoint.Checkpoints("gs://bucket/run", keep=3)
+        checkpoints = checkpoint.Checkpoints("gs://bucket/run", keep=3, resumable=3)
         for step in (1, 2, 3):
             checkpoints.save(step, make_state(step), {})
         checkpoints.close()
@@ -292,7 +292,7 @@ def test_chunks_are_checked_each(tmp_path, monkeypatch):
 
 
 def test_a_run_whose_newest_checkpoint_rots_ends_as_if_nothing_had_been(models, compiled, tmp_path, capsys):
-    recipe = dict(checkpoint__every=1, compilation_cache=compiled)
+    recipe = dict(checkpoint__every=1, checkpoint__resumable=2, compilation_cache=compiled)
     train.train(tiny.config(models, steps=3, **recipe), tmp_path / "whole")
     shutil.copytree(tmp_path / "whole", tmp_path / "run")
     shutil.rmtree(tmp_path / "run" / "checkpoints" / "3")

@@ -56,6 +56,13 @@ def test_a_key_that_an_earlier_version_lacked_has_its_default():
     assert resume.differences(config.flatten(here), flat, {}, {}) == ["rollout.solver is 'euler' there, 'ab2' here"]
 
 
+def test_refl_of_an_earlier_version_drew_for_each_sample():
+    flat = config.flatten(config.default())
+    del flat["rollout.draws"]
+    assert resume.up_to_date(flat)["rollout.draws"] == "shared"
+    assert resume.up_to_date(flat | {"method": "refl"})["rollout.draws"] == "per_sample"
+
+
 def test_keys_of_an_earlier_version():
     flat = {"reward.weights.hps": 0.0, "reward.weights.clip": 2.0, "reward.paths.clip": "x", "data.rollout": "offline"}
     found = resume.up_to_date(flat)

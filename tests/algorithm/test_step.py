@@ -135,7 +135,7 @@ def test_every_method_moves_every_parameter_and_raises_its_reward(tiny, batch, m
 
 
 def test_refl_starts_from_a_late_state_of_the_rollout(tiny, batch):
-    recipe = settings(method="refl")
+    recipe = settings(method="refl", shared_steps=False)
     networks, params, frozen = tiny
     draws = draw(networks, recipe, 3)
     assert set(np.asarray(draws.own)) == {1, 2}
