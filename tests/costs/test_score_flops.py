@@ -19,7 +19,8 @@ def shallow(config):
     counts some 60 for every number, a hundredth of ViT-L's work."""
     towers = {f.name: getattr(config, f.name) for f in dataclasses.fields(config) if f.name.endswith("_config")}
     changes = {"num_hidden_layers": 2, "hidden_act": "quick_gelu"}
-    return dataclasses.replace(config, **{name: dataclasses.replace(tower, **changes) for name, tower in towers.items()})
+    towers = {name: dataclasses.replace(tower, **changes) for name, tower in towers.items()}
+    return dataclasses.replace(config, **towers)
 
 
 @pytest.mark.parametrize("remat", ["none", "dots", "full"])
