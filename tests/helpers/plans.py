@@ -25,7 +25,9 @@ ARCHITECTURE = Architecture(FLUX, tiny.FLUX, tiny.VAE, TEXT, {"clip": TOWERS})
 
 def candidate(path: pathlib.Path, **changes) -> plan.Candidate:
     """A tiny update on this machine's CPU, which stands in for an H100."""
-    config = tiny.config(path, model__dtype="bfloat16", data__batch_size=4, optim__accumulation=2, **changes)
+    config = tiny.config(
+        path, model__dtype="bfloat16", model__attention="xla", data__batch_size=4, optim__accumulation=2, **changes
+    )
     built = program.build(config, sharding.make_mesh(config.mesh, jax.devices()[:1]), ARCHITECTURE)
     return plan.Candidate(config, ARCHITECTURE, topologies.parse("h100:1"), built, {})
 
