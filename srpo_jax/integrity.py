@@ -25,7 +25,7 @@ from srpo_jax import distributed, storage
 from srpo_jax.errors import UserError
 
 CHUNK = 64 << 20
-BLOCK = 4 << 20  # bytes read at once
+BLOCK = 1 << 20  # bytes read at once
 READERS = 8  # threads
 PART = re.compile(r"checksums-(\d+)-of-(\d+)\.json")
 BESIDE = "checksums.json"

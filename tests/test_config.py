@@ -271,7 +271,7 @@ def test_overrides_in_any_order(recipe):
     words = ["--config.optim.b1=0.5", "--workdir=w", recipe, "--config.reward.positive=('3D',)"]
     config, workdir, *job = main.parse(words)
     assert (config.steps, config.optim.b1, config.reward.positive, workdir) == (7, 0.5, ("3D",), "w")
-    assert job == [None, None, None]
+    assert job == [None, None, None, (), None]
     with pytest.raises(AttributeError, match="lr"):
         config.optim.lr = 1.0
 

@@ -54,7 +54,7 @@ def here(monkeypatch):
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_links_lead_somewhere(page):
-    text = page.read_text(encoding="utf-8")
+    text = re.sub(r"`[^`\n]*`", "", page.read_text(encoding="utf-8"))  # without what is code
     links = [link for link in re.findall(r"\]\(([^)\s]+)\)", text) if "://" not in link]
     assert links or page.name == "rollouts.md"
     for link in links:

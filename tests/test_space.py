@@ -98,9 +98,13 @@ def test_a_damaged_one_without_another_to_go_on_from(tmp_path):
         if path.is_file() and path.name != "_METADATA":
             path.write_bytes(b"")
     checkpoints = checkpoint.Checkpoints(tmp_path, keep=2)
-    with pytest.raises(UserError, match="cannot be read .* no earlier one has the optimizer state; choose another"):
+    with pytest.raises(UserError, match="has 0 bytes instead of"):
         checkpoints.restore(2, abstract(make_state(0)))
+    # Update 1 has its weights alone: training cannot go on from there.
+    with pytest.raises(UserError, match="no checkpoint in .* that training can go on from can be read"):
+        checkpoints.restore_newest(abstract(make_state(0)))
     checkpoints.close()
+    assert checkpoint.steps(tmp_path) == [1]
 
 
 def test_a_save_says_how_large_it_is_and_how_long_it_took(tmp_path, capsys):
@@ -186,7 +190,7 @@ def test_a_run_goes_on_from_the_newest_of_which_alone_it_keeps_the_moments(model
     mine, other = (arrays(tmp_path / name, 4)[0] for name in ("run", "whole"))
     assert mine.keys() == other.keys() and all(mine[name].tobytes() == other[name].tobytes() for name in mine)
     for words in ("attention xla; 2 samples an update, 2 at a time", "checkpoints of ", "loading the text encoders: ",
-                  "reading the checkpoint of update 2: ", "loading autoencoder, clip: ",
+                  "reading the newest checkpoint: ", "loading autoencoder, clip: ",
                   "compiling the update: ", "step 3/4  loss ", "saved checkpoint 4: "):  # fmt: skip
         assert words in said, said
     assert "sampling" not in said and all(len(line) <= 120 for line in said.splitlines() if line.startswith("step"))

@@ -21,9 +21,9 @@ from srpo_jax.weights import folder
 PARTS = ("captions", "rollout", "transformer", "autoencoder", "reward", "optimizer")
 
 # AdamW behind the clip, of one parameter: norm 2, clip 1, two moments 3 + 4, the second from its root 1, their
-# corrections 2, epsilon and quotient 2, decay 2, rate 1, difference 1; roots are not counted. It is memory that limits
-# this part, not arithmetic.
-ADAMW = 19
+# corrections 2, epsilon and quotient 2, decay 2, rate 1, difference 1, three numbers kept where an update is not finite
+# 3; roots are not counted. It is memory that limits this part, not arithmetic.
+ADAMW = 22
 
 
 def counts(config: ConfigDict, family: Family) -> Cost:

@@ -202,7 +202,7 @@ def test_rollout(case):
     check(np.stack(states), arrays, "rollout_z", 1e-5)
     check(np.stack(velocities), arrays, "rollout_v", 1e-5)
     roll = jax.jit(functools.partial(rollout, case.networks, settings))
-    x0, _ = roll(case.params, case.batch, case.draws.noise)
+    x0, *_ = roll(case.params, case.batch, case.draws.noise)
     assert relative_error(x0, arrays["latent_start"]) < 1e-5
 
 

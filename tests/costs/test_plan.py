@@ -4,6 +4,7 @@ import json
 import re
 
 import jax
+import numpy as np
 import pytest
 from helpers import plans, tiny
 
@@ -51,7 +52,7 @@ def test_check_on_a_compiled_update(monkeypatch, tmp_path):
     assert report["fits"] and report["collectives"] == {} and report["loops_of_unknown_length"] == []
     assert report["model_flops"]["rollout"] == 4 * 2 * FORWARD
     assert report["model_flops"]["transformer"] == pytest.approx(4 * 2 * 3 * FORWARD, rel=0.02)
-    assert report["hardware_flops"]["optimizer"] == 19 * PARAMETERS
+    assert report["hardware_flops"]["optimizer"] == 22 * PARAMETERS
     # At best: products at 989 TFLOP/s; 32 bytes a weight and the counter, and 12 heads' matrices of 14 x 14 in two
     # steps of 12 bytes and two gradients of 26, at 3,352 GB/s.
     products = sum(flops for name, flops in report["hardware_flops"].items() if name != "optimizer")
@@ -147,6 +148,7 @@ def test_what_cannot_be_built(monkeypatch):
 class FakeMesh:
     def __init__(self, count):
         self.shape = {"data": 1, "fsdp": count, "tensor": 1}
+        self.devices = np.array(jax.devices() * count)
 
 
 @pytest.mark.parametrize("name, data", [("v5e:2x2", 1), ("v5e:2x2*2", 2), ("h100:2", 1)])
