@@ -15,7 +15,7 @@ demo: $(VENV)/.installed
 	$(MALLOC) $(VENV)/bin/python -m srpo_jax.emoji.demo --out $(OUT)
 
 test: $(VENV)/.installed-test
-	$(VENV)/bin/python -m pytest -n 2 --dist loadfile
+	$(VENV)/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 # An update beside PyTorch's.
 compare: $(VENV)/.installed-test

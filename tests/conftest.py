@@ -18,6 +18,20 @@ if importlib.util.find_spec("torchvision"):
     from helpers import torchvision_operators  # noqa: F401
 
 
+# Files that take minutes. Two processes share the tests file by file: what is long comes first, so that neither waits
+# for the other in the end.
+LONG = (
+    *("test_distributed.py", "test_transfers.py", "test_evaluate_processes.py", "test_storage.py", "test_train.py"),
+    *("test_demo.py", "test_many_devices.py", "test_evaluate.py", "test_damage.py", "test_lora.py", "test_rollouts.py"),
+    *("test_workers.py", "test_train_stored.py", "test_train_flow.py", "test_space.py", "test_nonfinite.py"),
+)
+
+
+def pytest_collection_modifyitems(items):
+    """Puts the long files first; the order within a file stays."""
+    items.sort(key=lambda item: LONG.index(item.path.name) if item.path.name in LONG else len(LONG))
+
+
 # --- made once, and read by all: who changes a file changes a copy ----------------------------------------------------
 
 
