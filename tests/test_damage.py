@@ -292,7 +292,7 @@ def test_chunks_are_checked_each(tmp_path, monkeypatch):
 
 
 def test_a_run_whose_newest_checkpoint_rots_ends_as_if_nothing_had_been(models, compiled, tmp_path, capsys):
-    recipe = dict(checkpoint__every=1, checkpoint__resumable=2, compilation_cache=compiled)
+    recipe = dict(checkpoint__every=1, checkpoint__resumable=3, compilation_cache=compiled)
     train.train(tiny.config(models, steps=3, **recipe), tmp_path / "whole")
     shutil.copytree(tmp_path / "whole", tmp_path / "run")
     shutil.rmtree(tmp_path / "run" / "checkpoints" / "3")
