@@ -71,6 +71,21 @@ def parser(module: str, description: str | None) -> Parser:
 # --- flags that several commands have ---------------------------------------------------------------------------------
 
 
+def add_drawing(parser: argparse.ArgumentParser) -> None:
+    """How pictures are drawn, for ``sampling.Look`` and ``sampling.computes``."""
+    add, words = parser.add_argument, "pixels, a multiple of 16 (default: 1024)"
+    add("--height", type=at_least(1), default=1024, help=words)
+    add("--width", type=at_least(1), default=1024, help=words)
+    add("--steps", type=at_least(1), default=50, help="of the sampler (default: 50)")
+    add("--guidance", type=number, default=3.5, help="guidance scale (default: 3.5)")
+    add("--seed", type=seed, default=0, help="of the initial noise (default: 0)")
+    add("--text-length", type=at_least(1), help="tokens of a prompt (default: the tokenizer's, at most 512)")
+    add("--batch", type=at_least(1), help="images at a time (default: one a device)")
+    add("--dtype", choices=config_lib.DTYPES, help="of drawing (default: float32 on CPU, bfloat16 on accelerators)")
+    words = "of the transformer: auto is splash on TPUs, cudnn on NVIDIA GPUs in bfloat16, else xla (default: auto)"
+    add("--attention", choices=config_lib.ATTENTION, default="auto", help=words)
+
+
 def add_mesh(parser: argparse.ArgumentParser) -> None:
     """The flags of a mesh, for ``sharding.make_mesh``, of commands without a recipe."""
     for axis, default in MESH:

@@ -17,7 +17,7 @@ import jax
 from absl import logging
 
 from srpo_jax import command, distributed, errors, report, sampling, sharding, storage
-from srpo_jax.config import ATTENTION, DTYPES, QUANTIZE
+from srpo_jax.config import QUANTIZE
 from srpo_jax.errors import UserError
 from srpo_jax.evaluation import candidates, layouts, page, prompts, run, scoring, summary
 from srpo_jax.evaluation.candidates import Asked
@@ -51,16 +51,7 @@ def _parser() -> command.Parser:
     add("--out", type=command.local, required=True, help="folder of the evaluation")
     words = "also lay the pictures out as this judge reads them, in OUT/NAME; --prompts are its own"
     add("--writes", choices=tuple(layouts.LAYOUTS), help=words)
-    add("--height", type=command.at_least(1), default=1024, help="pixels, a multiple of 16 (default: 1024)")
-    add("--width", type=command.at_least(1), default=1024, help="pixels, a multiple of 16 (default: 1024)")
-    add("--steps", type=command.at_least(1), default=50, help="of the sampler (default: 50)")
-    add("--guidance", type=command.number, default=3.5, help="guidance scale (default: 3.5)")
-    add("--seed", type=command.seed, default=0, help="of the initial noise (default: 0)")
-    words = "tokens of a prompt (default: the tokenizer's, at most 512)"
-    add("--text-length", type=command.at_least(1), help=words)
-    add("--batch", type=command.at_least(1), help="images at a time (default: one a device)")
-    add("--dtype", choices=DTYPES, help="of drawing (default: float32 on CPU, bfloat16 on accelerators)")
-    add("--attention", choices=ATTENTION, default="xla", help="backend (default: xla)")
+    command.add_drawing(parser)
     command.add_mesh(parser)
     command.add_job(parser)
     return parser
@@ -91,9 +82,8 @@ def _run(args: argparse.Namespace) -> None:
                 f"--writes={args.writes} lays out pictures of that judge's own prompts; give them by --prompts"
             )
         places = layouts.read(args.writes, args.prompts, args.column, args.images)
-    dtype = args.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
     look = sampling.Look(args.height, args.width, args.steps, args.guidance)
-    how = Drawing(look, args.seed, dtype, args.attention, args.text_length)
+    how = Drawing(look, args.seed, args.dtype or sampling.default_dtype(), args.attention, args.text_length)
     mesh = sharding.make_mesh(args)
     found = run.evaluate(models, wanted, scores, args.out, how, mesh, args.images, args.batch)
     if jax.process_index() != 0:

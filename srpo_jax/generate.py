@@ -16,7 +16,6 @@ import sys
 import types
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
@@ -37,12 +36,11 @@ from srpo_jax import (
     terminal,
     text,
 )
-from srpo_jax.config import ATTENTION, DTYPES, QUANTIZE
+from srpo_jax.config import QUANTIZE
 from srpo_jax.data import sources
 from srpo_jax.errors import UserError
 from srpo_jax.families.base import TRANSFORMER, Family
 from srpo_jax.models import lora as models_lora
-from srpo_jax.models.attention import choose
 from srpo_jax.models.compute import Compute, Params, join, path_name
 from srpo_jax.models.lora import Lora
 from srpo_jax.weights import engine, folder
@@ -144,11 +142,9 @@ def generate(
             f"[images, (height / {family.cell}) * (width / {family.cell}), {shape[2]}]"
         )
     mesh = mesh or sharding.make_mesh(types.SimpleNamespace(data=1, fsdp=-1, tensor=1))
-    kind = jnp.dtype(dtype)
-    frozen = Compute(dtype=kind, param_dtype=kind, mesh=mesh, constrain=sharding.constraint(mesh))
-    device = mesh.devices.flat[0]
-    compute = dataclasses.replace(frozen, attention=choose(attention, device, kind))
-    terminal.say(f"{mesh.devices.size} {device.platform} device(s), {dtype}, attention {compute.attention}")
+    compute, frozen = sampling.computes(mesh, dtype, attention)
+    platform = mesh.devices.flat[0].platform
+    terminal.say(f"{mesh.devices.size} {platform} device(s), {dtype}, attention {compute.attention}")
     with terminal.doing("loading the transformer"):
         graphdef, params = read_transformer(model / TRANSFORMER, family.network, compute, mesh, trained, lora)
     length = text_length or prompt_length(family, model)
@@ -194,19 +190,9 @@ def _parser() -> command.Parser:
     add("--ema", action="store_true", help="take the checkpoint's moving average")
     words = "how a LoRA's base is stored: none (in --dtype), int8, nf4, or as it was trained (default: none)"
     add("--quantize", choices=(*QUANTIZE, "trained"), default="none", help=words)
-    add("--height", type=command.at_least(1), default=1024, help="pixels, a multiple of 16 (default: 1024)")
-    add("--width", type=command.at_least(1), default=1024, help="pixels, a multiple of 16 (default: 1024)")
-    add("--steps", type=command.at_least(1), default=50, help="of the sampler (default: 50)")
-    add("--guidance", type=command.number, default=3.5, help="guidance scale (default: 3.5)")
-    add("--seed", type=command.seed, default=0, help="of the initial noise (default: 0)")
     words = "npz file with the initial noise, `latents` [images, tokens, features], packed"
     add("--latents", type=command.path, help=words)
-    words = "tokens of a prompt (default: the tokenizer's, at most 512)"
-    add("--text-length", type=command.at_least(1), help=words)
-    add("--batch", type=command.at_least(1), help="images at a time (default: one a device)")
-    add("--dtype", choices=DTYPES, help="default: float32 on CPU, bfloat16 on accelerators")
-    words = "of the transformer: auto is splash on TPUs, cudnn on NVIDIA GPUs in bfloat16, else xla (default: auto)"
-    add("--attention", choices=ATTENTION, default="auto", help=words)
+    command.add_drawing(parser)
     command.add_mesh(parser)
     command.add_job(parser)
     return parser
@@ -251,7 +237,7 @@ def _run(args: argparse.Namespace) -> None:
         latents=None if args.latents is None else _read_latents(args.latents),
         trained=None if args.checkpoint is None else checkpoint.load_params(args.checkpoint, args.step, args.ema),
         lora=lora,
-        dtype=args.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16"),
+        dtype=args.dtype or sampling.default_dtype(),
         attention=args.attention,
         batch_size=args.batch,
         text_length=args.text_length,

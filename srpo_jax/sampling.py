@@ -1,5 +1,6 @@
 """Pictures from prompts: a pipeline's own inference (Euler sampling, its guidance), compiled once per batch size."""
 
+import dataclasses
 import io
 import math
 import os
@@ -20,6 +21,7 @@ from srpo_jax.algorithm.networks import to_unit_range
 from srpo_jax.algorithm.rollout import of_step
 from srpo_jax.conditions import PromptEncoder
 from srpo_jax.families.base import AUTOENCODER, Condition, Family
+from srpo_jax.models.attention import choose
 from srpo_jax.models.compute import Compute, Params, bind
 from srpo_jax.weights import folder
 
@@ -31,6 +33,21 @@ class Look(NamedTuple):
     width: int
     steps: int
     guidance: float
+
+
+def default_dtype() -> str:
+    """Of weights and matrix products where nobody says: float32 on CPUs, bfloat16 on accelerators."""
+    return "float32" if jax.default_backend() == "cpu" else "bfloat16"
+
+
+def computes(mesh: Mesh, dtype: str, attention: str) -> tuple[Compute, Compute]:
+    """Execution options of the transformer, and of the networks beside it, whose attention is XLA's.
+
+    ``attention`` is the transformer's backend, as ``models.attention.choose`` takes it.
+    """
+    kind = jnp.dtype(dtype)
+    frozen = Compute(dtype=kind, param_dtype=kind, mesh=mesh, constrain=sharding.constraint(mesh))
+    return dataclasses.replace(frozen, attention=choose(attention, mesh.devices.flat[0], kind)), frozen
 
 
 class Chunk(NamedTuple):

@@ -1,6 +1,7 @@
 """Images: the real FluxPipeline's, from the same files, prompts and latents; and the command's other ways."""
 
 import json
+import types
 
 import diffusers
 import jax
@@ -10,7 +11,7 @@ import pytest
 from helpers import references, tiny
 from PIL import Image
 
-from srpo_jax import checkpoint, generate, sampling
+from srpo_jax import checkpoint, generate, sampling, sharding
 from srpo_jax.algorithm.step import TrainState
 from srpo_jax.errors import UserError
 from srpo_jax.families.flux import read_scheduler
@@ -169,3 +170,12 @@ def test_grid():
     sheet = np.asarray(sampling.grid(images))
     assert sheet.shape == (4, 9, 3)
     assert (sheet[::2, ::3, 0] == [[0, 1, 2], [3, 4, 255]]).all()
+
+
+def test_the_attention_backend_is_of_the_transformer_alone():
+    """Beside it, in `evaluate` too, heads and biases are of kinds that not every backend takes."""
+    mesh = sharding.make_mesh(types.SimpleNamespace(data=1, fsdp=-1, tensor=1))
+    for asked, chosen in (("cudnn", "cudnn"), ("auto", "xla")):
+        compute, frozen = sampling.computes(mesh, "float32", asked)
+        assert (compute.attention, frozen.attention) == (chosen, "xla")
+        assert compute.dtype == frozen.param_dtype == np.float32

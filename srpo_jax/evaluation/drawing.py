@@ -9,16 +9,14 @@ import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from srpo_jax import architectures, checkpoint, generate, sampling, sharding
+from srpo_jax import architectures, checkpoint, generate, sampling
 from srpo_jax.data import images
 from srpo_jax.errors import UserError
 from srpo_jax.evaluation.candidates import Candidate, Item
 from srpo_jax.families.base import TRANSFORMER
-from srpo_jax.models.compute import Compute
 from srpo_jax.models.lora import Lora
 
 Draw = Callable[[Sequence[Item]], np.ndarray]
@@ -31,14 +29,14 @@ class Drawing(NamedTuple):
       look: sides in pixels, steps, guidance.
       seed: of all noise.
       dtype: of weights and matrix products.
-      attention: backend.
+      attention: backend of the transformer, see ``models.attention.choose``.
       text_length: tokens of a prompt; None is the tokenizer's.
     """
 
     look: sampling.Look
     seed: int = 0
     dtype: str = "float32"
-    attention: str = "xla"
+    attention: str = "auto"
     text_length: int | None = None
 
     def settings(self) -> dict[str, Any]:
@@ -54,10 +52,7 @@ class Studio:
 
     def __init__(self, mesh: Mesh, drawing: Drawing, at_once: int):
         self._mesh, self.drawing, self._at_once = mesh, drawing, at_once
-        kind = jnp.dtype(drawing.dtype)
-        self._compute = Compute(
-            dtype=kind, param_dtype=kind, attention=drawing.attention, mesh=mesh, constrain=sharding.constraint(mesh)
-        )
+        self._compute, self._frozen = sampling.computes(mesh, drawing.dtype, drawing.attention)
         self._pipeline = functools.lru_cache(1)(self._read_pipeline)
         self._painters: dict[tuple[str, Lora | None], sampling.Painter] = {}
 
@@ -100,7 +95,7 @@ class Studio:
     def _read_pipeline(self, path: str) -> tuple:
         family, sizes = architectures.read_pipeline(path)
         length = self.drawing.text_length or generate.prompt_length(family, path)
-        return family, sampling.read_tools(path, self._mesh, family, sizes.transformer, self._compute, length)
+        return family, sampling.read_tools(path, self._mesh, family, sizes.transformer, self._frozen, length)
 
 
 def read(picture: images.Picture) -> np.ndarray:
