@@ -98,17 +98,11 @@ def break_seal(file: str | os.PathLike) -> None:
 
 
 def check_file(file: str | os.PathLike) -> None:
-    """Checks this process's share of a file that ``seal_file`` was called for; others pass. Each is read once.
+    """Checks this process's share of a file that ``seal_file`` was called for; others pass.
 
     Raises UserError that names the file if it is not what it was.
     """
-    status = os.stat(file)
-    _check_file(os.path.abspath(file), status.st_mtime_ns, status.st_size)
-
-
-@functools.cache
-def _check_file(name: str, *_: int) -> None:
-    file = epath.Path(name)
+    file = epath.Path(os.path.abspath(file))
     found = (_unpacked(file.with_name(BESIDE)) if file.with_name(BESIDE).exists() else None) or {}
     if words := _damage(file.parent, {name: entry for name, entry in found.items() if name == file.name}):
         raise UserError(f"{words}; bring back a copy of it, or convert it again")
@@ -136,6 +130,18 @@ def _crc(file: epath.Path, start: int) -> str:
     return f"{value:08x}"
 
 
+def _crc_once(file: epath.Path, start: int) -> str:
+    """The same of a file that is checked: a command that opens it again does not read it again, unless it was written
+    to since."""
+    status = os.stat(file)
+    return _cached_crc(epath.Path(os.path.abspath(file)), start, status.st_mtime_ns, status.st_size)
+
+
+@functools.cache
+def _cached_crc(file: epath.Path, start: int, *_: int) -> str:
+    return _crc(file, start)
+
+
 def _damage(folder: epath.Path, files: dict[str, Any]) -> str:
     for name, entry in files.items():
         if not (folder / name).exists():
@@ -149,7 +155,7 @@ def _damage(folder: epath.Path, files: dict[str, Any]) -> str:
         name, index, crc = chunk
         if storage.in_bucket(folder):
             return "" if storage.checksum(folder / name) == crc else f"{folder / name} is not what was saved"
-        if _crc(folder / name, index * CHUNK) == crc:
+        if _crc_once(folder / name, index * CHUNK) == crc:
             return ""
         return (
             f"{folder / name} is damaged: its checksum differs between bytes {index * CHUNK} and {(index + 1) * CHUNK}"

@@ -276,8 +276,9 @@ def test_chunks_are_checked_each(tmp_path, monkeypatch):
     for place in range(0, 1234, 41):
         file.write_bytes(content)
         flip(file, place)
+        os.utime(file, ns=(place + 1, place + 1))  # a moment of its own, however fast this loop is
         with pytest.raises(UserError, match=f"differs between bytes {place // 100 * 100} and"):
-            integrity._check_file.__wrapped__(str(file))
+            integrity.check_file(file)
     # Each of three processes checks a share of the chunks: one of them sees it.
     seen = []
     for process in range(3):
@@ -286,6 +287,21 @@ def test_chunks_are_checked_each(tmp_path, monkeypatch):
             integrity._damage(storage.path(tmp_path), integrity._unpacked(storage.path(tmp_path / "checksums.json")))
         )
     assert sum(map(bool, seen)) == 1
+
+
+def test_a_checkpoint_is_read_once_for_its_checksums(workdir, monkeypatch):
+    """`evaluate` opens it to see whether it is whole, and again to draw with it."""
+    read = []
+    monkeypatch.setattr(
+        integrity, "_crc", lambda file, start, real=integrity._crc: read.append(file) or real(file, start)
+    )
+    checkpoint.load_params(workdir)
+    assert read and len(set(read)) == len(read)
+    checkpoint.load_params(workdir)
+    assert len(set(read)) == len(read)
+    flip(data_file(workdir / "checkpoints" / "3" / "params"))
+    with pytest.raises(UserError, match="is damaged"):
+        checkpoint.load_params(workdir)
 
 
 # --- a run ------------------------------------------------------------------------------------------------------------
