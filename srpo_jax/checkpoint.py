@@ -158,11 +158,11 @@ class Checkpoints:
                 return found[-1], *self.restore(found[-1], like)
             except Unreadable as error:
                 why = error
-            leftovers.say(str(why), everywhere=True)  # only the process that has found it knows the file
+            terminal.warn(str(why), everywhere=True)  # only the process that has found it knows the file
             if jax.process_index() == 0:
                 place = leftovers.set_aside(path, leftovers.UNREADABLE)
                 then = f"; the run goes on from update {found[-2]}" if found[1:] else ""
-                leftovers.say(f"{path} is set aside as {place.name}{then}")
+                terminal.warn(f"{path} is set aside as {place.name}{then}")
             distributed.largest(0)  # nobody looks before it has its new name
             self._manager.reload()
         raise UserError(
@@ -187,7 +187,7 @@ class Checkpoints:
         within = () if like.opt_state is not None else (*wanted, "run")  # of weights alone, see FOR_RESUMING
         try:
             if not integrity.sealed(path):
-                leftovers.say(f"{path} has no checksums; it is read without being checked")
+                terminal.warn(f"{path} has no checksums; it is read without being checked")
             words = integrity.damage(path, within)
             if distributed.largest(bool(words)):  # all go on from the same checkpoint
                 raise Unreadable(words or f"{path} is damaged, as another process of this job has found")
@@ -303,7 +303,7 @@ class Sealer:
             if done or complete(self._path):
                 integrity.seal(self._path)
         except Exception as error:  # a checkpoint without them is one still
-            leftovers.say(f"checksums of {self._path} cannot be written ({error})")
+            terminal.warn(f"checksums of {self._path} cannot be written ({error})")
 
 
 def _check_same(path: epath.Path, stored: Any, wanted: Any) -> None:
@@ -377,7 +377,7 @@ def load_params(workdir: str | os.PathLike, step: int | None = None, ema: bool =
     checkpoint = storage.absolute(workdir) / CHECKPOINTS / str(found[-1] if step is None else step)
     left_out = [int(path.name) for path in checkpoint.parent.iterdir() if path.name.isdecimal()]
     if step is None and max(left_out) > found[-1]:
-        leftovers.say(f"{checkpoint.parent / str(max(left_out))} is not complete; update {found[-1]} is used")
+        terminal.warn(f"{checkpoint.parent / str(max(left_out))} is not complete; update {found[-1]} is used")
     folder = checkpoint / ("ema" if ema else "params")
     if not folder.is_dir():
         raise UserError(f"{folder.parent} holds no moving average; it was trained with optim.ema_decay=0")

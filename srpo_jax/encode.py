@@ -88,19 +88,17 @@ def encode_prompts(
     family, sizes = architectures.read_pipeline(model)
     length = text_length or family.text_length
     arrays = {name: Spec(shape, kind) for name, shape in family.condition(sizes.transformer, length).items()}
-    encoders = fingerprint.of_parts(model, family.text_folders, family.tokenizers)
-    digest = stored.digest(texts)
+    networks, digest = family.text_folders, stored.digest(texts)
     if pictures:
         family.check_size(pictures.height, pictures.width, ("--height", "--width"))
         shape = family.latent_shape(pictures.height, pictures.width)
         arrays[stored.LATENTS] = Spec(shape, np.dtype(np.float32))
-        encoders[AUTOENCODER] = fingerprint.of_network(model / AUTOENCODER)
-        digest = stored.digest([digest, pictures.digest])
+        networks, digest = (*networks, AUTOENCODER), stored.digest([digest, pictures.digest])
     manifest = stored.Manifest(
         count=len(texts),
         shard_size=shard_size or stored.default_shard_size(arrays),
         arrays=arrays,
-        encoders=encoders,
+        encoders=fingerprint.of_parts(model, networks, family.tokenizers),
         digest=digest,
         model=str(model),
         source=source,

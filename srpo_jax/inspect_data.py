@@ -58,9 +58,10 @@ def describe(path: str | os.PathLike, model: str | None = None, show: int = 8, s
     where = pathlib.Path(model or manifest.model)
     family, here = families.of_pipeline(where) if model or where.is_dir() else None, {}
     if family is not None:
-        here = fingerprint.of_parts(where, family.text_folders, family.tokenizers)
+        networks = family.text_folders
         if AUTOENCODER in manifest.encoders:
-            here[AUTOENCODER] = fingerprint.of_network(where / AUTOENCODER)
+            networks = *networks, AUTOENCODER
+        here = fingerprint.of_parts(where, networks, family.tokenizers)
     yield f"encoded by {manifest.model}" + (f", compared with {where}" if here else "")
     for part, found in manifest.encoders.items():
         same = "" if part not in here else "  the same" if here[part] == found else f"  OTHER: {here[part]}"

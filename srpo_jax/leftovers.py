@@ -10,23 +10,15 @@ checkpoints/STEP.unreadable[.N]    never touched
 
 import itertools
 import re
-import sys
 from collections.abc import Callable
 
 from etils import epath
 
-from srpo_jax import distributed, integrity, storage
+from srpo_jax import integrity, storage, terminal
 
 INCOMPLETE, UNREADABLE = "incomplete", "unreadable"
 PLACES = ("", "samples", "nonfinite")  # of a workdir, in which files are written by way of a partial one
 PARTIAL = re.compile(r"\.(config\.json|models\.json|metrics\.jsonl|changes\.jsonl|\d+\.png|\d+(\.\d+)?\.npz)\.partial")
-
-
-def say(text: str, everywhere: bool = False) -> None:
-    """A warning for the person at the terminal, at a time when there is no progress bar; from the first process of a
-    job, or each of them."""
-    if everywhere or distributed.place()[0] == 0:
-        print(f"warning: {text}", file=sys.stderr, flush=True)
 
 
 def set_aside(path: epath.Path, kind: str) -> epath.Path:
@@ -64,12 +56,12 @@ def sweep(folder: epath.Path, keep: int, complete: Callable[[epath.Path], bool])
         match = re.fullmatch(rf"(\d+)\.{INCOMPLETE}(\.\d+)?", name)
         if match and max(steps, default=-1) >= int(match[1]):
             (folder / name).rmtree()
-            say(f"{folder / name}, an incomplete checkpoint of an earlier start, is removed")
+            terminal.warn(f"{folder / name}, an incomplete checkpoint of an earlier start, is removed")
     for place in [] if storage.in_bucket(folder) else PLACES:  # objects of a bucket appear as wholes
         here = folder.parent / place
         for path in [path for path in here.iterdir() if PARTIAL.fullmatch(path.name)] if here.is_dir() else []:
             path.unlink()
-            say(f"{path}, half of a file, is removed")
+            terminal.warn(f"{path}, half of a file, is removed")
 
 
 def _sweep_bare(path: epath.Path, too_old: bool) -> None:
@@ -79,7 +71,7 @@ def _sweep_bare(path: epath.Path, too_old: bool) -> None:
         return  # Orbax removes what an interrupted save has left there
     if too_old:
         path.rmtree()
-        say(f"{path}, a checkpoint whose deletion was interrupted, is removed")
+        terminal.warn(f"{path}, a checkpoint whose deletion was interrupted, is removed")
     else:
         place = set_aside(path, UNREADABLE if sealed else INCOMPLETE)
-        say(f"{path} is not complete; it is set aside as {place.name}")
+        terminal.warn(f"{path} is not complete; it is set aside as {place.name}")

@@ -15,7 +15,7 @@ import jax
 from etils import epath
 from ml_collections import ConfigDict
 
-from srpo_jax import checkpoint, leftovers, resume, storage
+from srpo_jax import checkpoint, leftovers, resume, storage, terminal
 from srpo_jax import config as config_lib
 from srpo_jax.errors import UserError
 from srpo_jax.models.lora import Lora
@@ -104,7 +104,7 @@ def read_config(workdir: epath.Path) -> dict[str, Any] | None:
         except (ValueError, OSError, KeyError):
             continue
         if isinstance(found, dict):
-            leftovers.say(f"{file} {why}; the configuration in the checkpoint of update {step} is used in its place")
+            terminal.warn(f"{file} {why}; the configuration in the checkpoint of update {step} is used in its place")
             return found
     damaged = leftovers.damaged(workdir / checkpoint.CHECKPOINTS, checkpoint.complete)
     if not file.exists() and not damaged and not numbers:
@@ -121,7 +121,7 @@ def _read_models(workdir: epath.Path) -> dict[str, str]:
     try:
         return _object(file) if file.exists() else {}
     except (ValueError, OSError) as error:
-        leftovers.say(f"{file} cannot be read as JSON ({error}); models are told by their places")
+        terminal.warn(f"{file} cannot be read as JSON ({error}); models are told by their places")
         return {}
 
 

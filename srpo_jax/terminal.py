@@ -10,6 +10,8 @@ from collections.abc import Iterator
 import jax
 import tqdm
 
+from srpo_jax import distributed
+
 EVERY = 10.0  # seconds between two lines of one bar in a log
 PATIENCE = 2.0  # seconds of silence after which a log says what is being done
 UNITS = ((1e9, "GB"), (1e6, "MB"), (1e3, "kB"), (1, "bytes"))
@@ -26,6 +28,14 @@ def say(text: str) -> None:
     """A line; it does not break a bar."""
     if jax.process_index() == 0:
         tqdm.tqdm.write(text, file=sys.stderr)
+
+
+def warn(text: str, everywhere: bool = False) -> None:
+    """A warning, as a line that does not break a bar, at any time: devices are not asked for.
+
+    It comes from the first process of a job, or from each of them."""
+    if everywhere or distributed.place()[0] == 0:
+        tqdm.tqdm.write(f"warning: {text}", file=sys.stderr)
 
 
 @contextlib.contextmanager

@@ -1,6 +1,5 @@
 """From a configuration to an endless, shuffled stream of batches whose position can be saved."""
 
-import pathlib
 from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol
 
@@ -124,10 +123,11 @@ def check_encoding(manifest: stored.Manifest, config: ConfigDict, architecture: 
                 f"{path} was encoded in {found.dtype}, config.model.dtype={config.model.dtype}; encode again with "
                 f"--dtype={config.model.dtype}"
             )
-    here = fingerprint.of_parts(config.model.path, family.text_folders, family.tokenizers)
+    networks = family.text_folders
     if config.data.images == "stored":
         _check_latents(manifest, config, family.factor)
-        here[AUTOENCODER] = fingerprint.of_network(pathlib.Path(config.model.path) / AUTOENCODER)
+        networks = *networks, AUTOENCODER
+    here = fingerprint.of_parts(config.model.path, networks, family.tokenizers)
     if different := [part for part in here if manifest.encoders.get(part) != here[part]]:
         raise UserError(
             f"{path} was encoded by another {' and another '.join(different)} than config.model.path="
