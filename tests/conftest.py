@@ -75,3 +75,11 @@ def pipelines(tmp_path_factory):
 def compiled(tmp_path_factory):
     """A folder for compiled programs (``config.compilation_cache``): recipes of one shape compile theirs once."""
     return str(tmp_path_factory.mktemp("xla"))
+
+
+@pytest.fixture(scope="session")
+def recipe(models, compiled):
+    """A function from changes to a config."""
+    from helpers import tiny
+
+    return lambda **changes: tiny.config(models, **{"compilation_cache": compiled, **changes})

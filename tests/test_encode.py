@@ -162,12 +162,10 @@ def test_two_processes_write_what_is_missing(model, whole, tmp_path):
     words = ["--model", model, "--prompts", prompts, "--out", out, "--text-length", tiny.LENGTH, "--batch", 4]
     words += ["--coordinator", f"127.0.0.1:{children.free_port()}", "--process-count", 2, "--process-id"]
     command = [sys.executable, "-m", "srpo_jax.encode", *map(str, words)]
-    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    pair = [subprocess.Popen([*command, str(i)], env=children.environment(), **pipes) for i in (0, 1)]
-    output = [child.communicate() for child in pair]
-    assert [child.returncode for child in pair] == [0, 0], output
-    assert f"10 prompts in {out}" in output[0][0] and "10 prompts" not in output[1][0]
-    assert "loading the encoders: " in output[0][1] and "encoders" not in output[1][1]  # one of them tells
+    output = children.together([[*command, process] for process in (0, 1)], timeout=300)
+    assert [code for code, *_ in output] == [0, 0], output
+    assert f"10 prompts in {out}" in output[0][1] and "10 prompts" not in output[1][1]
+    assert "loading the encoders: " in output[0][2] and "encoders" not in output[1][2]  # one of them tells
     (found, arrays), (_, expected) = read(out), read(whole)
     assert found == TEXTS
     for name, array in expected.items():

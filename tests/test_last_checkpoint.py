@@ -1,14 +1,12 @@
 """Signals while the last checkpoint of a run is written."""
 
 import json
-import os
-import pathlib
 import signal
 import subprocess
 import sys
 
 import pytest
-from helpers import tiny
+from helpers import children
 
 from srpo_jax import checkpoint
 
@@ -37,18 +35,12 @@ sys.exit(errors.run(main.main))
 """
 
 
-@pytest.fixture(scope="module")
-def models(tmp_path_factory):
-    return tiny.write_all(tmp_path_factory.mktemp("models"))
-
-
 @pytest.mark.parametrize(("count", "code", "kept"), [(1, 0, [1]), (2, -signal.SIGTERM, [])])
-def test_one_signal_does_not_cut_it_off_and_a_second_acts_at_once(models, tmp_path, count, code, kept):
-    tests = pathlib.Path(__file__).parent
-    changes = dict(steps=1, compilation_cache=str(models / "cache"))
+def test_one_signal_does_not_cut_it_off_and_a_second_acts_at_once(models, compiled, tmp_path, count, code, kept):
+    changes = dict(steps=1, compilation_cache=compiled)
     child = subprocess.run(
         [sys.executable, "-c", CHILD, models, tmp_path / "run", json.dumps(changes), str(count)],
-        env=os.environ | {"PYTHONPATH": f"{tests}:{tests.parent}", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"},
+        env=children.environment(JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS="0"),
         capture_output=True,
         text=True,
     )

@@ -130,12 +130,6 @@ def test_a_row_ends_with_a_good_update(tmp_path):
 
 
 @pytest.fixture(scope="module")
-def recipe(models, compiled):
-    """A function from changes to a config."""
-    return lambda **changes: tiny.config(models, **{"compilation_cache": compiled, **changes})
-
-
-@pytest.fixture(scope="module")
 def whole(recipe, tmp_path_factory):
     """The workdir of a run of four updates that nothing disturbed."""
     workdir = tmp_path_factory.mktemp("whole") / "run"

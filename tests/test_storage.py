@@ -17,11 +17,8 @@ from srpo_jax.errors import UserError
 @pytest.fixture(scope="module")
 def server():
     """The file systems remember how to reach a bucket: one server for all tests."""
-    with bucket.serve() as server, pytest.MonkeyPatch.context() as patch:
-        for name, value in server.environment.items():
-            patch.setenv(name, value)
+    with bucket.here() as server:
         yield server
-        assert not server.unknown
 
 
 # --- paths ------------------------------------------------------------------------------------------------------------

@@ -31,12 +31,6 @@ from srpo_jax.weights import folder
 
 
 @pytest.fixture(scope="module")
-def recipe(models, compiled):
-    """A function from changes to a config."""
-    return lambda **changes: tiny.config(models, **{"compilation_cache": compiled, **changes})
-
-
-@pytest.fixture(scope="module")
 def whole(recipe, tmp_path_factory):
     """The workdir of an uninterrupted run of four updates."""
     workdir = tmp_path_factory.mktemp("whole") / "run"

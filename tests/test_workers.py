@@ -38,21 +38,11 @@ def test_two_processes_generate_what_one_does(trained, tmp_path):
         "--width=48", "--steps=2",
     ]  # fmt: skip
     place = [f"--coordinator=127.0.0.1:{children.free_port()}", "--process-count=2"]
-    pair = [
-        subprocess.Popen(
-            [sys.executable, "-m", "srpo_jax.generate", *words, *place, f"--process-id={process}",
-             f"--out={tmp_path / f'two{process}'}"],
-            cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        )
-        for process in (0, 1)
-    ]  # fmt: skip
-    try:
-        told = [child.communicate(timeout=300) for child in pair]
-    finally:
-        for child in pair:
-            child.kill()
-    assert [child.returncode for child in pair] == [0, 0], told
-    assert "3 images in" in told[0][0] and "images" not in told[1][0]
+    command = [sys.executable, "-m", "srpo_jax.generate", *words, *place]
+    pair = [[*command, f"--process-id={process}", f"--out={tmp_path / f'two{process}'}"] for process in (0, 1)]
+    told = children.together(pair, timeout=300)
+    assert [code for code, *_ in told] == [0, 0], told
+    assert "3 images in" in told[0][1] and "images" not in told[1][1]
     assert not (tmp_path / "two1").exists()
     generate.main([*words, f"--out={tmp_path / 'one'}"])
     names = sorted(path.name for path in (tmp_path / "one").iterdir())

@@ -1,7 +1,6 @@
 """Two processes with disks of their own evaluate together: the first writes, and knows alone what is there."""
 
 import json
-import subprocess
 import sys
 
 import numpy as np
@@ -15,20 +14,12 @@ def start_two(flags, outs):
     """Runs the command in two processes, each with a folder of its own; fails if one fails."""
     port = children.free_port()
     job = [f"--coordinator=127.0.0.1:{port}", "--process-count=2"]
-    pair = [
-        subprocess.Popen(
-            [sys.executable, "-m", "srpo_jax.evaluate", *flags, *job, f"--process-id={process}", f"--out={out}"],
-            env=children.environment(), stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-        )
-        for process, out in enumerate(outs)
-    ]  # fmt: skip
-    try:
-        told = [child.communicate(timeout=400) for child in pair]
-    finally:
-        for child in pair:
-            child.kill()
-    assert [child.returncode for child in pair] == [0, 0], told
-    return [out for out, _ in told]
+    command = [sys.executable, "-m", "srpo_jax.evaluate", *flags, *job]
+    told = children.together(
+        [[*command, f"--process-id={process}", f"--out={out}"] for process, out in enumerate(outs)], timeout=400
+    )
+    assert [code for code, *_ in told] == [0, 0], told
+    return [out for _, out, _ in told]
 
 
 def lines(out):

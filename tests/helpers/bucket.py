@@ -16,6 +16,8 @@ import sys
 import threading
 import urllib.parse
 
+import pytest
+
 NAME = "bucket"
 # What the clients need to come here and not to look for credentials. The last turns off a look-up of the kind of
 # bucket, which gcsfs makes by gRPC.
@@ -37,6 +39,16 @@ def serve():
     finally:
         server.shutdown()
         server.server_close()
+
+
+@contextlib.contextmanager
+def here():
+    """``serve``, and this process and its children are its clients; fails if one asks what the server does not know."""
+    with serve() as server, pytest.MonkeyPatch.context() as patch:
+        for name, value in server.environment.items():
+            patch.setenv(name, value)
+        yield server
+        assert not server.unknown
 
 
 class Server(http.server.ThreadingHTTPServer):

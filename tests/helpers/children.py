@@ -42,6 +42,19 @@ def call(function, *words, devices: int = 8):
     return json.loads(child.stdout.splitlines()[-1])
 
 
+def together(commands, timeout):
+    """[(exit code, stdout, stderr)] of commands that run at the same time; fails if one does not end in so many
+    seconds."""
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    started = [subprocess.Popen([*map(str, words)], env=environment(), **pipes) for words in commands]
+    try:
+        told = [child.communicate(timeout=timeout) for child in started]
+    finally:
+        for child in started:
+            child.kill()
+    return [(child.returncode, *texts) for child, texts in zip(started, told, strict=True)]
+
+
 def free_port() -> int:
     """A port of loopback that nobody listens on."""
     with socket.socket() as s:

@@ -51,20 +51,8 @@ def start_two(models, workdir, changes, event=None, before=""):
 
     They run the code ``before`` first."""
     words = [models, workdir, json.dumps(changes), json.dumps(event), f"127.0.0.1:{children.free_port()}"]
-    pair = [
-        subprocess.Popen(
-            [sys.executable, "-c", before + ONE_OF_TWO, *map(str, words), str(process)],
-            env=children.environment(),
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        )
-        for process in (0, 1)
-    ]  # fmt: skip
-    try:
-        told = [child.communicate(timeout=150) for child in pair]
-    finally:
-        for child in pair:
-            child.kill()
-    return [(child.returncode, *texts) for child, texts in zip(pair, told, strict=True)]
+    pair = [[sys.executable, "-c", before + ONE_OF_TWO, *words, process] for process in (0, 1)]
+    return children.together(pair, timeout=150)
 
 
 ALONE = """
