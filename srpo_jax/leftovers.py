@@ -1,6 +1,7 @@
 """What interrupted runs leave in a workdir: cleaned up at the next start where it is surely ours, kept where it is not.
 
 checkpoints/STEP, not complete     the rest of one that was being deleted as too old: removed
+                                   in a bucket, and without checksums: of an interrupted save: removed
                                    damaged, as its checksums tell: renamed to STEP.unreadable
                                    half of a copy, or damaged: renamed to STEP.incomplete
 checkpoints/STEP.incomplete[.N]    removed once there is a complete checkpoint of that step or a later one
@@ -68,8 +69,10 @@ def _sweep_bare(path: epath.Path, too_old: bool) -> None:
     """A numbered folder that is no complete checkpoint, which Orbax would take for one."""
     sealed = integrity.sealed(path)
     if storage.in_bucket(path) and not sealed:
-        return  # Orbax removes what an interrupted save has left there
-    if too_old:
+        # Orbax would do it too, while the run goes on: nobody could say whether a listing still shows it.
+        path.rmtree()
+        terminal.warn(f"{path}, what an interrupted save has left, is removed")
+    elif too_old:
         path.rmtree()
         terminal.warn(f"{path}, a checkpoint whose deletion was interrupted, is removed")
     else:
