@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import tempfile
 
 import pytest
 from helpers import xla
@@ -11,6 +12,13 @@ from helpers import xla
 # Processes of pytest-xdist inherit what the first one found.
 if "XLA_FLAGS" not in os.environ:
     os.environ["XLA_FLAGS"] = xla.known("--xla_cpu_use_fusion_emitters=false", "--xla_backend_optimization_level=0")
+# What one test has compiled, however small, another reads, in another process too. The first process makes the folder,
+# and takes it away.
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    folder = tempfile.TemporaryDirectory(prefix="srpo-jax-tests-")
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = folder.name
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+    os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 # No test may reach for a hub.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
