@@ -90,11 +90,13 @@ def is_ours(path: str | os.PathLike) -> bool:
     return isinstance(marker, dict) and str(marker.get("format", "")).startswith("srpo_jax/")
 
 
-def make_config(network: str, values: dict[str, Any], where: Any) -> Any:
+def make_config(network: str, values: Any, where: Any) -> Any:
     """A network's config from the values of a file. Raises UserError naming ``where`` if they do not fit."""
+    if not isinstance(values, Mapping):
+        raise UserError(f"{where}: expected an object with the sizes of the network, found {schema.shown(values)}")
     try:
         found = classes(network)[0].from_dict(values)
-    except (ValueError, KeyError, TypeError, AttributeError, ArithmeticError) as error:
+    except ValueError as error:
         raise UserError(f"{where}: {error}") from error
     if words := schema.wrong(found):
         raise UserError(f"{where}: {words}")
