@@ -67,9 +67,7 @@ def tokenize(tokenizer: Any, texts: Sequence[str], length: int, pad: str | int =
     if pad == "own":
         pad = tokenizer.pad_token_id
         if pad is None:
-            raise UserError(
-                f"the tokenizer of {tokenizer.name_or_path} has no padding token; take the one of the model"
-            )
+            raise UserError(f"the tokenizer of {tokenizer.name_or_path} has no padding token; take the model's own")
     out = np.full((len(texts), length), pad, np.int32)
     try:
         rows = tokenizer(list(texts), truncation=True, max_length=length)["input_ids"] if len(texts) else []

@@ -84,6 +84,8 @@ def _train(config: ConfigDict, workdir: str | os.PathLike, changes: tuple[str, .
     held_out = []
     if config.sample.every:
         held_out = sources.read(config.sample.prompts or prompts.SHIPPED, config.sample.column)
+        look = config.sample.steps, config.data.height, config.data.width
+        architecture.family.schedule(config.model.path, *look)  # what is wrong with its file is told here
     # A program for CPUs that comes out of the cache runs collectives at once that do not depend on each other.
     if config.compilation_cache and not distributed.between_cpus():
         jax.config.update("jax_compilation_cache_dir", os.path.expanduser(config.compilation_cache))

@@ -24,7 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from srpo_jax import integrity, schema
+from srpo_jax import integrity, reading, schema
 from srpo_jax.errors import UserError
 from srpo_jax.models import compute as models_compute
 from srpo_jax.models.compute import Compute, Params
@@ -84,8 +84,8 @@ def parameters(network: str, config: Any) -> int:
 def is_ours(path: str | os.PathLike) -> bool:
     """Whether a folder is in our format."""
     try:
-        marker = json.loads((pathlib.Path(path) / CONFIG).read_text())
-    except (OSError, ValueError, RecursionError):
+        marker = schema.parse(reading.content(pathlib.Path(path) / CONFIG))
+    except (OSError, ValueError):
         return False
     return isinstance(marker, dict) and str(marker.get("format", "")).startswith("srpo_jax/")
 
