@@ -234,16 +234,9 @@ def _parser() -> command.Parser:
     add("--dtype", choices=DTYPES, default="bfloat16", help="config.model.dtype (default: bfloat16)")
     add("--batch", type=command.at_least(1), help=f"prompts at once (default: {BATCH} a device)")
     add("--shard-size", type=command.at_least(1), help="prompts in a file (default: as many as make 256 MiB)")
-    add(
-        "--height",
-        type=command.at_least(1, ranges.SIDE),
-        help=f"config.data.height, of --images, in pixels (default: {SIZE})",
-    )
-    add(
-        "--width",
-        type=command.at_least(1, ranges.SIDE),
-        help=f"config.data.width, of --images, in pixels (default: {SIZE})",
-    )
+    for side in ("height", "width"):
+        words = f"config.data.{side}, of --images, in pixels (default: {SIZE})"
+        add(f"--{side}", type=command.at_least(1, ranges.SIDE), help=words)
     words = "what to do about --images that cannot be used: all are named (default: fail)"
     add("--broken", choices=BROKEN, help=words)
     words = "pictures that metadata.jsonl names outside of its folder, by .., absolute paths or links (default: refuse)"
@@ -313,7 +306,7 @@ def _read_images(args: argparse.Namespace, chosen: filters.Filter) -> tuple[list
     digests, broken = images.examine(candidates, height, width, jax.process_index() == 0, most)
     wrong = [*wrong, *broken.values()]
     if wrong and jax.process_index() == 0:
-        print(*wrong, sep="\n", file=sys.stderr, flush=True)
+        print(*map(errors.plain, wrong), sep="\n", file=sys.stderr, flush=True)
     if wrong and args.broken != "skip":
         raise UserError(f"{images.describe_broken(wrong, total)}; mend them, or leave them out with --broken=skip")
     if wrong:

@@ -16,16 +16,18 @@ from srpo_jax import host
 class UserError(Exception):
     """Something the user can mend. The message is one line: it names the file, key or flag, and the remedy.
 
-    Names and libraries' words in it may have line breaks and other control characters: they are made visible.
+    It is ``plain``, whatever the names and libraries' words in it hold.
     """
 
     def __init__(self, message: str):
-        plain = re.sub(r"\s*[\r\n]+\s*", " ", message).strip()
-        super().__init__(re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]", _visible, plain))
+        super().__init__(plain(message))
 
 
-def _visible(found: re.Match) -> str:
-    return ascii(found[0])[1:-1]
+def plain(text: str) -> str:
+    """A text in one line, with its control characters visible."""
+    text = re.sub(r"\s*[\r\n]+\s*", " ", text).strip()
+    hidden = r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]"
+    return re.sub(hidden, lambda found: ascii(found[0])[1:-1], text)
 
 
 _REMEDIES = {
@@ -98,7 +100,7 @@ def run(main: Callable[[], None]) -> int:
     except Exception as error:
         if (words := told(error)) is None:
             raise
-        print(f"error: {UserError(words)}", file=sys.stderr)
+        print(f"error: {plain(words)}", file=sys.stderr)
         return 1
     return 0
 

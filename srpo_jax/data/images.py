@@ -128,7 +128,10 @@ def _read_folder(folder: pathlib.Path, column: str | None, max_pixels: int) -> I
 def _leads_out(folder: pathlib.Path, name: str) -> bool:
     """Whether a name in a folder, links followed, is that of a file elsewhere."""
     root = os.path.realpath(folder)
-    return os.path.commonpath([root, os.path.realpath(os.path.join(root, name))]) != root
+    try:
+        return os.path.commonpath([root, os.path.realpath(os.path.join(root, name))]) != root
+    except ValueError:  # no file can have this name, as reading it will tell
+        return False
 
 
 def _read_metadata(folder: pathlib.Path, column: str | None, outside: bool, max_pixels: int) -> Iterator[Picture | str]:
@@ -142,7 +145,7 @@ def _read_metadata(folder: pathlib.Path, column: str | None, outside: bool, max_
         if not isinstance(caption, str):
             raise UserError(f"{where}: the caption {chosen!r} is not text")
         shown = f"{folder / (name if len(name) <= 255 else name[:60] + '...')} ({METADATA}, {place})"
-        if "\0" not in name and not outside and _leads_out(folder, name):
+        if not outside and _leads_out(folder, name):
             yield f"{shown} lies outside of {folder}; copy it there, or let such pictures be read by --outside=read"
         else:
             yield Picture(shown, caption.strip(), _content(folder / name, max_pixels))
