@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 from ml_collections import ConfigDict
 
 from srpo_jax import config as config_lib
-from srpo_jax import values
+from srpo_jax import ranges, values
 from srpo_jax.errors import UserError
 
 MESH = (("data", 1), ("fsdp", -1), ("tensor", 1))  # axes and their sizes unless told otherwise, see sharding
@@ -74,11 +74,11 @@ def parser(module: str, description: str | None) -> Parser:
 def add_drawing(parser: argparse.ArgumentParser) -> None:
     """How pictures are drawn, for ``sampling.Look`` and ``sampling.computes``."""
     add, words = parser.add_argument, "pixels, a multiple of 16 (default: 1024)"
-    add("--height", type=at_least(1), default=1024, help=words)
-    add("--width", type=at_least(1), default=1024, help=words)
-    add("--steps", type=at_least(1), default=50, help="of the sampler (default: 50)")
-    add("--guidance", type=number, default=3.5, help="guidance scale (default: 3.5)")
-    add("--seed", type=seed, default=0, help="of the initial noise (default: 0)")
+    add("--height", type=at_least(1, ranges.SIDE), default=1024, help=words)
+    add("--width", type=at_least(1, ranges.SIDE), default=1024, help=words)
+    add("--steps", type=at_least(1, ranges.STEPS), default=50, help="of the sampler (default: 50)")
+    add("--guidance", type=guidance, default=3.5, help="guidance scale (default: 3.5)")
+    add("--seed", type=seed, default=0, help=f"of the initial noise, from 0 to {values.SEED} (default: 0)")
     add("--text-length", type=at_least(1), help="tokens of a prompt (default: the tokenizer's, at most 512)")
     add("--batch", type=at_least(1), help="images at a time (default: one a device)")
     add("--dtype", choices=config_lib.DTYPES, help="of drawing (default: float32 on CPU, bfloat16 on accelerators)")
@@ -123,14 +123,23 @@ def between(least: int, most: int) -> Callable[[str], int]:
     return typed(int, lambda value: least <= value <= most, f"must be from {least} to {most}")
 
 
-def at_least(least: int) -> Callable[[str], int]:
-    """Whole numbers from ``least`` on."""
-    return typed(int, lambda value: value >= least, f"must be at least {least}")
+def at_least(least: int, most: int = 10**9) -> Callable[[str], int]:
+    """Whole numbers from ``least`` on; beyond ``most`` are mistakes."""
+    below = typed(int, lambda value: value >= least, f"must be at least {least}")
+
+    def read(text: str) -> int:
+        value = below(text)
+        if value > most:
+            raise argparse.ArgumentTypeError(f"={text}: must be at most {most}")
+        return value
+
+    return read
 
 
 number = typed(float)
 positive = typed(float, lambda value: value > 0, "must be greater than 0")
 not_negative = typed(float, lambda value: value >= 0, "must not be negative")
+guidance = typed(float, lambda value: 0 <= value <= ranges.GUIDANCE, f"must be from 0 to {ranges.GUIDANCE:g}")
 seed = between(0, values.SEED)
 _axis = typed(int, lambda value: value >= 1 or value == -1, "must be at least 1, or -1 for the rest of the devices")
 
@@ -145,12 +154,16 @@ def words(text: str) -> list[str]:
 
 def path(text: str) -> str:
     """A file, folder, pattern, bucket or data set; ``~`` is the home folder."""
+    if any("\ud800" <= character <= "\udfff" for character in text):  # bytes of the command line that are no text
+        raise argparse.ArgumentTypeError(f"={ascii(text)}: the name is not UTF-8; give it another one")
+    if not text.strip():
+        raise argparse.ArgumentTypeError(f"={text}: is empty; name a file or folder")
     return values.expand(text)
 
 
 def local(text: str) -> pathlib.Path:
     """A file or folder of this machine; ``~`` is the home folder."""
-    return pathlib.Path(values.expand(text))
+    return pathlib.Path(path(text))
 
 
 # --- recipes ----------------------------------------------------------------------------------------------------------

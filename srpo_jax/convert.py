@@ -87,10 +87,10 @@ def describe(path: str | os.PathLike) -> Iterator[str]:
 def _size(text: str) -> int:
     """Bytes from "10GB", "500MB" or a plain number."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]?)B?", text.strip(), re.IGNORECASE)
-    size = int(float(match[1]) * {"": 1, "K": 10**3, "M": 10**6, "G": 10**9}[match[2].upper()]) if match else 0
-    if size <= 0:
+    size = float(match[1]) * {"": 1, "K": 10**3, "M": 10**6, "G": 10**9}[match[2].upper()] if match else 0
+    if not 1 <= size <= 1e18:
         raise argparse.ArgumentTypeError(f"={text}: must be a size, as 10GB or 500MB")
-    return size
+    return int(size)
 
 
 def _parser() -> command.Parser:

@@ -17,7 +17,7 @@ from jax._src import distributed as internals  # the service's client has no pub
 from jax.experimental import multihost_utils
 
 from srpo_jax import pulse
-from srpo_jax.errors import UserError
+from srpo_jax.errors import UserError, told
 
 # What SLURM's srun gives to each of its tasks; a shell inside an allocation has some of them.
 SLURM = ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID")
@@ -56,6 +56,8 @@ def job(coordinator: str | None = None, process_id: int | None = None, process_c
             print(f"error: {error}", file=sys.stderr)
         elif is_loss(error):
             return pulse.end(str(error).splitlines()[0])
+        elif words := told(error):
+            print(f"error: {words}", file=sys.stderr)
         else:
             traceback.print_exc()
         sys.stdout.flush()

@@ -33,7 +33,7 @@ from absl import logging
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from srpo_jax import architectures, command, conditions, distributed, errors, latents, sharding, terminal
+from srpo_jax import architectures, command, conditions, distributed, errors, latents, ranges, sharding, terminal
 from srpo_jax.config import DTYPES
 from srpo_jax.data import filters, images, sources, stored
 from srpo_jax.data.images import PictureSet
@@ -87,6 +87,7 @@ def encode_prompts(
     model, kind = pathlib.Path(model), jnp.dtype(dtype)
     family, sizes = architectures.read_pipeline(model)
     length = text_length or family.text_length
+    family.check_text_length("--text-length", length)
     arrays = {name: Spec(shape, kind) for name, shape in family.condition(sizes.transformer, length).items()}
     networks, digest = family.text_folders, stored.digest(texts)
     if pictures:
@@ -233,10 +234,15 @@ def _parser() -> command.Parser:
     add("--dtype", choices=DTYPES, default="bfloat16", help="config.model.dtype (default: bfloat16)")
     add("--batch", type=command.at_least(1), help=f"prompts at once (default: {BATCH} a device)")
     add("--shard-size", type=command.at_least(1), help="prompts in a file (default: as many as make 256 MiB)")
-    add("--height", type=command.at_least(1), help=f"config.data.height, of --images, in pixels (default: {SIZE})")
-    add("--width", type=command.at_least(1), help=f"config.data.width, of --images, in pixels (default: {SIZE})")
+    for side in ("height", "width"):
+        words = f"config.data.{side}, of --images, in pixels (default: {SIZE})"
+        add(f"--{side}", type=command.at_least(1, ranges.SIDE), help=words)
     words = "what to do about --images that cannot be used: all are named (default: fail)"
     add("--broken", choices=BROKEN, help=words)
+    words = "pictures that metadata.jsonl names outside of its folder, by .., absolute paths or links (default: refuse)"
+    add("--outside", choices=images.OUTSIDE, help=words)
+    words = f"of a picture of --images; larger ones cannot be used (default: {images.MAX_PIXELS})"
+    add("--max-pixels", type=command.at_least(1, 10**10), metavar="N", help=words)
     add_filters(parser)
     command.add_mesh(parser)
     command.add_job(parser)
@@ -278,9 +284,9 @@ def main(arguments: list[str] | None = None) -> None:
 
 def _read_prompts(args: argparse.Namespace, chosen: filters.Filter) -> tuple[list[str], str]:
     """The prompts that are chosen, and how many were not, in a line."""
-    for flag in ("height", "width", "broken"):
-        if getattr(args, flag) is not None:
-            raise UserError(f"--{flag}={getattr(args, flag)} is for --images; leave it out")
+    for flag in ("height", "width", "broken", "outside", "max_pixels"):
+        if (value := getattr(args, flag)) is not None:
+            raise UserError(f"--{flag.replace('_', '-')}={value} is for --images; leave it out")
     prompts = sources.read(args.prompts, args.column)
     places, counts = filters.select(prompts, chosen)
     return [prompts[place] for place in places], f"{args.prompts}: {filters.describe(len(prompts), counts)}"
@@ -292,14 +298,15 @@ def _read_images(args: argparse.Namespace, chosen: filters.Filter) -> tuple[list
     Process 0 names every picture that cannot be used. Raises UserError if there is one, unless ``--broken=skip``.
     """
     height, width = args.height or SIZE, args.width or SIZE
-    pictures, wrong = images.read(args.images, args.column)
+    most = args.max_pixels or images.MAX_PIXELS
+    pictures, wrong = images.read(args.images, args.column, args.outside == "read", most)
     total = len(pictures) + len(wrong)
     places, counts = filters.select([picture.caption for picture in pictures], chosen)
     candidates = [pictures[place] for place in places]
-    digests, broken = images.examine(candidates, height, width, progress=jax.process_index() == 0)
+    digests, broken = images.examine(candidates, height, width, jax.process_index() == 0, most)
     wrong = [*wrong, *broken.values()]
     if wrong and jax.process_index() == 0:
-        print(*wrong, sep="\n", file=sys.stderr, flush=True)
+        print(*map(errors.plain, wrong), sep="\n", file=sys.stderr, flush=True)
     if wrong and args.broken != "skip":
         raise UserError(f"{images.describe_broken(wrong, total)}; mend them, or leave them out with --broken=skip")
     if wrong:
@@ -310,7 +317,7 @@ def _read_images(args: argparse.Namespace, chosen: filters.Filter) -> tuple[list
     kept = [candidates[place] for place in whole]
     digest = images.digest([digests[place] for place in whole], height, width)
     summary = f"{args.images}: {filters.describe(total, counts, 'pictures')}"
-    return [picture.caption for picture in kept], summary, PictureSet(kept, digest, height, width)
+    return [picture.caption for picture in kept], summary, PictureSet(kept, digest, height, width, most)
 
 
 if __name__ == "__main__":

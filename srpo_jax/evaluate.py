@@ -18,6 +18,7 @@ from absl import logging
 
 from srpo_jax import command, distributed, errors, report, sampling, sharding, storage
 from srpo_jax.config import QUANTIZE
+from srpo_jax.data.images import OUTSIDE
 from srpo_jax.errors import UserError
 from srpo_jax.evaluation import candidates, layouts, page, prompts, run, scoring, summary
 from srpo_jax.evaluation.candidates import Asked
@@ -36,6 +37,10 @@ def _parser() -> command.Parser:
     add("--checkpoint", type=partial(Asked, "checkpoint"), metavar="[LABEL=]WORKDIR[@STEP|@all]", help=words, **many)
     words = "pictures that are there, with captions beside them or in metadata.jsonl"
     add("--pictures", type=partial(Asked, "pictures"), metavar="[LABEL=]FOLDER", help=words, **many)
+    words = (
+        "--pictures that metadata.jsonl names outside of its folder, by .., absolute paths or links (default: refuse)"
+    )
+    add("--outside", choices=OUTSIDE, help=words)
     add("--ema", action="store_true", help="take the moving averages of checkpoints")
     words = "how a LoRA's base is stored: none (in --dtype), int8, nf4, or as it was trained (default: none)"
     add("--quantize", choices=(*QUANTIZE, "trained"), default="none", help=words)
@@ -73,7 +78,7 @@ def _run(args: argparse.Namespace) -> None:
     scores = [scoring.parse(text) for text in args.score]
     if len({score.name for score in scores}) < len(scores):
         raise UserError("two scores have one name; give them others: --score=NAME=KIND:PATH")
-    models = candidates.read(args.asked, args.ema, args.quantize)
+    models = candidates.read(args.asked, args.ema, args.quantize, args.outside == "read")
     wanted = _prompts(args, models)
     places = None
     if args.writes:

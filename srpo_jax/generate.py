@@ -29,6 +29,7 @@ from srpo_jax import (
     distributed,
     errors,
     program,
+    reading,
     record,
     sampling,
     sharding,
@@ -135,6 +136,9 @@ def generate(
     model, out = pathlib.Path(model), storage.path(out)
     family, sizes = architectures.read_pipeline(model)
     family.check_size(height, width, ("--height", "--width"))
+    length = text_length or prompt_length(family, model)
+    family.check_text_length("--text-length", length)
+    family.schedule(model, steps, height, width)  # what is wrong with its file is told before weights are read
     shape = (len(prompts), *family.token_shape(height, width))
     if latents is not None and latents.shape != shape:
         raise UserError(
@@ -147,7 +151,6 @@ def generate(
     terminal.say(f"{mesh.devices.size} {platform} device(s), {dtype}, attention {compute.attention}")
     with terminal.doing("loading the transformer"):
         graphdef, params = read_transformer(model / TRANSFORMER, family.network, compute, mesh, trained, lora)
-    length = text_length or prompt_length(family, model)
     with terminal.doing("loading the autoencoder and the text encoders"):
         tools = sampling.read_tools(model, mesh, family, sizes.transformer, frozen, length)
     look, at_once = sampling.Look(height, width, steps, guidance), batch_size or sharding.batch_parts(mesh)
@@ -200,10 +203,15 @@ def _parser() -> command.Parser:
 
 def _read_latents(path: str) -> np.ndarray:
     try:
+        reading.check(path)
         with np.load(path) as file:
-            return file["latents"]
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"--latents={path}: {error}; expected an npz file with an array `latents`") from error
+            found = file["latents"]
+    except Exception as error:  # of a broken file numpy and zipfile raise whatever they stumble over
+        words = getattr(error, "strerror", None) or error
+        raise UserError(f"--latents={path}: {words}; expected an npz file with an array `latents`") from error
+    if found.dtype.kind != "f" or not np.isfinite(found).all():
+        raise UserError(f"--latents={path}: `latents` must be finite floating-point numbers, not {found.dtype}")
+    return found
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from srpo_jax import families, terminal, text, tokens
+from srpo_jax import families, schema, terminal, text, tokens
 from srpo_jax.errors import UserError
 from srpo_jax.families.base import INDEX, TRANSFORMER, Family
 from srpo_jax.rewards import REWARDS
@@ -122,8 +122,14 @@ def import_folder(
 
 def pipeline_parts(source: pathlib.Path, family: Family) -> list[str]:
     """The subfolders of a diffusers pipeline that matter. Raises UserError if it is incomplete."""
-    index = read_json(source / INDEX)
-    parts = [name for name in (*family.components, *family.copied) if (index.get(name) or [None])[0] is not None]
+    index, parts = read_json(source / INDEX), []
+    for name in (*family.components, *family.copied):
+        entry = index.get(name)
+        if entry is not None and not (isinstance(entry, list) and len(entry) == 2):
+            shown = schema.shown(entry)
+            raise UserError(f"{source / INDEX}: {name}={shown} must be a list of two, a library and a class, or null")
+        if entry is not None and entry[0] is not None:
+            parts.append(name)
     if missing := [name for name in parts if not (source / name).is_dir()]:
         raise UserError(f"{source} lacks the folders {', '.join(missing)} that its {INDEX} names")
     return parts

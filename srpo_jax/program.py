@@ -138,6 +138,7 @@ def build(config: ConfigDict, mesh: Mesh, architecture: Architecture) -> Program
     settings, optimizer = Settings.from_config(config, architecture.family), optim.make_optimizer(config.optim)
     family = architecture.family
     family.check_size(settings.height, settings.width, ("config.data.height", "config.data.width"))
+    family.check_text_length("config.data.text_length", config.data.text_length)
     part, devices = config.data.batch_size // config.optim.accumulation, sharding.batch_parts(mesh)
     if part % devices:
         raise UserError(

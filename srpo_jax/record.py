@@ -15,7 +15,7 @@ import jax
 from etils import epath
 from ml_collections import ConfigDict
 
-from srpo_jax import checkpoint, leftovers, resume, storage, terminal
+from srpo_jax import checkpoint, leftovers, resume, schema, storage, terminal
 from srpo_jax import config as config_lib
 from srpo_jax.errors import UserError
 from srpo_jax.models.lora import Lora
@@ -127,10 +127,7 @@ def _read_models(workdir: epath.Path) -> dict[str, str]:
 
 def _object(file: epath.Path) -> dict[str, Any]:
     """A JSON object from a file. Raises ValueError if it is none, OSError."""
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except RecursionError as error:
-        raise ValueError("it is nested too deeply") from error
+    content = schema.parse(file.read_text(encoding="utf-8"))
     if not isinstance(content, dict):
         raise ValueError("it holds no JSON object")
     return content

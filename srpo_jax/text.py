@@ -18,7 +18,7 @@ def load_tokenizer(path: str | os.PathLike, kind: str = "AutoTokenizer") -> Any:
 
     ``kind`` is the class of transformers, for folders that do not tell it.
 
-    Raises UserError if the folder or its vocabulary is missing or cannot be read.
+    Raises UserError if the folder or its vocabulary is missing or cannot be read, or its texts have no length.
     """
     path = pathlib.Path(path)
     if not path.is_dir():
@@ -32,9 +32,21 @@ def load_tokenizer(path: str | os.PathLike, kind: str = "AutoTokenizer") -> Any:
     import transformers
 
     try:
-        return getattr(transformers, kind).from_pretrained(path, local_files_only=True)
-    except Exception as error:  # a broken file surfaces as anything from KeyError to the Rust library's Exception
-        raise UserError(f"{path} cannot be read as a tokenizer: {error}") from error
+        found = getattr(transformers, kind).from_pretrained(path, local_files_only=True)
+        length, size = found.model_max_length, len(found.get_vocab())
+    # A broken file surfaces as anything from KeyError to the panic of the Rust library, which is no Exception.
+    except BaseException as error:
+        if isinstance(error, KeyboardInterrupt | SystemExit):
+            raise
+        words = " ".join(str(error).split())[:300]
+        raise UserError(f"{path} cannot be read as a tokenizer: {words or type(error).__name__}") from error
+    if not size:
+        raise UserError(f"{path} cannot be read as a tokenizer: its vocabulary is empty")
+    if isinstance(length, bool) or not isinstance(length, int) or length < 2:
+        raise UserError(
+            f"{path / 'tokenizer_config.json'}: model_max_length={length!r} must be a whole number, at least 2"
+        )
+    return found
 
 
 def tokenize(tokenizer: Any, texts: Sequence[str], length: int, pad: str | int = "own") -> np.ndarray:
@@ -49,13 +61,13 @@ def tokenize(tokenizer: Any, texts: Sequence[str], length: int, pad: str | int =
       pad: "own", the tokenizer's padding token (T5: 0; CLIP in HF's files: end of text), or an id (open_clip: 0).
 
     Returns:
-      int32 [B, T]. Raises ValueError for a tokenizer without padding token under "own", UserError for a text with half
-      a character (a lone surrogate), which HF's tokenizers do not take.
+      int32 [B, T]. Raises UserError for a tokenizer without padding token under "own", and for a text with half a
+      character (a lone surrogate), which HF's tokenizers do not take.
     """
     if pad == "own":
         pad = tokenizer.pad_token_id
         if pad is None:
-            raise ValueError("the tokenizer has no padding token; give its id as pad")
+            raise UserError(f"the tokenizer of {tokenizer.name_or_path} has no padding token; take the model's own")
     out = np.full((len(texts), length), pad, np.int32)
     try:
         rows = tokenizer(list(texts), truncation=True, max_length=length)["input_ids"] if len(texts) else []

@@ -84,6 +84,8 @@ def _train(config: ConfigDict, workdir: str | os.PathLike, changes: tuple[str, .
     held_out = []
     if config.sample.every:
         held_out = sources.read(config.sample.prompts or prompts.SHIPPED, config.sample.column)
+        look = config.sample.steps, config.data.height, config.data.width
+        architecture.family.schedule(config.model.path, *look)  # what is wrong with its file is told here
     if config.compilation_cache:
         jax.config.update("jax_compilation_cache_dir", os.path.expanduser(config.compilation_cache))
 

@@ -2,11 +2,9 @@
 
 import glob
 import html
-import json
-import pathlib
 from typing import Any, NamedTuple
 
-from srpo_jax import report
+from srpo_jax import reading, report, schema
 from srpo_jax.costs.hardware import GIB
 from srpo_jax.errors import UserError
 
@@ -119,10 +117,10 @@ def read(pattern: str) -> list[dict[str, Any]]:
     reports = []
     for path in paths:
         try:
-            content = json.loads(pathlib.Path(path).read_text(encoding="utf-8"))
+            content = schema.parse(reading.content(path))
             for item in content:
                 point(item)
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, ArithmeticError) as error:
             raise UserError(f"--reports: {path} was not written by preflight's --json ({error!r})") from error
         reports += content
     return reports

@@ -1,12 +1,12 @@
 """Which prompts are used: explicit conditions, and how many each of them left out."""
 
 import dataclasses
-import re
 from collections.abc import Sequence
 
 import numpy as np
 
 from srpo_jax.errors import UserError
+from srpo_jax.patterns import Pattern
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,7 +39,7 @@ def select(prompts: Sequence[str], conditions: Filter) -> tuple[list[int], dict[
       The places of the prompts that stay, ascending, and how many each condition left out, in words, zeros included;
       a condition that was not set is not named.
 
-    Raises UserError for a regular expression that is none, or if no prompt stays.
+    Raises UserError for a regular expression that is none or takes too long, or if no prompt stays.
     """
     places, counts = list(range(len(prompts))), {}
 
@@ -54,11 +54,11 @@ def select(prompts: Sequence[str], conditions: Filter) -> tuple[list[int], dict[
     if most:
         keep(f"longer than {most}", [place for place in places if len(prompts[place]) <= most])
     if conditions.include:
-        pattern = _compile(conditions.include)
-        keep(f"without /{conditions.include}/", [place for place in places if pattern.search(prompts[place])])
+        pattern = Pattern(conditions.include, "include")
+        keep(f"without /{conditions.include}/", [place for place in places if pattern.found_in(prompts[place])])
     if conditions.exclude:
-        pattern = _compile(conditions.exclude)
-        keep(f"with /{conditions.exclude}/", [place for place in places if not pattern.search(prompts[place])])
+        pattern = Pattern(conditions.exclude, "exclude")
+        keep(f"with /{conditions.exclude}/", [place for place in places if not pattern.found_in(prompts[place])])
     if conditions.unique:
         first: dict[str, int] = {}
         for place in places:
@@ -78,10 +78,3 @@ def describe(total: int, counts: dict[str, int], noun: str = "prompts") -> str:
         return f"{total} {noun}"
     left_out = ", ".join(f"{count} {name}" for name, count in counts.items())
     return f"{total} {noun}; left out: {left_out}; {total - sum(counts.values())} stay"
-
-
-def _compile(pattern: str) -> re.Pattern:
-    try:
-        return re.compile(pattern)
-    except re.error as error:
-        raise UserError(f"{pattern!r} is not a regular expression: {error}") from error

@@ -10,6 +10,7 @@ picture is resized (Lanczos) and cropped around its centre to one size in one go
 """
 
 import concurrent.futures
+import functools
 import hashlib
 import io
 import os
@@ -20,14 +21,20 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, ImageOps
 
-from srpo_jax import terminal
+from srpo_jax import reading, terminal
 from srpo_jax.data import sources
 from srpo_jax.errors import UserError
 
+# What is decoded, by content. Others Pillow hands to programs of the machine, as EPS to Ghostscript.
+FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "BMP", "DIB", "TIFF", "GIF", "AVIF", "JPEG2000", "PPM")
+MAX_PIXELS = 1 << 27  # of a picture unless told otherwise: a file of kilobytes can hold gigapixels
+MAX_BYTES = 8  # of a file for each of these pixels: 16-bit RGBA
+Image.MAX_IMAGE_PIXELS = None  # Pillow's own limit warns; the one above refuses
 EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")  # of a folder without metadata.jsonl
 METADATA, FILE_NAME = "metadata.jsonl", "file_name"
 # Modes that Pillow turns into RGB without losing what they hold; 16-bit grey would become white.
 MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr")
+OUTSIDE = ("refuse", "read")
 THREADS = 8  # that decode: Pillow gives way to other threads while it does
 
 
@@ -40,23 +47,32 @@ class Picture(NamedTuple):
 
 
 class PictureSet(NamedTuple):
-    """Pictures to be encoded at one size (pixels); ``digest`` tells them, in this order and size, from others."""
+    """Pictures to be encoded at one size (pixels); ``digest`` tells them, in this order and size, from others.
+
+    ``max_pixels`` is what one of them may have.
+    """
 
     pictures: list[Picture]
     digest: str
     height: int
     width: int
+    max_pixels: int = MAX_PIXELS
 
 
 # --- sources ----------------------------------------------------------------------------------------------------------
 
 
-def read(spec: str | os.PathLike, column: str | None = None) -> tuple[list[Picture], list[str]]:
-    """The pictures of a source in its order, and what is wrong with those that have no caption, a line each.
+def read(
+    spec: str | os.PathLike, column: str | None = None, outside: bool = False, max_pixels: int = MAX_PIXELS
+) -> tuple[list[Picture], list[str]]:
+    """The pictures of a source in its order, and what is wrong with those that have no caption, or must not be read, a
+    line each.
 
     Args:
       spec: as above.
       column: of the captions, where there are several.
+      outside: whether ``metadata.jsonl`` may name pictures outside of its folder, by ``..``, absolute paths or links.
+      max_pixels: of a picture; files of more than ``MAX_BYTES`` times as many bytes are not read.
 
     Raises UserError if the source is missing or is not what it should be, or holds no picture with a caption.
     """
@@ -69,9 +85,9 @@ def read(spec: str | os.PathLike, column: str | None = None) -> tuple[list[Pictu
     elif not path.is_dir():
         raise UserError(f"{spec} is not a folder; expected a folder of pictures or tfds:NAME[:SPLIT]")
     elif (path / METADATA).exists():
-        entries = _read_metadata(path, column)
+        entries = _read_metadata(path, column, outside, max_pixels)
     else:
-        entries = _read_folder(path, column)
+        entries = _read_folder(path, column, max_pixels)
     pictures, wrong = [], []
     for picture in entries:
         if isinstance(picture, str):
@@ -85,7 +101,11 @@ def read(spec: str | os.PathLike, column: str | None = None) -> tuple[list[Pictu
     return pictures, wrong
 
 
-def _read_folder(folder: pathlib.Path, column: str | None) -> Iterator[Picture | str]:
+def _content(file: pathlib.Path, max_pixels: int) -> Callable[[], bytes]:
+    return functools.partial(reading.content, file, MAX_BYTES * max_pixels)
+
+
+def _read_folder(folder: pathlib.Path, column: str | None, max_pixels: int) -> Iterator[Picture | str]:
     if column is not None:
         raise UserError(f"{folder} has no {METADATA}: captions are text files, without columns; leave out {column!r}")
     files = sorted(
@@ -100,12 +120,21 @@ def _read_folder(folder: pathlib.Path, column: str | None) -> Iterator[Picture |
         sidecar = file.with_suffix(".txt")
         try:
             caption = " ".join(sources.read_text(sidecar).split()) if sidecar.exists() else ""
-            yield Picture(str(file), caption, file.read_bytes)
+            yield Picture(str(file), caption, _content(file, max_pixels))
         except UserError as error:
             yield str(error)
 
 
-def _read_metadata(folder: pathlib.Path, column: str | None) -> Iterator[Picture | str]:
+def _leads_out(folder: pathlib.Path, name: str) -> bool:
+    """Whether a name in a folder, links followed, is that of a file elsewhere."""
+    root = os.path.realpath(folder)
+    try:
+        return os.path.commonpath([root, os.path.realpath(os.path.join(root, name))]) != root
+    except ValueError:  # no file can have this name, as reading it will tell
+        return False
+
+
+def _read_metadata(folder: pathlib.Path, column: str | None, outside: bool, max_pixels: int) -> Iterator[Picture | str]:
     for item, place in sources.json_lines(folder / METADATA):
         where = f"{folder / METADATA}, {place}"
         name = item.get(FILE_NAME) if isinstance(item, dict) else None
@@ -115,7 +144,11 @@ def _read_metadata(folder: pathlib.Path, column: str | None) -> Iterator[Picture
         caption = "" if item[chosen] is None else item[chosen]
         if not isinstance(caption, str):
             raise UserError(f"{where}: the caption {chosen!r} is not text")
-        yield Picture(f"{folder / name} ({METADATA}, {place})", caption.strip(), (folder / name).read_bytes)
+        shown = f"{folder / (name if len(name) <= 255 else name[:60] + '...')} ({METADATA}, {place})"
+        if not outside and _leads_out(folder, name):
+            yield f"{shown} lies outside of {folder}; copy it there, or let such pictures be read by --outside=read"
+        else:
+            yield Picture(shown, caption.strip(), _content(folder / name, max_pixels))
 
 
 def _read_tfds(spec: str, column: str | None) -> Iterator[Picture | str]:
@@ -141,24 +174,26 @@ def _read_tfds(spec: str, column: str | None) -> Iterator[Picture | str]:
 # --- one picture ------------------------------------------------------------------------------------------------------
 
 
-def decode(content: bytes, height: int, width: int) -> np.ndarray:
+def decode(content: bytes, height: int, width: int, max_pixels: int = MAX_PIXELS) -> np.ndarray:
     """A picture's file as uint8 [height, width, 3], as ``upright`` has it, cropped.
 
     Raises ValueError as ``upright`` does, and for a picture that would have to be enlarged.
     """
-    image = upright(content)
+    image = upright(content, max_pixels)
     if image.width < width or image.height < height:
         raise ValueError(f"is {image.width}x{image.height}, smaller than {width}x{height}")
     return np.asarray(crop(image, height, width))
 
 
-def upright(content: bytes) -> Image.Image:
+def upright(content: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
     """A picture's file as RGB: turned upright, on white where it is transparent.
 
-    Raises ValueError, with the reason, for a file that is damaged or not a picture of 8 bits.
+    Raises ValueError, with the reason, for a file that is damaged, not a picture of 8 bits, or of too many pixels.
     """
     try:
-        with Image.open(io.BytesIO(content)) as opened:
+        with Image.open(io.BytesIO(content), formats=FORMATS) as opened:
+            if opened.width * opened.height > max_pixels:
+                raise OSError(f"{opened.width}x{opened.height} are more than {max_pixels} pixels")
             image = ImageOps.exif_transpose(opened)
             image.load()
     except Exception as error:  # of a damaged file Pillow's decoders raise whatever they stumble over
@@ -180,20 +215,20 @@ def crop(image: Image.Image, height: int, width: int) -> Image.Image:
     return image.resize((width, height), Image.Resampling.LANCZOS, box=box)
 
 
-def load(picture: Picture, height: int, width: int) -> tuple[np.ndarray, bytes]:
+def load(picture: Picture, height: int, width: int, max_pixels: int = MAX_PIXELS) -> tuple[np.ndarray, bytes]:
     """The pixels of a picture, as ``decode``, and the SHA-256 of its file. Raises ValueError, with the reason."""
     try:
         content = picture.content()
     except OSError as error:
         raise ValueError(f"cannot be read ({error.strerror or error})") from error
-    return decode(content, height, width), hashlib.sha256(content).digest()
+    return decode(content, height, width, max_pixels), hashlib.sha256(content).digest()
 
 
 # --- all of them ------------------------------------------------------------------------------------------------------
 
 
 def examine(
-    pictures: Sequence[Picture], height: int, width: int, progress: bool = False
+    pictures: Sequence[Picture], height: int, width: int, progress: bool = False, max_pixels: int = MAX_PIXELS
 ) -> tuple[list[bytes], dict[int, str]]:
     """Decodes every picture once: what is broken is known before the first one is encoded.
 
@@ -203,7 +238,7 @@ def examine(
 
     def look(picture: Picture) -> tuple[bytes, str]:
         try:
-            return load(picture, height, width)[1], ""
+            return load(picture, height, width, max_pixels)[1], ""
         except ValueError as error:
             return b"", f"{picture.name} {error}"
 
@@ -232,7 +267,7 @@ class Loader:
     def _load(self, place: int) -> np.ndarray:
         picture = self._images.pictures[place]
         try:
-            return load(picture, self._images.height, self._images.width)[0]
+            return load(picture, self._images.height, self._images.width, self._images.max_pixels)[0]
         except ValueError as error:
             raise UserError(f"{picture.name} {error}, and was whole when encoding began") from error
 

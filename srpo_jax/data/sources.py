@@ -15,15 +15,16 @@ Where there are several columns, one of them is named, or exactly one of ``COLUM
 import csv
 import glob
 import io
-import json
 import os
 import pathlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
+from srpo_jax import reading, schema
 from srpo_jax.errors import UserError
 from srpo_jax.values import TFDS
 
+LONGEST = 255  # bytes of a file's name
 COLUMNS = ("prompt", "caption", "text")  # taken where no column is named
 
 
@@ -65,6 +66,8 @@ def _parts(spec: str | os.PathLike, column: str | None) -> Iterator[tuple[Any, I
     """Where prompts are read from, and the values there with their places, of each file of a source."""
     spec = os.fspath(spec)
     path = pathlib.Path(spec)
+    if len(os.fsencode(path.name)) > LONGEST:
+        raise UserError(f"{spec[:60]!r}... is too long for the name of a file; a prompt itself is given by --prompt")
     if spec.startswith(TFDS):
         yield spec, read_tfds(spec.removeprefix(TFDS), column)
     elif path.is_dir() and (path / "dataset_info.json").exists():
@@ -96,7 +99,7 @@ def _texts(values: Iterable[tuple[Any, Any]], where: Any) -> list[tuple[str, Any
         if value is None:
             continue
         if not isinstance(value, str):
-            raise UserError(f"{where}, {place}: expected text, found {json.dumps(value, default=str)[:60]}")
+            raise UserError(f"{where}, {place}: expected text, found {schema.shown(value)}")
         if value.strip():
             prompts.append((value.strip(), place))
     if not prompts:
@@ -111,10 +114,11 @@ def _read_file(path: pathlib.Path, column: str | None) -> Iterator[tuple[Any, st
     return _READERS.get(path.suffix.lower(), _read_lines)(path, column)
 
 
-def read_text(path: pathlib.Path) -> str:
-    """A file's text. Raises UserError if it cannot be read or is not UTF-8 (names the line)."""
+def read_text(path: pathlib.Path, pipe: bool = False) -> str:
+    """A file's text; ``pipe`` lets it be a pipe, as a shell's ``<(...)``. Raises UserError if it cannot be read or is
+    not UTF-8 (names the line)."""
     try:
-        data = path.read_bytes()
+        data = reading.content(path, pipe=pipe)
     except OSError as error:
         hint = "; expected a file of prompts or a tensorflow-datasets folder" if path.is_dir() else ""
         raise UserError(f"{path} cannot be read: {error.strerror}{hint}") from error
@@ -130,14 +134,14 @@ def _read_lines(path: pathlib.Path, column: str | None) -> Iterator[tuple[Any, s
     if column is not None:
         raise UserError(f"{path} is read as one prompt a line, without columns; leave out the column {column!r}")
     # Not splitlines(): it also splits at characters that a prompt may hold, as a form feed or U+2028.
-    for number, line in enumerate(read_text(path).split("\n"), 1):
+    for number, line in enumerate(read_text(path, pipe=True).split("\n"), 1):
         yield line, f"line {number}"
 
 
 def _read_table(path: pathlib.Path, column: str | None) -> Iterator[tuple[Any, str]]:
     csv.field_size_limit(1 << 30)
     delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
-    rows = csv.reader(io.StringIO(read_text(path), newline=""), delimiter=delimiter, strict=True)
+    rows = csv.reader(io.StringIO(read_text(path, pipe=True), newline=""), delimiter=delimiter, strict=True)
     try:
         names = next(rows, [])
         place = names.index(choose_column(names, column, path))
@@ -154,22 +158,22 @@ def _read_table(path: pathlib.Path, column: str | None) -> Iterator[tuple[Any, s
 
 
 def _read_json_lines(path: pathlib.Path, column: str | None) -> Iterator[tuple[Any, str]]:
-    return _fields(json_lines(path), path, column)
+    return _fields(json_lines(path, pipe=True), path, column)
 
 
-def json_lines(path: pathlib.Path) -> Iterator[tuple[Any, str]]:
+def json_lines(path: pathlib.Path, pipe: bool = False) -> Iterator[tuple[Any, str]]:
     """The values of a JSON Lines file with their places, as "line 3". Raises UserError for a line that is not JSON."""
-    for number, line in enumerate(read_text(path).split("\n"), 1):
+    for number, line in enumerate(read_text(path, pipe).split("\n"), 1):
         if line.strip():
             try:
-                yield json.loads(line), f"line {number}"
+                yield schema.parse(line), f"line {number}"
             except ValueError as error:
                 raise UserError(f"{path}, line {number}, is not JSON: {error}") from error
 
 
 def _read_json(path: pathlib.Path, column: str | None) -> Iterator[tuple[Any, str]]:
     try:
-        content = json.loads(read_text(path))
+        content = schema.parse(read_text(path, pipe=True))
     except ValueError as error:
         hint = "; a file with one object a line is named .jsonl" if "Extra data" in str(error) else ""
         raise UserError(f"{path} is not JSON: {error}{hint}") from error
@@ -187,27 +191,34 @@ def _fields(items: Iterable[tuple[Any, str]], path: pathlib.Path, column: str | 
                 chosen = choose_column(list(item), column or chosen, f"{path}, {place},")
             yield item[chosen], place
         elif column is not None:
-            raise UserError(f"{path}, {place}: expected an object with {column!r}, found {json.dumps(item)[:60]}")
+            raise UserError(f"{path}, {place}: expected an object with {column!r}, found {schema.shown(item)}")
         else:
             yield item, place
 
 
 def _read_parquet(path: pathlib.Path, column: str | None) -> Iterator[tuple[Any, str]]:
     import pyarrow
-    from pyarrow import parquet
+    from pyarrow import parquet, types
 
+    number = 0
     try:
-        file = parquet.ParquetFile(path)
-    except (OSError, pyarrow.ArrowException) as error:
-        raise UserError(f"{path} cannot be read as Parquet: {str(error).splitlines()[0]}") from error
-    with file:
-        chosen = choose_column(file.schema_arrow.names, column, path)
-        number = 0
-        # Batch by batch and this column alone: the others may hold images.
-        for batch in file.iter_batches(columns=[chosen]):
-            for value in batch.column(0).to_pylist():
-                yield value, f"row {number}"
-                number += 1
+        reading.check(path)
+        with parquet.ParquetFile(path) as file:
+            chosen = choose_column(file.schema_arrow.names, column, path)
+            kind = file.schema_arrow.field(file.schema_arrow.names.index(chosen)).type
+            plain = kind.value_type if types.is_dictionary(kind) else kind
+            if str(plain) not in ("string", "large_string", "string_view", "null"):
+                raise UserError(f"{path}: the column {chosen!r} holds {kind}, not text; name another column")
+            # Batch by batch and this column alone: the others may hold images.
+            for batch in file.iter_batches(columns=[chosen]):
+                for value in batch.column(batch.schema.names.index(chosen)):
+                    yield value.as_py(), f"row {number}"
+                    number += 1
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}, row {number}, is not UTF-8; write the file again from text") from error
+    except (OSError, ValueError, IndexError, pyarrow.ArrowException) as error:
+        words = getattr(error, "strerror", None) or (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"{path} cannot be read as Parquet: {words}") from error
 
 
 _READERS: dict[str, Callable[[pathlib.Path, str | None], Iterator[tuple[Any, str]]]] = {
@@ -269,4 +280,9 @@ def read_tfds(spec: str, column: str | None) -> Iterator[tuple[str, str]]:
             f"tfds:{spec} is stored as {builder.info.file_format.value}; prepare it with file_format='array_record'"
         ) from error
     for index in range(len(source)):
-        yield alone.deserialize_example_np(source[index])[chosen].decode("utf-8"), f"example {index}"
+        try:
+            text = alone.deserialize_example_np(source[index])[chosen].decode("utf-8")
+        except Exception as error:  # of a damaged file the library raises whatever it stumbles over
+            words = " ".join(str(error).split())[:200] or type(error).__name__
+            raise UserError(f"tfds:{spec}, example {index}, cannot be read: {words}") from error
+        yield text, f"example {index}"

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 
-from srpo_jax import schema
+from srpo_jax import reading, schema
 from srpo_jax.errors import UserError
 from srpo_jax.weights.files import Spec, read_json
 
@@ -106,8 +106,8 @@ def read_prompts(path: str | os.PathLike) -> list[str]:
     """The texts of all examples of a data set, complete or not, without reading the records. Raises UserError."""
     file = pathlib.Path(path) / PROMPTS
     try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+        found = schema.parse(reading.content(file))
+    except (OSError, ValueError) as error:
         raise UserError(f"{file} cannot be read ({error}); copy it again") from error
     if not isinstance(found, list) or not all(isinstance(prompt, str) for prompt in found):
         raise UserError(f"{file} is damaged (it holds no list of texts); copy it again")

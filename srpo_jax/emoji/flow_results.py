@@ -7,12 +7,12 @@ import shutil
 import jax
 import jax.numpy as jnp
 
-from srpo_jax import convert
+from srpo_jax import convert, schema
 from srpo_jax.algorithm import flow
 from srpo_jax.emoji import pictures, world
 from srpo_jax.emoji.flow_data import FlowData
 from srpo_jax.emoji.flow_networks import FlowNetworks
-from srpo_jax.families.flux import FLUX, pipeline_schedule
+from srpo_jax.families.flux import FLUX, Scheduler, pipeline_schedule
 from srpo_jax.families.guidance import classifier_free
 from srpo_jax.models.compute import Params, bind
 from srpo_jax.weights import folder
@@ -41,7 +41,7 @@ class SampleSheet:
         kinds = (len(world.STYLES), len(world.STYLES), *range(len(world.STYLES)))
         rows = jnp.asarray([kind * concepts + concept for concept in shown for kind in kinds])
         noise = jax.random.normal(jax.random.key(0), (len(rows), *data.tokens.shape[1:]))
-        sigmas = pipeline_schedule(20, data.tokens.shape[1], SCHEDULER)
+        sigmas = pipeline_schedule(20, data.tokens.shape[1], schema.read(Scheduler, SCHEDULER, "scheduler"))
         self._columns = len(kinds)
 
         def sample(params: Params, guidance: float, distilled: bool) -> jax.Array:

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from srpo_jax import architectures, checkpoint, record, storage
+from srpo_jax import architectures, checkpoint, record, schema, storage
 from srpo_jax.config import reward_of
 from srpo_jax.data import images
 from srpo_jax.errors import UserError
@@ -103,7 +103,7 @@ class Asked(NamedTuple):
     text: str
 
 
-def read(asked: list[Asked], ema: bool, quantize: str) -> list[Candidate]:
+def read(asked: list[Asked], ema: bool, quantize: str, outside: bool = False) -> list[Candidate]:
     """The candidates that a command line asks for, in its order.
 
     Args:
@@ -111,6 +111,7 @@ def read(asked: list[Asked], ema: bool, quantize: str) -> list[Candidate]:
         pipeline is the one that is named last before it.
       ema: take the moving averages of checkpoints.
       quantize: how the frozen weights of a LoRA are stored, "trained" is as the run stored them.
+      outside: see ``data.images.read``.
 
     Raises UserError for what is not there, a checkpoint before any pipeline, and two of one label.
     """
@@ -122,7 +123,7 @@ def read(asked: list[Asked], ema: bool, quantize: str) -> list[Candidate]:
             model = _pipeline(label, place)
             found.append(model)
         elif kind == "pictures":
-            found.append(_pictures(label, place))
+            found.append(_pictures(label, place, outside))
         elif model is None:
             raise UserError(
                 f"--checkpoint={text}: name the pipeline that it was trained from before it, --model=FOLDER"
@@ -181,12 +182,17 @@ def _checkpoints(label: str | None, text: str, model: Candidate, ema: bool, quan
 def _rewards(workdir: str) -> tuple[str, ...]:
     """Fingerprints of the rewards that a run was trained with, as far as its folder tells."""
     file = storage.path(workdir) / record.MODELS
-    content = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
-    return tuple(sorted(value for key, value in content.items() if reward_of(key)))
+    try:
+        content = schema.parse(file.read_bytes()) if file.exists() else {}
+    except (OSError, ValueError) as error:
+        raise UserError(f"{file} cannot be read as JSON: {error}; bring back a copy of it, or delete it") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{file} holds no JSON object; bring back a copy of it, or delete it")
+    return tuple(sorted(str(value) for key, value in content.items() if reward_of(key)))
 
 
-def _pictures(label: str | None, path: str) -> Candidate:
-    found, wrong = images.read(path)
+def _pictures(label: str | None, path: str, outside: bool) -> Candidate:
+    found, wrong = images.read(path, outside=outside)
     if wrong:
         raise UserError(f"--pictures={path}: {images.describe_broken(wrong, len(found) + len(wrong))}")
     digest = hashlib.sha256()

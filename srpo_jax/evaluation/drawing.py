@@ -59,7 +59,10 @@ class Studio:
     def check(self, candidate: Candidate) -> None:
         """Raises UserError for sizes that its family has not."""
         family, _ = architectures.read_pipeline(candidate.pipeline)
-        family.check_size(self.drawing.look.height, self.drawing.look.width, ("--height", "--width"))
+        look = self.drawing.look
+        family.check_size(look.height, look.width, ("--height", "--width"))
+        family.check_text_length("--text-length", self.drawing.text_length or 0)
+        family.schedule(candidate.pipeline, look.steps, look.height, look.width)
 
     def open(self, candidate: Candidate) -> Draw:
         """Reads a candidate's weights. Returns what draws items, at most ``at_once``: uint8 [B, height, width, 3]."""

@@ -8,16 +8,33 @@ Lines are added as pictures are scored. What is there is not made again; a score
 its own. A last line that was cut off is dropped.
 """
 
+import dataclasses
 import json
 import os
 import pathlib
 from typing import Any
 
-from srpo_jax import storage
+from srpo_jax import schema, storage
 from srpo_jax.errors import UserError
 from srpo_jax.evaluation.candidates import Candidate, Item
 
 SETTINGS, SCORES = "evaluation.json", "scores.jsonl"
+
+
+@dataclasses.dataclass(frozen=True)
+class _Scores:
+    """What is read of a line of ``SCORES``, beside the picture's name."""
+
+    scores: dict[str, float]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Contents:
+    """What ``SETTINGS`` holds."""
+
+    settings: dict[str, Any]
+    models: dict[str, dict[str, str]]
+    scores: dict[str, dict[str, str]]
 
 
 class Records:
@@ -33,11 +50,14 @@ class Records:
         file = out / SCORES
         content = file.read_bytes() if file.exists() else b""
         whole = content[: content.rfind(b"\n") + 1]
-        for number, line in enumerate(whole.decode().split("\n")[:-1], 1):
+        for number, line in enumerate(whole.split(b"\n")[:-1], 1):
             try:
-                record = json.loads(line)
+                record = schema.parse(line)
                 key = record["model"], Item(record["prompt"], record["image"])
-                self.scores.setdefault(key, {}).update(record["scores"])
+                if not isinstance(key[1].prompt, str) or not isinstance(key[1].image, int):
+                    raise ValueError(f"no picture has prompt={key[1].prompt!r:.60} and image={key[1].image!r:.60}")
+                numbers = schema.read(_Scores, record, "it").scores
+                self.scores.setdefault(key, {}).update(numbers)
             except (ValueError, KeyError, TypeError) as error:
                 raise UserError(f"{file}, line {number}, cannot be read ({error}); choose another --out") from error
         self._cut = len(content) - len(whole)
@@ -57,7 +77,7 @@ class Records:
         there: dict[str, Any] = {"settings": settings, "models": {}, "scores": {}}
         if file.exists():
             try:
-                there = json.loads(file.read_text(encoding="utf-8"))
+                there = dataclasses.asdict(schema.read(_Contents, schema.parse(file.read_bytes()), "it"))
             except ValueError as error:
                 raise UserError(f"{file} cannot be read: {error}; choose another --out") from error
         for key, value in settings.items():

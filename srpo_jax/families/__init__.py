@@ -45,7 +45,8 @@ def of_index(path: pathlib.Path) -> Family:
         if family.pipeline == found:
             return family
     expected = " or ".join(family.pipeline for family in FAMILIES.values())
-    raise UserError(f"{path / INDEX} describes a {found}; expected a {expected}")
+    words = f"a {found}" if isinstance(found, str) else "no pipeline"
+    raise UserError(f"{path / INDEX} describes {words}; expected a {expected}")
 
 
 def component_of(network: str) -> Component | None:

@@ -149,6 +149,11 @@ class Family(abc.ABC):
             if value <= 0 or value % self.cell:
                 raise UserError(f"{key}={value}: must be a positive multiple of {self.cell}")
 
+    def check_text_length(self, key: str, length: int) -> None:
+        """Raises UserError for more tokens of a prompt than the family takes; ``key`` names them to the user."""
+        if length > self.text_length:
+            raise UserError(f"{key}={length}: {self.name} takes at most {self.text_length} tokens of a prompt")
+
     def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
         """Of a picture's latents as the autoencoder has them, for sides in pixels."""
         return height // self.factor, width // self.factor, self.channels

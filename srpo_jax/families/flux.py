@@ -1,14 +1,16 @@
 """FLUX.1 (Black Forest Labs): MM-DiT with two streams and one, T5 and CLIP-L text, 16 latent channels, an embedded
 guidance scale (dev) or none (schnell)."""
 
+import dataclasses
 import os
 import pathlib
-from typing import Any
+from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from srpo_jax import schema
 from srpo_jax.algorithm import flow
 from srpo_jax.costs.flops import Factors, Forward, Work
 from srpo_jax.errors import UserError
@@ -32,6 +34,7 @@ from srpo_jax.models.compute import Compute
 from srpo_jax.models.flux import Flux, FluxConfig, Modulations, is_modulation
 from srpo_jax.models.lora import Lora
 from srpo_jax.models.t5 import T5Config
+from srpo_jax.schema import Range, Size
 from srpo_jax.weights.files import read_json
 
 # black-forest-labs/FLUX.1-dev, from the config.json files beside its weights.
@@ -62,15 +65,34 @@ DEV = Sizes(
 )
 
 SCHEDULER_CLASS = "FlowMatchEulerDiscreteScheduler"
-# What diffusers takes where the file is silent; the second group changes the schedule in ways that FLUX.1 does not use.
-SCHEDULER_DEFAULTS = {
-    "shift": 1.0, "use_dynamic_shifting": False, "base_shift": 0.5, "max_shift": 1.15, "base_image_seq_len": 256,
-    "max_image_seq_len": 4096,
-}  # fmt: skip
+# What changes the schedule in ways that FLUX.1 does not use.
 SCHEDULER_FIXED = {
     "time_shift_type": "exponential", "invert_sigmas": False, "shift_terminal": None, "use_karras_sigmas": False,
     "use_exponential_sigmas": False, "use_beta_sigmas": False, "stochastic_sampling": False,
 }  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Scheduler:
+    """What is read of a ``scheduler_config.json``; the defaults are what diffusers takes where the file is silent.
+
+    With ``use_dynamic_shifting`` the shift is ``exp(mu)``, mu linear in the number of tokens: ``base_shift`` at
+    ``base_image_seq_len`` and ``max_shift`` at ``max_image_seq_len``; else it is ``shift``.
+    """
+
+    shift: Annotated[float, Range(1e-3, 1e3)] = 1.0
+    use_dynamic_shifting: bool = False
+    base_shift: Annotated[float, Range(-10, 10)] = 0.5
+    max_shift: Annotated[float, Range(-10, 10)] = 1.15
+    base_image_seq_len: Size = 256
+    max_image_seq_len: Size = 4096
+
+    def __post_init__(self):
+        if self.base_image_seq_len >= self.max_image_seq_len:
+            raise ValueError(
+                f"base_image_seq_len={self.base_image_seq_len} must be less than max_image_seq_len="
+                f"{self.max_image_seq_len}"
+            )
 
 
 class FluxFamily(Family):
@@ -169,11 +191,18 @@ class FluxFamily(Family):
 
     def shift(self, height: int, width: int) -> float:
         """exp(mu), mu linear in the number of tokens: the dynamic shift of FLUX.1's published scheduler."""
-        return shift_by_size(self.token_shape(height, width)[0], SCHEDULER_DEFAULTS)
+        return shift_by_size(self.token_shape(height, width)[0], Scheduler())
 
     def schedule(self, path: str | os.PathLike, steps: int, height: int, width: int) -> np.ndarray:
         """Of diffusers' ``FlowMatchEulerDiscreteScheduler``, by the pipeline's own file."""
-        return pipeline_schedule(steps, self.token_shape(height, width)[0], read_scheduler(path))
+        with np.errstate(invalid="ignore"):
+            levels = pipeline_schedule(steps, self.token_shape(height, width)[0], read_scheduler(path))
+        if not (np.diff(levels) < 0).all():
+            raise UserError(
+                f"{path}/{SCHEDULER}: {steps} steps for pictures of {height}x{width} have noise levels that do not "
+                "fall; take fewer steps, or the scheduler_config.json that the model came with"
+            )
+        return levels
 
     def forward(self, transformer: FluxConfig, image_tokens: int, text_tokens: int) -> Forward:
         """FLOPs of one sample's pass, embedders and modulations included."""
@@ -219,42 +248,45 @@ def text_ids(length: int) -> np.ndarray:
     return np.zeros((length, 3), np.float32)
 
 
-def read_scheduler(path: str | os.PathLike) -> dict[str, Any]:
-    """The scheduler of a pipeline folder, complete, for ``pipeline_schedule``.
+def read_scheduler(path: str | os.PathLike) -> Scheduler:
+    """The scheduler of a pipeline folder.
 
     Raises UserError if the file is missing or asks for a schedule that is not computed here.
     """
     file = pathlib.Path(path) / SCHEDULER / "scheduler_config.json"
     found = read_json(file)
     if found.get("_class_name", SCHEDULER_CLASS) != SCHEDULER_CLASS:
-        raise UserError(f"{file}: {found['_class_name']} is not supported; FLUX.1 has {SCHEDULER_CLASS}")
+        raise UserError(f"{file}: {found['_class_name']!s:.60} is not supported; FLUX.1 has {SCHEDULER_CLASS}")
     for key, value in SCHEDULER_FIXED.items():
         if found.get(key, value) not in (value, None):
-            raise UserError(f"{file}: {key}={found[key]!r} is not supported; FLUX.1 has {value!r}")
-    return {key: found.get(key, value) for key, value in SCHEDULER_DEFAULTS.items()}
+            raise UserError(f"{file}: {key}={schema.shown(found[key])} is not supported; FLUX.1 has {value!r}")
+    try:
+        return schema.read(Scheduler, found, "scheduler")
+    except ValueError as error:
+        raise UserError(f"{file}: {error}") from error
 
 
-def shift_by_size(tokens: int, scheduler: dict[str, Any]) -> float:
-    """``exp(mu)``, mu linear in the number of image tokens, by the values of a scheduler as ``pipeline_schedule``'s."""
-    low, high = scheduler["base_image_seq_len"], scheduler["max_image_seq_len"]
-    slope = (scheduler["max_shift"] - scheduler["base_shift"]) / (high - low)
-    return float(np.exp(scheduler["base_shift"] + slope * (tokens - low)))
+def shift_by_size(tokens: int, scheduler: Scheduler) -> float:
+    """``exp(mu)``, mu linear in the number of image tokens."""
+    slope = scheduler.max_shift - scheduler.base_shift
+    slope /= scheduler.max_image_seq_len - scheduler.base_image_seq_len
+    with np.errstate(over="ignore"):
+        return float(np.exp(scheduler.base_shift + slope * (tokens - scheduler.base_image_seq_len)))
 
 
-def pipeline_schedule(steps: int, tokens: int, scheduler: dict[str, Any]) -> np.ndarray:
+def pipeline_schedule(steps: int, tokens: int, scheduler: Scheduler) -> np.ndarray:
     """The noise levels ``[steps + 1]`` of FLUX.1's inference pipeline for an image of ``tokens`` tokens, float32.
 
     Args:
       steps: Euler steps.
       tokens: image tokens, N.
-      scheduler: the values of a diffusers ``scheduler_config.json`` (FlowMatchEulerDiscreteScheduler). With
-        ``use_dynamic_shifting`` the shift is ``exp(mu)``, mu linear in the number of tokens; else it is ``shift``.
+      scheduler: of the pipeline.
     """
     sigmas = np.linspace(1.0, 1.0 / steps, steps)
-    if scheduler["use_dynamic_shifting"]:
+    if scheduler.use_dynamic_shifting:
         shift = shift_by_size(tokens, scheduler)
     else:
-        shift = scheduler["shift"]
+        shift = scheduler.shift
     return np.append(flow.time_shift(sigmas, shift), 0.0).astype(np.float32)
 
 

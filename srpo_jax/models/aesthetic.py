@@ -9,10 +9,12 @@ from typing import Any
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 
+from srpo_jax import schema
 from srpo_jax.models.clip import ClipVisionConfig, ClipVisionTower
 from srpo_jax.models.compute import Compute
 from srpo_jax.models.siglip import SO400M_14_384, SiglipVision, SiglipVisionConfig
 from srpo_jax.models.tower import BLOCK_RULES, HEAD_WIDTHS, MAY_STAY_WHOLE, ScoreHead
+from srpo_jax.schema import Size, Widths
 
 OTHERS = (
     (r".*patch_embedding\.kernel|head\..*kernel", P()),
@@ -30,8 +32,8 @@ class ClipAestheticConfig:
     """
 
     vision_config: ClipVisionConfig = ClipVisionConfig(1024, 4096, 24, 16, 224, 14)
-    projection_dim: int = 768
-    head: tuple[int, ...] = HEAD_WIDTHS
+    projection_dim: Size = 768
+    head: Widths = HEAD_WIDTHS
 
     @classmethod
     def from_dict(cls, config: Mapping[str, Any]) -> "ClipAestheticConfig":
@@ -46,8 +48,8 @@ class ClipAestheticConfig:
                 f"hidden_act={vision.hidden_act!r}: LAION's aesthetic predictor reads OpenAI's CLIP (quick_gelu), "
                 "openai/clip-vit-large-patch14"
             )
-        projection = config.get("projection_dim", cls.projection_dim)
-        return cls(vision, projection, tuple(config.get("head", HEAD_WIDTHS)))
+        rest = {name: value for name, value in config.items() if name != "vision_config"}
+        return cls(vision, **schema.take(cls, rest, "CLIP config"))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,7 +57,7 @@ class SiglipAestheticConfig:
     """Aesthetic Predictor V2.5; by default of SigLIP so400m/14 at 384 pixels. ``head``: widths of its layers."""
 
     vision_config: SiglipVisionConfig = SO400M_14_384
-    head: tuple[int, ...] = HEAD_WIDTHS
+    head: Widths = HEAD_WIDTHS
 
     @classmethod
     def from_dict(cls, config: Mapping[str, Any]) -> "SiglipAestheticConfig":
@@ -63,7 +65,7 @@ class SiglipAestheticConfig:
         if "vision_config" not in config:
             raise ValueError("SigLIP config: 'vision_config' is missing; expected the config.json of a SiglipModel")
         vision = SiglipVisionConfig.from_dict(config["vision_config"])
-        return cls(vision, tuple(config.get("head", HEAD_WIDTHS)))
+        return cls(**schema.take(cls, config, "SigLIP config") | {"vision_config": vision})
 
 
 class ClipAesthetic(nnx.Module):

@@ -10,14 +10,16 @@ rematerialise them by ``Compute.remat``, which here acts on each residual block,
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 
+from srpo_jax import schema
 from srpo_jax.models.compute import Compute
+from srpo_jax.schema import Range, Size
 
 _EPSILON = 1e-6
 
@@ -35,18 +37,16 @@ class AutoencoderConfig:
       scaling_factor, shift_factor: ``scale_latents`` is ``(z - shift_factor) * scaling_factor``.
     """
 
-    in_channels: int = 3
-    out_channels: int = 3
-    latent_channels: int = 16
-    block_out_channels: tuple[int, ...] = (128, 256, 512, 512)
-    layers_per_block: int = 2
-    norm_num_groups: int = 32
-    scaling_factor: float = 0.3611
-    shift_factor: float = 0.1159
+    in_channels: Size = 3
+    out_channels: Size = 3
+    latent_channels: Size = 16
+    block_out_channels: Annotated[tuple[Size, ...], Range(1, 8)] = (128, 256, 512, 512)
+    layers_per_block: Annotated[int, Range(1, 16)] = 2
+    norm_num_groups: Size = 32
+    scaling_factor: Annotated[float, Range(1e-6, 1e6)] = 0.3611
+    shift_factor: Annotated[float, Range(-1e6, 1e6)] = 0.1159
 
     def __post_init__(self):
-        if not self.block_out_channels:
-            raise ValueError("block_out_channels is empty; an autoencoder needs at least one resolution")
         for width in self.block_out_channels:
             if width % self.norm_num_groups:
                 raise ValueError(
@@ -69,6 +69,7 @@ class AutoencoderConfig:
         fields = [field.name for field in dataclasses.fields(cls)]
         if missing := [name for name in fields if config.get(name) is None]:
             raise ValueError(f"autoencoder config lacks {', '.join(missing)}; expected the config.json of a FLUX vae")
+        values = schema.take(cls, config, "autoencoder config")
         supported = {
             "act_fn": "silu",
             "use_quant_conv": False,
@@ -81,10 +82,10 @@ class AutoencoderConfig:
             if config.get(name, value) != value:
                 raise ValueError(f"autoencoder config has {name}={config[name]!r}; only {value!r} is supported")
         for name, kind in (("down_block_types", "DownEncoderBlock2D"), ("up_block_types", "UpDecoderBlock2D")):
-            if any(entry != kind for entry in config.get(name, ())):
+            types = config.get(name, [])
+            if not isinstance(types, list | tuple) or any(entry != kind for entry in types):
                 raise ValueError(f"autoencoder config has {name}={config[name]!r}; only {kind!r} is supported")
-        values = {name: config[name] for name in fields}
-        return cls(**values | {"block_out_channels": tuple(values["block_out_channels"])})
+        return cls(**values)
 
 
 class GroupNorm(nnx.Module):

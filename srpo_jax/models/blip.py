@@ -6,13 +6,14 @@ token, ``[CLS]``, then gives the score by an affine head. Norms, softmax and the
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 
+from srpo_jax import schema
 from srpo_jax.models.compute import Compute
 from srpo_jax.models.stack import scan_blocks, stack
 from srpo_jax.models.tower import (
@@ -28,20 +29,21 @@ from srpo_jax.models.tower import (
     parameter,
     pick,
 )
+from srpo_jax.schema import LARGEST_SIZE, Epsilon, Layers, Range, Side, Size, Widths
 
 
 @dataclasses.dataclass(frozen=True)
 class BlipVisionConfig:
     """Vision tower, by default ImageReward's ViT-L/16. Sizes in pixels; names as HF's ``BlipVisionConfig`` has them."""
 
-    hidden_size: int = 1024
-    intermediate_size: int = 4096
-    num_hidden_layers: int = 24
-    num_attention_heads: int = 16
-    image_size: int = 224
-    patch_size: int = 16
+    hidden_size: Size = 1024
+    intermediate_size: Size = 4096
+    num_hidden_layers: Layers = 24
+    num_attention_heads: Size = 16
+    image_size: Side = 224
+    patch_size: Side = 16
     hidden_act: str = "gelu"
-    layer_norm_eps: float = 1e-6
+    layer_norm_eps: Epsilon = 1e-6
 
     @property
     def tokens(self) -> int:
@@ -53,14 +55,14 @@ class BlipVisionConfig:
 class BlipTextConfig:
     """Text encoder, by default a BERT-base with ``[DEC]`` and ``[ENC]`` added; names as BERT's config.json has them."""
 
-    vocab_size: int = 30524
-    hidden_size: int = 768
-    intermediate_size: int = 3072
-    num_hidden_layers: int = 12
-    num_attention_heads: int = 12
-    max_position_embeddings: int = 512
+    vocab_size: Size = 30524
+    hidden_size: Size = 768
+    intermediate_size: Size = 3072
+    num_hidden_layers: Layers = 12
+    num_attention_heads: Size = 12
+    max_position_embeddings: Annotated[int, Range(2, LARGEST_SIZE)] = 512
     hidden_act: str = "gelu"
-    layer_norm_eps: float = 1e-12
+    layer_norm_eps: Epsilon = 1e-12
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,7 +71,7 @@ class BlipConfig:
 
     text_config: BlipTextConfig = BlipTextConfig()
     vision_config: BlipVisionConfig = BlipVisionConfig()
-    head: tuple[int, ...] = HEAD_WIDTHS
+    head: Widths = HEAD_WIDTHS
 
     @classmethod
     def from_dict(cls, config: Mapping[str, Any]) -> "BlipConfig":
@@ -78,14 +80,14 @@ class BlipConfig:
         text = config.get("text_config", config)
         if "vision_config" not in config and "vocab_size" not in config:
             raise ValueError("BLIP config: expected ImageReward's med_config.json")
-        vision = BlipVisionConfig(**pick(BlipVisionConfig, config.get("vision_config", {}), "BLIP vision config"))
+        vision = pick(BlipVisionConfig, config.get("vision_config", {}), "BLIP vision config")
         if vision.image_size % vision.patch_size:
             raise ValueError(
                 f"BLIP vision config: image_size={vision.image_size} is not a multiple of patch_size="
                 f"{vision.patch_size}"
             )
-        text = BlipTextConfig(**pick(BlipTextConfig, text, "BLIP text config"))
-        return cls(text, vision, tuple(config.get("head", HEAD_WIDTHS)))
+        head = schema.take(cls, {"head": config.get("head", HEAD_WIDTHS)}, "BLIP config")["head"]
+        return cls(pick(BlipTextConfig, text, "BLIP text config"), vision, head)
 
 
 class BlipVision(nnx.Module):

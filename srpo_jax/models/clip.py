@@ -6,13 +6,14 @@ pooled text embedding. Both towers are pre-norm transformers; every layer norm i
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 
+from srpo_jax import schema
 from srpo_jax.models.compute import Compute
 from srpo_jax.models.stack import scan_blocks, stack
 from srpo_jax.models.tower import (
@@ -20,11 +21,13 @@ from srpo_jax.models.tower import (
     MAY_STAY_WHOLE,
     PatchEmbedding,
     TowerBlock,
+    checked,
     layer_norm,
     linear,
     parameter,
     pick,
 )
+from srpo_jax.schema import LARGEST_SIZE, Epsilon, Layers, Range, Side, Size
 
 # Where older files keep a wrong end-of-text id (2), their models take the feature at the largest id of the sequence.
 LEGACY_EOS_TOKEN_ID = 2
@@ -43,20 +46,20 @@ RULES = (
 class ClipTextConfig:
     """Text tower; names and defaults of HF's ``CLIPTextConfig``."""
 
-    vocab_size: int = 49408
-    hidden_size: int = 512
-    intermediate_size: int = 2048
-    num_hidden_layers: int = 12
-    num_attention_heads: int = 8
-    max_position_embeddings: int = 77
+    vocab_size: Size = 49408
+    hidden_size: Size = 512
+    intermediate_size: Size = 2048
+    num_hidden_layers: Layers = 12
+    num_attention_heads: Size = 8
+    max_position_embeddings: Annotated[int, Range(2, LARGEST_SIZE)] = 77
     hidden_act: str = "quick_gelu"
-    layer_norm_eps: float = 1e-5
+    layer_norm_eps: Epsilon = 1e-5
     eos_token_id: int = 49407
 
     @classmethod
     def from_dict(cls, config: Mapping[str, Any]) -> "ClipTextConfig":
         """From the config.json of a ``CLIPTextModel`` or the ``text_config`` of a ``CLIPModel``. Raises ValueError."""
-        return cls(**pick(cls, config, "CLIP text config"))
+        return pick(cls, config, "CLIP text config")
 
     @property
     def end_rule(self) -> str:
@@ -68,21 +71,21 @@ class ClipTextConfig:
 class ClipVisionConfig:
     """Vision tower; names and defaults of HF's ``CLIPVisionConfig``. ``image_size`` and ``patch_size`` in pixels."""
 
-    hidden_size: int = 768
-    intermediate_size: int = 3072
-    num_hidden_layers: int = 12
-    num_attention_heads: int = 12
-    image_size: int = 224
-    patch_size: int = 32
+    hidden_size: Size = 768
+    intermediate_size: Size = 3072
+    num_hidden_layers: Layers = 12
+    num_attention_heads: Size = 12
+    image_size: Side = 224
+    patch_size: Side = 32
     hidden_act: str = "quick_gelu"
-    layer_norm_eps: float = 1e-5
+    layer_norm_eps: Epsilon = 1e-5
 
     @classmethod
     def from_dict(cls, config: Mapping[str, Any]) -> "ClipVisionConfig":
         """From the ``vision_config`` of a ``CLIPModel``. Raises ValueError for what this module does not compute."""
+        picked = pick(cls, config, "CLIP vision config")
         if config.get("num_channels", 3) != 3:
             raise ValueError(f"CLIP vision config: num_channels={config['num_channels']} is not supported; expected 3")
-        picked = cls(**pick(cls, config, "CLIP vision config"))
         if picked.image_size % picked.patch_size:
             raise ValueError(
                 f"CLIP vision config: image_size={picked.image_size} is not a multiple of "
@@ -97,7 +100,7 @@ class ClipConfig:
 
     text_config: ClipTextConfig = ClipTextConfig()
     vision_config: ClipVisionConfig = ClipVisionConfig()
-    projection_dim: int = 512
+    projection_dim: Size = 512
 
     @classmethod
     def from_dict(cls, config: Mapping[str, Any]) -> "ClipConfig":
@@ -111,11 +114,10 @@ class ClipConfig:
             if tower is None:
                 raise ValueError(f"CLIP config: {name!r} is missing; expected the config.json of a CLIPModel")
             towers[name] = tower
-        return cls(
-            text_config=ClipTextConfig.from_dict(towers["text_config"]),
-            vision_config=ClipVisionConfig.from_dict(towers["vision_config"]),
-            projection_dim=config.get("projection_dim", cls.projection_dim),
-        )
+        text = ClipTextConfig.from_dict(towers["text_config"])
+        vision = ClipVisionConfig.from_dict(towers["vision_config"])
+        rest = {name: value for name, value in config.items() if name not in towers}
+        return cls(text, vision, **schema.take(cls, rest, "CLIP config"))
 
     @classmethod
     def from_open_clip(cls, config: Mapping[str, Any]) -> "ClipConfig":
@@ -125,40 +127,81 @@ class ClipConfig:
         scale) is refused by the name of its key.
         """
         config = config.get("model_cfg", config)
-        for key in ("embed_dim", "vision_cfg", "text_cfg"):
-            if key not in config:
-                raise ValueError(f"open_clip config: {key!r} is missing")
-        known = {"embed_dim", "vision_cfg", "text_cfg", "quick_gelu"}
-        known_vision = {"image_size", "layers", "width", "head_width", "patch_size", "mlp_ratio"}
-        known_text = {"context_length", "vocab_size", "width", "heads", "layers", "mlp_ratio"}
-        vision, text = config["vision_cfg"], config["text_cfg"]
-        for part, keys in ((config, known), (vision, known_vision), (text, known_text)):
-            for key in sorted(set(part) - keys):
+        whole = schema.read(_OpenClip, config, "open_clip config")
+        vision = schema.read(_OpenClipVision, whole.vision_cfg, "open_clip config: vision_cfg")
+        text = schema.read(_OpenClipText, whole.text_cfg, "open_clip config: text_cfg")
+        for part, taken in ((config, whole), (whole.vision_cfg, vision), (whole.text_cfg, text)):
+            for key in sorted(part.keys() - dataclasses.asdict(taken).keys()):
                 if part[key]:
-                    raise ValueError(f"open_clip config: {key}={part[key]!r} is not supported")
-        act = "quick_gelu" if config.get("quick_gelu") else "gelu"
+                    raise ValueError(f"open_clip config: {key}={schema.shown(part[key])} is not supported")
+        if vision.width % vision.head_width:
+            raise ValueError(f"open_clip config: head_width={vision.head_width} does not divide width={vision.width}")
+        act = "quick_gelu" if whole.quick_gelu else "gelu"
         return cls(
-            text_config=ClipTextConfig(
-                vocab_size=text.get("vocab_size", 49408),
-                hidden_size=text.get("width", 512),
-                intermediate_size=int(text.get("width", 512) * text.get("mlp_ratio", 4.0)),
-                num_hidden_layers=text.get("layers", 12),
-                num_attention_heads=text.get("heads", 8),
-                max_position_embeddings=text.get("context_length", 77),
-                hidden_act=act,
-                eos_token_id=LEGACY_EOS_TOKEN_ID,  # open_clip takes the largest id
+            text_config=checked(
+                ClipTextConfig(
+                    vocab_size=text.vocab_size,
+                    hidden_size=text.width,
+                    intermediate_size=int(text.width * text.mlp_ratio),
+                    num_hidden_layers=text.layers,
+                    num_attention_heads=text.heads,
+                    max_position_embeddings=text.context_length,
+                    hidden_act=act,
+                    eos_token_id=LEGACY_EOS_TOKEN_ID,  # open_clip takes the largest id
+                ),
+                "open_clip config: text_cfg",
             ),
-            vision_config=ClipVisionConfig(
-                hidden_size=vision.get("width", 768),
-                intermediate_size=int(vision.get("width", 768) * vision.get("mlp_ratio", 4.0)),
-                num_hidden_layers=vision.get("layers", 12),
-                num_attention_heads=vision.get("width", 768) // vision.get("head_width", 64),
-                image_size=vision.get("image_size", 224),
-                patch_size=vision.get("patch_size", 16),
-                hidden_act=act,
+            vision_config=checked(
+                ClipVisionConfig(
+                    hidden_size=vision.width,
+                    intermediate_size=int(vision.width * vision.mlp_ratio),
+                    num_hidden_layers=vision.layers,
+                    num_attention_heads=vision.width // vision.head_width,
+                    image_size=vision.image_size,
+                    patch_size=vision.patch_size,
+                    hidden_act=act,
+                ),
+                "open_clip config: vision_cfg",
             ),
-            projection_dim=config["embed_dim"],
+            projection_dim=whole.embed_dim,
         )
+
+
+_Ratio = Annotated[float, Range(1 / 64, 64)]
+
+
+@dataclasses.dataclass(frozen=True)
+class _OpenClip:
+    """What is read of open_clip's ``model_cfg``."""
+
+    embed_dim: Size
+    vision_cfg: dict[str, Any]
+    text_cfg: dict[str, Any]
+    quick_gelu: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class _OpenClipVision:
+    """Names and defaults of open_clip's ``CLIPVisionCfg``."""
+
+    width: Size = 768
+    layers: Layers = 12
+    head_width: Size = 64
+    mlp_ratio: _Ratio = 4.0
+    image_size: Side = 224
+    patch_size: Side = 16
+
+
+@dataclasses.dataclass(frozen=True)
+class _OpenClipText:
+    """Names and defaults of open_clip's ``CLIPTextCfg``."""
+
+    context_length: Annotated[int, Range(2, LARGEST_SIZE)] = 77
+    vocab_size: Size = 49408
+    width: Size = 512
+    heads: Size = 8
+    layers: Layers = 12
+    mlp_ratio: _Ratio = 4.0
 
 
 # HPS-v2.1 is a bare state dict without a config: it is open_clip's ViT-H-14.

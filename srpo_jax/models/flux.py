@@ -6,13 +6,14 @@ Widths in comments: B batch, N image tokens, T text tokens, D model width, H hea
 """
 
 import dataclasses
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 
+from srpo_jax import schema
 from srpo_jax.models.activation import gelu
 from srpo_jax.models.attention import attention
 from srpo_jax.models.compute import Compute
@@ -31,6 +32,7 @@ from srpo_jax.models.flux_layers import (
     sinusoid,
 )
 from srpo_jax.models.stack import map_part, scan_blocks, stack, without
+from srpo_jax.schema import LARGEST_SIZE, Range, Size
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,22 +52,26 @@ class FluxConfig:
       axes_dims_rope: how many of the Dh channels each of the three position axes rotates; they sum to Dh.
     """
 
-    in_channels: int
-    num_layers: int
-    num_single_layers: int
-    attention_head_dim: int
-    num_attention_heads: int
-    joint_attention_dim: int
-    pooled_projection_dim: int
+    in_channels: Size
+    num_layers: Annotated[int, Range(0, 1024)]
+    num_single_layers: Annotated[int, Range(0, 1024)]
+    attention_head_dim: Size
+    num_attention_heads: Size
+    joint_attention_dim: Size
+    pooled_projection_dim: Size
     guidance_embeds: bool
-    axes_dims_rope: tuple[int, ...]
-    out_channels: int
+    axes_dims_rope: tuple[Size, Size, Size]
+    out_channels: Size
 
     def __post_init__(self):
         if sum(self.axes_dims_rope) != self.attention_head_dim or any(d % 2 for d in self.axes_dims_rope):
             raise ValueError(
                 f"axes_dims_rope {self.axes_dims_rope} must be even numbers whose sum is "
                 f"attention_head_dim {self.attention_head_dim}"
+            )
+        if self.width > LARGEST_SIZE:
+            raise ValueError(
+                f"{self.num_attention_heads} heads of {self.attention_head_dim} are wider than {LARGEST_SIZE}"
             )
 
     @property
@@ -89,14 +95,14 @@ class FluxConfig:
         missing = [name for name in names if config.get(name) is None]
         if missing:
             raise ValueError(f"the transformer's config lacks {', '.join(missing)}")
-        values = {name: config[name] for name in names}
+        values = schema.take(cls, config, "the transformer's config")
         taken, given = values["in_channels"], values["out_channels"]
         if taken != given:
             what = {384: "FLUX.1 Fill", 128: "FLUX.1 Canny or Depth"}.get(
                 taken, "a FLUX.1 with more inputs than latents"
             )
             raise ValueError(f"in_channels {taken} and out_channels {given} are {what}'s, which is not supported")
-        return cls(**{**values, "axes_dims_rope": tuple(values["axes_dims_rope"])})
+        return cls(**values)
 
 
 def is_modulation(path: str) -> bool:

@@ -11,7 +11,6 @@ class names (``STACKS``).
 """
 
 import dataclasses
-import re
 import zlib
 from collections.abc import Callable
 from typing import Any
@@ -25,6 +24,7 @@ from srpo_jax.models import compute as models_compute
 from srpo_jax.models import quantize
 from srpo_jax.models.compute import LORA_FACTORS, Params, path_name
 from srpo_jax.models.flux_layers import Linear
+from srpo_jax.patterns import Pattern
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,11 +99,13 @@ def layers(network: nnx.Module) -> dict[str, tuple[nnx.Module, str]]:
 
 
 def chosen(lora: Lora, names: Any) -> list[str]:
-    """The paths among ``names`` that a target matches. Raises ValueError for a target that matches none."""
-    for pattern in lora.targets:
-        if not any(re.fullmatch(pattern, name) for name in names):
-            raise ValueError(f"{pattern!r} matches no layer; there are {', '.join(names)}")
-    return [name for name in names if any(re.fullmatch(pattern, name) for pattern in lora.targets)]
+    """The paths among ``names`` that a target matches. Raises ValueError for a target that matches none, UserError for
+    one that takes too long."""
+    patterns = [Pattern(target, "config.lora.targets") for target in lora.targets]
+    for target, pattern in zip(lora.targets, patterns, strict=True):
+        if not any(map(pattern.fits, names)):
+            raise ValueError(f"{target!r} matches no layer; there are {', '.join(names)}")
+    return [name for name in names if any(pattern.fits(name) for pattern in patterns)]
 
 
 def adapt(network: nnx.Module, lora: Lora) -> nnx.Module:

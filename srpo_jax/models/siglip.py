@@ -11,27 +11,29 @@ from flax import nnx
 from srpo_jax.models.compute import Compute
 from srpo_jax.models.stack import scan_blocks, stack
 from srpo_jax.models.tower import PatchEmbedding, TowerAttention, TowerBlock, TowerMlp, layer_norm, parameter, pick
+from srpo_jax.schema import Epsilon, Layers, Side, Size
 
 
 @dataclasses.dataclass(frozen=True)
 class SiglipVisionConfig:
     """Names and defaults of HF's ``SiglipVisionConfig``; ``image_size`` and ``patch_size`` in pixels."""
 
-    hidden_size: int = 768
-    intermediate_size: int = 3072
-    num_hidden_layers: int = 12
-    num_attention_heads: int = 12
-    image_size: int = 224
-    patch_size: int = 16
+    hidden_size: Size = 768
+    intermediate_size: Size = 3072
+    num_hidden_layers: Layers = 12
+    num_attention_heads: Size = 12
+    image_size: Side = 224
+    patch_size: Side = 16
     hidden_act: str = "gelu_pytorch_tanh"
-    layer_norm_eps: float = 1e-6
+    layer_norm_eps: Epsilon = 1e-6
 
     @classmethod
     def from_dict(cls, config: Mapping[str, Any]) -> "SiglipVisionConfig":
         """From the ``vision_config`` of a ``SiglipModel``. Raises ValueError for what this module does not compute."""
+        picked = pick(cls, config, "SigLIP vision config")
         if config.get("num_channels", 3) != 3:
             raise ValueError(f"SigLIP vision config: num_channels={config['num_channels']} is not supported")
-        return cls(**pick(cls, config, "SigLIP vision config"))
+        return picked
 
 
 SO400M_14_384 = SiglipVisionConfig(1152, 4304, 27, 16, 384, 14)

@@ -8,7 +8,7 @@ FLUX gives no attention mask: padding (id 0) is text like any other. float16 ove
 import dataclasses
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
@@ -16,37 +16,45 @@ import numpy as np
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 
+from srpo_jax import schema
 from srpo_jax.models.activation import gelu
 from srpo_jax.models.attention import attention
 from srpo_jax.models.compute import Compute
 from srpo_jax.models.stack import scan_blocks, stack
+from srpo_jax.schema import LARGEST_SIZE, Epsilon, Layers, Range, Size
 
 
 @dataclasses.dataclass(frozen=True)
 class T5Config:
     """Names of HF's ``T5Config``; XXL has d_model 4096, d_kv 64, 64 heads, d_ff 10240, 24 layers."""
 
-    vocab_size: int
-    d_model: int
-    d_kv: int
-    d_ff: int
-    num_layers: int
-    num_heads: int
-    relative_attention_num_buckets: int = 32
-    relative_attention_max_distance: int = 128  # absent in older files
-    layer_norm_epsilon: float = 1e-6
+    vocab_size: Size
+    d_model: Size
+    d_kv: Size
+    d_ff: Size
+    num_layers: Layers
+    num_heads: Size
+    relative_attention_num_buckets: Annotated[int, Range(4, 65536)] = 32
+    relative_attention_max_distance: Annotated[int, Range(2, 2**20)] = 128  # absent in older files
+    layer_norm_epsilon: Epsilon = 1e-6
+
+    def __post_init__(self):
+        if self.num_heads * self.d_kv > LARGEST_SIZE:
+            raise ValueError(f"T5 config: {self.num_heads} heads of {self.d_kv} are wider than {LARGEST_SIZE}")
+        if self.relative_attention_max_distance <= self.relative_attention_num_buckets // 4:
+            raise ValueError(
+                f"T5 config: relative_attention_max_distance={self.relative_attention_max_distance} must be larger "
+                f"than a quarter of relative_attention_num_buckets={self.relative_attention_num_buckets}"
+            )
 
     @classmethod
     def from_dict(cls, config: Mapping[str, Any]) -> "T5Config":
         """From a T5 config.json. Raises ValueError for a missing key and for a feed-forward other than v1.1's."""
-        fields = dataclasses.fields(cls)
-        missing = [f.name for f in fields if f.default is dataclasses.MISSING and f.name not in config]
-        if missing:
-            raise ValueError(f"T5 config: {', '.join(missing)} missing; expected the config.json of a T5 encoder")
+        found = schema.read(cls, config, "T5 config")
         feed_forward = config.get("feed_forward_proj", "gated-gelu")
         if feed_forward != "gated-gelu":
             raise ValueError(f"T5 config: feed_forward_proj={feed_forward!r} is not supported; expected 'gated-gelu'")
-        return cls(**{f.name: config[f.name] for f in fields if f.name in config})
+        return found
 
 
 def distance_buckets(length: int, buckets: int, max_distance: int) -> np.ndarray:

@@ -3,8 +3,7 @@
 Norms are computed in float32 whatever the input.
 """
 
-import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import jax
@@ -12,6 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 
+from srpo_jax import schema
 from srpo_jax.models.activation import gelu
 from srpo_jax.models.attention import attention
 from srpo_jax.models.compute import Compute
@@ -55,16 +55,28 @@ class TowerConfig(Protocol):
     layer_norm_eps: float
 
 
-def pick(cls: type, config: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """The entries of a config.json that are fields of ``cls``. Absent ones keep the defaults, as HF files have it.
+def pick(cls: type, config: Any, where: str) -> Any:
+    """A tower's config from the entries of a config.json that are its fields. Absent ones keep the defaults, as HF
+    files have it.
 
-    Raises ValueError for an activation that is not computed here.
+    Raises ValueError for a value that is not as ``cls`` declares it or an activation that is not computed here.
     """
-    picked = {f.name: config[f.name] for f in dataclasses.fields(cls) if f.name in config}
-    if picked.get("hidden_act", "gelu") not in ACTIVATIONS:
-        act = picked["hidden_act"]
-        raise ValueError(f"{where}: hidden_act={act!r} is not supported; known: {', '.join(ACTIVATIONS)}")
-    return picked
+    return checked(cls(**schema.take(cls, config, where)), where)
+
+
+def checked(found: Any, where: str) -> Any:
+    """A tower's config whose numbers fit each other. Raises ValueError, also for an activation that is not computed
+    here."""
+    if found.hidden_act not in ACTIVATIONS:
+        raise ValueError(f"{where}: hidden_act={found.hidden_act!r} is not supported; known: {', '.join(ACTIVATIONS)}")
+    if found.hidden_size % found.num_attention_heads:
+        raise ValueError(
+            f"{where}: hidden_size={found.hidden_size} is not a multiple of num_attention_heads="
+            f"{found.num_attention_heads}"
+        )
+    if getattr(found, "patch_size", 1) > getattr(found, "image_size", 1):
+        raise ValueError(f"{where}: patch_size={found.patch_size} is larger than image_size={found.image_size}")
+    return found
 
 
 def layer_norm(width: int, eps: float, rngs: nnx.Rngs) -> nnx.LayerNorm:

@@ -9,16 +9,17 @@ Any prefix goes with any ending, and MODULE may be diffusers' or BFL's name. A p
 layer is taken apart exactly: all parts get its A; if its B is block-diagonal, each its block of it.
 """
 
-import json
+import dataclasses
 import math
 import os
 import pathlib
 import re
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import numpy as np
 
+from srpo_jax import schema
 from srpo_jax.errors import UserError
 from srpo_jax.models.flux import Flux, FluxConfig
 from srpo_jax.models.lora import Lora, chosen, factor_shapes
@@ -70,6 +71,14 @@ class _Scale(NamedTuple):
         if self.alpha is None:
             return 1.0
         return self.alpha / (math.sqrt(rank) if self.rank_stabilised else rank)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Note:
+    """What is read of peft's config, in its names."""
+
+    lora_alpha: Annotated[float, schema.Range(-1e6, 1e6)] | None = None
+    use_rslora: bool | None = None
 
 
 def read(path: str | os.PathLike, config: FluxConfig, lora: Lora) -> dict[str, np.ndarray]:
@@ -156,7 +165,7 @@ def _pair(
         if kind not in names:
             raise UserError(f"{source.path} lacks {word} of {module}, a layer that lora.targets names")
     down, up = (np.asarray(source.read(names[kind]), np.float32) for kind in ("down", "up"))
-    if down.ndim != 2 or up.ndim != 2 or (up.shape[0], down.shape[1]) != shape or down.shape[0] != up.shape[1]:
+    if down.ndim != 2 or up.ndim != 2 or (up.shape[0], down.shape[1]) != shape or not down.shape[0] == up.shape[1] > 0:
         raise UserError(
             f"{source.path}: the factors of {module} have shapes {down.shape} and {up.shape}; "
             f"this transformer needs (r, {shape[1]}) and ({shape[0]}, r)"
@@ -164,8 +173,8 @@ def _pair(
     alpha = None
     if "alpha" in names:
         values = np.asarray(source.read(names["alpha"]), np.float32).reshape(-1)
-        if values.size != 1:
-            raise UserError(f"{source.path}: {names['alpha']} has {values.size} numbers; expected one")
+        if values.size != 1 or not np.isfinite(values).all():
+            raise UserError(f"{source.path}: {names['alpha']} is {list(values[:6])}; expected one finite number")
         alpha = float(values[0])
     return down, up * np.float32(noted.of(len(down), alpha))
 
@@ -221,7 +230,7 @@ def _noted(source: Source) -> _Scale:
     if text := getattr(source, "metadata", {}).get(ALPHA_NOTE):
         where, prefix = f"{source.path}: its {ALPHA_NOTE}", "transformer."
         try:
-            note = json.loads(text)
+            note = schema.parse(text)
         except ValueError as error:
             raise UserError(f"{where} is no JSON: {error}; remove it from the file") from error
         if not isinstance(note, dict):
@@ -233,14 +242,15 @@ def _noted(source: Source) -> _Scale:
     note = {key.removeprefix(prefix): value for key, value in note.items() if key.startswith(prefix)}
     kind = note.get("peft_type") or "LORA"
     if kind != "LORA":
-        raise UserError(f"{where} describes {kind}, which is not supported; expected a LoRA")
+        raise UserError(f"{where} describes {kind!s:.60}, which is not supported; expected a LoRA")
     for key in ("alpha_pattern", "rank_pattern", "use_dora", "lora_bias", "modules_to_save", "layer_replication"):
         if note.get(key):
             raise UserError(f"{where} asks for peft's {key}, which is not supported")
     start = note.get("init_lora_weights")
     if isinstance(start, str) and start.lower().startswith(("pissa", "olora", "corda", "loftq", "lora_ga")):
         raise UserError(f"{where}: a start by {start} changes the base as well: convert it to a plain LoRA in peft")
-    alpha = note.get("lora_alpha")
-    if alpha is not None and (isinstance(alpha, bool) or not isinstance(alpha, int | float)):
-        raise UserError(f"{where}: lora_alpha={alpha!r} is no number")
-    return _Scale(None if alpha is None else float(alpha), bool(note.get("use_rslora")))
+    try:
+        found = schema.read(_Note, note, where)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    return _Scale(found.lora_alpha, bool(found.use_rslora))

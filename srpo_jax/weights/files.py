@@ -16,11 +16,12 @@ import socket
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Annotated, Any
 
 import ml_dtypes
 import numpy as np
 
+from srpo_jax import reading, schema
 from srpo_jax.errors import UserError
 
 CODES = {
@@ -64,21 +65,34 @@ class Spec:
         return self.size * self.dtype.itemsize
 
 
+@dataclasses.dataclass(frozen=True)
+class _Entry:
+    """Of a tensor in a file's header; numpy has no arrays of more than 64 axes."""
+
+    dtype: str
+    shape: Annotated[tuple[int, ...], schema.Range(0, 64)]
+    data_offsets: tuple[int, int]
+
+
 def read_json(path: pathlib.Path) -> dict[str, Any]:
     """A JSON object from a file. Raises UserError if the file is missing, is no JSON or holds something else."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = schema.parse(reading.content(path))
     except FileNotFoundError as error:
         raise UserError(f"{path} does not exist") from error
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path} cannot be read as JSON: {error}") from error
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read as JSON: {getattr(error, 'strerror', None) or error}") from error
     if not isinstance(content, dict):
         raise UserError(f"{path} holds no JSON object")
     return content
 
 
 def foreign_kind(path: pathlib.Path) -> str | None:
-    """What a file that should hold weights is instead, in words, or None if its first bytes do not tell."""
+    """What a file that should hold weights is instead, in words, or None if its first bytes do not tell.
+
+    Raises OSError, as for a device.
+    """
+    reading.check(path)
     with open(path, "rb") as file:
         head = file.read(512)
     text = head.lstrip().lower()
@@ -110,25 +124,27 @@ class SafetensorsFile:
         if kind:
             raise UserError(f"{self.path} is {kind}")
         header, start = self._read_header()
-        self.metadata: dict[str, str] = header.pop("__metadata__", None) or {}
-        if not isinstance(self.metadata, dict):
+        notes = header.pop("__metadata__", None) or {}
+        if not isinstance(notes, dict):
             raise UserError(f"{self.path} is not a safetensors file: its __metadata__ is no object")
+        self.metadata: dict[str, str] = {key: text for key, text in notes.items() if isinstance(text, str)}
         self.specs: dict[str, Spec] = {}
         self._offsets: dict[str, int] = {}
         end = 0
         try:
-            for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"][0]):
-                if entry["dtype"] not in DTYPES:
-                    raise UserError(f"{self.path}: tensor {name} has dtype {entry['dtype']}, which is not supported")
-                spec = Spec(tuple(entry["shape"]), DTYPES[entry["dtype"]])
-                first, last = entry["data_offsets"]
-                if first != end or last - first != spec.nbytes:
-                    raise UserError(f"{self.path} is damaged: the place of tensor {name} contradicts its shape")
-                self.specs[name] = spec
-                self._offsets[name] = start + first
-                end = last
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise UserError(f"{self.path} is not a safetensors file: its header has another layout") from error
+            entries = {name: schema.read(_Entry, entry, f"tensor {name}") for name, entry in header.items()}
+        except ValueError as error:
+            raise UserError(f"{self.path} is not a safetensors file: its header has another layout: {error}") from error
+        for name, entry in sorted(entries.items(), key=lambda item: item[1].data_offsets):
+            if entry.dtype not in DTYPES:
+                raise UserError(f"{self.path}: tensor {name} has dtype {entry.dtype}, which is not supported")
+            spec = Spec(entry.shape, DTYPES[entry.dtype])
+            first, last = entry.data_offsets
+            if first != end or last - first != spec.nbytes:
+                raise UserError(f"{self.path} is damaged: the place of tensor {name} contradicts its shape")
+            self.specs[name] = spec
+            self._offsets[name] = start + first
+            end = last
         size = self.path.stat().st_size
         if size != start + end:
             what = "cut short" if size < start + end else "longer than its header says"
@@ -146,9 +162,9 @@ class SafetensorsFile:
         if len(text) < length and text.startswith(b"{"):
             raise UserError(f"{self.path} is cut short inside its header: download it, or convert it, again")
         try:
-            header = json.loads(text)
+            header = schema.parse(text)
         except ValueError as error:
-            raise UserError(f"{self.path} is not a safetensors file") from error
+            raise UserError(f"{self.path} is not a safetensors file ({error})") from error
         if not isinstance(header, dict):
             raise UserError(f"{self.path} is not a safetensors file")
         return header, 8 + length

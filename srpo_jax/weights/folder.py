@@ -24,7 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from srpo_jax import integrity, schema
+from srpo_jax import integrity, reading, schema
 from srpo_jax.errors import UserError
 from srpo_jax.models import compute as models_compute
 from srpo_jax.models.compute import Compute, Params
@@ -84,17 +84,19 @@ def parameters(network: str, config: Any) -> int:
 def is_ours(path: str | os.PathLike) -> bool:
     """Whether a folder is in our format."""
     try:
-        marker = json.loads((pathlib.Path(path) / CONFIG).read_text())
-    except (OSError, ValueError, RecursionError):
+        marker = schema.parse(reading.content(pathlib.Path(path) / CONFIG))
+    except (OSError, ValueError):
         return False
     return isinstance(marker, dict) and str(marker.get("format", "")).startswith("srpo_jax/")
 
 
-def make_config(network: str, values: dict[str, Any], where: Any) -> Any:
+def make_config(network: str, values: Any, where: Any) -> Any:
     """A network's config from the values of a file. Raises UserError naming ``where`` if they do not fit."""
+    if not isinstance(values, Mapping):
+        raise UserError(f"{where}: expected an object with the sizes of the network, found {schema.shown(values)}")
     try:
         found = classes(network)[0].from_dict(values)
-    except (ValueError, KeyError, TypeError, AttributeError, ArithmeticError) as error:
+    except ValueError as error:
         raise UserError(f"{where}: {error}") from error
     if words := schema.wrong(found):
         raise UserError(f"{where}: {words}")

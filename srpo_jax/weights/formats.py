@@ -250,13 +250,13 @@ def parse_config(form: Format, content: Mapping[str, Any], where: Any) -> Any:
 
         try:
             content = dataclasses.asdict(ClipConfig.from_open_clip(content))
-        except (ValueError, KeyError, TypeError) as error:
+        except ValueError as error:
             raise UserError(f"{where}: {error}") from error
     if str(content.get("format", "")).startswith("srpo_jax/"):
         content = content.get("config", {})
     elif form.network == "clip_text" and "text_config" in content:
         content = content["text_config"]
-    return folder.make_config(form.network, dict(content), where)
+    return folder.make_config(form.network, content, where)
 
 
 def _said(file: pathlib.Path) -> str:
@@ -352,7 +352,7 @@ def _flux_config(form: Format, specs: Mapping[str, Spec], where: Any) -> Any:
             "pooled_projection_dim": specs[pooled].shape[1],
             "guidance_embeds": guidance in specs,
         }
-    except (KeyError, IndexError, ValueError) as error:
+    except (KeyError, IndexError, ValueError, ZeroDivisionError) as error:
         raise UserError(f"{where} lacks tensors of a FLUX transformer: {error}; is the file complete?") from error
     for key, blocks in (("num_layers", double), ("num_single_layers", single)):
         numbers = [int(match[1]) for name in specs if (match := re.match(rf"{blocks}\.(\d+)\.", name))]

@@ -49,6 +49,8 @@ class ShardedSource:
         if not isinstance(names, dict) or not all(isinstance(file, str) for file in names.values()):
             raise UserError(f"{self.path} has no weight_map: it is not the index of a sharded checkpoint")
         files = sorted(set(names.values()))
+        if odd := [file for file in files if not _is_plain(file) or _INDEX.search(file)]:
+            raise UserError(f"{self.path} names {odd[0]!r}, which is no file of weights beside it")
         if missing := [file for file in files if not (self.path.parent / file).is_file()]:
             raise UserError(f"{self.path} names files that are not there: {', '.join(missing)}; download them")
         self._shards = {file: open_file(self.path.parent / file) for file in files}
@@ -62,6 +64,12 @@ class ShardedSource:
     def read(self, name: str) -> np.ndarray:
         """One tensor, as a view of its file."""
         return self._shards[self._file_of[name]].read(name)
+
+
+def _is_plain(name: str) -> bool:
+    """Whether a name in a file is that of another one in the same folder, or below it, and leads nowhere else."""
+    place = pathlib.PurePath(name)
+    return bool(place.parts) and not place.is_absolute() and ".." not in place.parts and "\0" not in name
 
 
 class TorchSource:

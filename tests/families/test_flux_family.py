@@ -5,8 +5,9 @@ import numpy as np
 import pytest
 import torch
 
+from srpo_jax import schema
 from srpo_jax.errors import UserError
-from srpo_jax.families.flux import FLUX, image_ids, pipeline_schedule
+from srpo_jax.families.flux import FLUX, Scheduler, image_ids, pipeline_schedule
 
 
 def test_packing_is_that_of_flux_and_inverts():
@@ -34,7 +35,11 @@ def test_pipeline_schedule_is_diffusers(steps, tokens, dynamic):
     config = dict(scheduler.config)
     mu = calculate_shift(tokens, config["base_image_seq_len"], config["max_image_seq_len"], 0.5, 1.15)
     scheduler.set_timesteps(sigmas=np.linspace(1.0, 1 / steps, steps), mu=mu)
-    np.testing.assert_allclose(pipeline_schedule(steps, tokens, config), scheduler.sigmas.numpy(), rtol=3e-7)
+    np.testing.assert_allclose(
+        pipeline_schedule(steps, tokens, schema.read(Scheduler, config, "scheduler")),
+        scheduler.sigmas.numpy(),
+        rtol=3e-7,
+    )
 
 
 def test_sizes_of_pictures():

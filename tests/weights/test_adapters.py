@@ -220,7 +220,7 @@ def test_files_that_are_no_start(tmp_path):
         (good | {"double_blocks.0.img_attn.norm.key_norm.scale": one}, settings, {}, "whole weights beside factors"),
         (good | {"x.lora_B.bias": one}, settings, {}, "trained biases"),
         (good, settings, {"transformer.use_dora": True}, "asks for peft's use_dora, which is not supported"),
-        (good, settings, {"transformer.lora_alpha": "two"}, "lora_alpha='two' is no number"),
+        (good, settings, {"transformer.lora_alpha": "two"}, "lora_alpha='two' must be a number from"),
         (good, settings, {"transformer.init_lora_weights": "pissa_niter_4"}, "pissa_niter_4 changes the base as well"),
         (good, settings, {"transformer.peft_type": "LOHA"}, "describes LOHA, which is not supported"),
         (good, settings, "nonsense", "lora_adapter_metadata is no JSON: .*; remove it from the file"),
