@@ -1,12 +1,12 @@
 """Pictures with captions, as people have them: a folder, or an image set of tensorflow-datasets.
 
-    FOLDER                 pictures, also in folders below it, each with its caption beside it: fox.png, fox.txt
-    FOLDER/metadata.jsonl  an object a line with "file_name" (below FOLDER) and a caption, as Hugging Face's imagefolder
-    tfds:NAME[:SPLIT]      a prepared data set of tensorflow-datasets, or the folder of one, with an image and a text
-    FOLDER                 the same, if FOLDER holds a dataset_info.json
+    FOLDER             pictures with captions beside them or in metadata.jsonl, .csv or .parquet: see ``folders``
+    tfds:NAME[:SPLIT]  a prepared data set of tensorflow-datasets, or the folder of one, with an image and a text
+    FOLDER             the same, if FOLDER holds a dataset_info.json
 
 Everything that is wrong with a picture is found, by the picture's name, before anything is encoded (``examine``). A
 picture is resized (Lanczos) and cropped around its centre to one size in one go; the sides that do not fit are lost.
+Colours are brought from a picture's own profile into sRGB, in which networks were trained (``profiles``).
 """
 
 import concurrent.futures
@@ -18,25 +18,18 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, PngImagePlugin
 
 from srpo_jax import terminal
-from srpo_jax.data import sources
+from srpo_jax.data import folders, plain, profiles, sources
+from srpo_jax.data.folders import Picture
 from srpo_jax.errors import UserError
 
-EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")  # of a folder without metadata.jsonl
-METADATA, FILE_NAME = "metadata.jsonl", "file_name"
 # Modes that Pillow turns into RGB without losing what they hold; 16-bit grey would become white.
 MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr")
 THREADS = 8  # that decode: Pillow gives way to other threads while it does
-
-
-class Picture(NamedTuple):
-    """A picture that is not read yet: its name for people, its caption, and ``content()``, the file's bytes."""
-
-    name: str
-    caption: str
-    content: Callable[[], bytes]
+# Programs that draw put how they did into the PNG, megabytes of it; Pillow takes one by default.
+PngImagePlugin.MAX_TEXT_CHUNK, PngImagePlugin.MAX_TEXT_MEMORY = 64 << 20, 256 << 20
 
 
 class PictureSet(NamedTuple):
@@ -64,14 +57,12 @@ def read(spec: str | os.PathLike, column: str | None = None) -> tuple[list[Pictu
     path = pathlib.Path(spec)
     if spec.startswith(sources.TFDS):
         entries = _read_tfds(spec.removeprefix(sources.TFDS), column)
-    elif (path / "dataset_info.json").exists():
+    elif (path / "dataset_info.json").exists() and not (path / "state.json").exists():
         entries = _read_tfds(spec, column)
     elif not path.is_dir():
         raise UserError(f"{spec} is not a folder; expected a folder of pictures or tfds:NAME[:SPLIT]")
-    elif (path / METADATA).exists():
-        entries = _read_metadata(path, column)
     else:
-        entries = _read_folder(path, column)
+        entries = folders.read(path, column)
     pictures, wrong = [], []
     for picture in entries:
         if isinstance(picture, str):
@@ -85,43 +76,10 @@ def read(spec: str | os.PathLike, column: str | None = None) -> tuple[list[Pictu
     return pictures, wrong
 
 
-def _read_folder(folder: pathlib.Path, column: str | None) -> Iterator[Picture | str]:
-    if column is not None:
-        raise UserError(f"{folder} has no {METADATA}: captions are text files, without columns; leave out {column!r}")
-    files = sorted(
-        file
-        for file in folder.rglob("*")
-        if file.suffix.lower() in EXTENSIONS
-        and not any(part.startswith(".") for part in file.relative_to(folder).parts)
-    )
-    if not files:
-        raise UserError(f"{folder} holds no picture ({', '.join(EXTENSIONS)})")
-    for file in files:
-        sidecar = file.with_suffix(".txt")
-        try:
-            caption = " ".join(sources.read_text(sidecar).split()) if sidecar.exists() else ""
-            yield Picture(str(file), caption, file.read_bytes)
-        except UserError as error:
-            yield str(error)
-
-
-def _read_metadata(folder: pathlib.Path, column: str | None) -> Iterator[Picture | str]:
-    for item, place in sources.json_lines(folder / METADATA):
-        where = f"{folder / METADATA}, {place}"
-        name = item.get(FILE_NAME) if isinstance(item, dict) else None
-        if not isinstance(name, str) or not name:
-            raise UserError(f"{where}: expected an object with {FILE_NAME!r}")
-        chosen = sources.choose_column([key for key in item if key != FILE_NAME], column, where)
-        caption = "" if item[chosen] is None else item[chosen]
-        if not isinstance(caption, str):
-            raise UserError(f"{where}: the caption {chosen!r} is not text")
-        yield Picture(f"{folder / name} ({METADATA}, {place})", caption.strip(), (folder / name).read_bytes)
-
-
 def _read_tfds(spec: str, column: str | None) -> Iterator[Picture | str]:
     import tensorflow_datasets as tfds
 
-    captions = [caption.strip() for caption, _ in sources.read_tfds(spec, column)]
+    captions = [plain.prompt(caption, f"tfds:{spec}, {place}") for caption, place in sources.read_tfds(spec, column)]
     builder, split = sources.open_tfds(spec)
     named = sorted(name for name, feature in builder.info.features.items() if isinstance(feature, tfds.features.Image))
     if len(named) != 1 and "image" not in named:
@@ -153,7 +111,7 @@ def decode(content: bytes, height: int, width: int) -> np.ndarray:
 
 
 def upright(content: bytes) -> Image.Image:
-    """A picture's file as RGB: turned upright, on white where it is transparent.
+    """A picture's file as RGB in sRGB: turned upright, on white where it is transparent; of an animation, its start.
 
     Raises ValueError, with the reason, for a file that is damaged or not a picture of 8 bits.
     """
@@ -165,6 +123,7 @@ def upright(content: bytes) -> Image.Image:
         raise ValueError(f"cannot be decoded ({str(error).partition(' <')[0] or type(error).__name__})") from error
     if image.mode not in MODES:
         raise ValueError(f"has pixels of mode {image.mode}; save it as 8-bit RGB")
+    image = profiles.to_srgb(image)
     if image.mode in ("LA", "PA", "RGBA") or "transparency" in image.info:
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, "white")

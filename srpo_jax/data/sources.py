@@ -1,7 +1,7 @@
 """Prompts as people have them: text, CSV, JSON, JSON Lines, Parquet and tensorflow-datasets.
 
     prompts.txt            one prompt a line, as any file whose name ends in none of the following
-    prompts.csv, .tsv      with a line of column names
+    prompts.csv, .tsv      with a line of column names; separated by commas, semicolons, tabs or |
     prompts.jsonl          an object or a string a line (also .ndjson)
     prompts.json           a list of strings (HPDv2's benchmark), or of objects: HPDv2's train.json ("prompt"), the
                            videos2caption.json of SRPO, DanceGRPO and FastVideo ("caption")
@@ -9,26 +9,29 @@
     tfds:NAME[:SPLIT]      a prepared data set of tensorflow-datasets, or the folder of one
     FOLDER                 the same, if FOLDER holds a dataset_info.json
 
-Where there are several columns, one of them is named, or exactly one of ``COLUMNS`` is among them.
+Files may be packed: prompts.txt.gz, prompts.csv.xz. Where there are columns, one of them is named, or exactly one of
+``COLUMNS`` is among them, in capital letters or not: a column of another name may hold numbers, or be a prompt itself.
 """
 
-import csv
 import glob
 import io
 import json
 import os
 import pathlib
+import string
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
+from srpo_jax.data import plain, tables
 from srpo_jax.errors import UserError
 from srpo_jax.values import TFDS
 
 COLUMNS = ("prompt", "caption", "text")  # taken where no column is named
+FLAGS = "--column=NAME (of a recipe, --config.data.column=NAME or --config.sample.column=NAME)"
 
 
 def read(spec: str | os.PathLike, column: str | None = None) -> list[str]:
-    """The prompts of a source in its order; white space around a prompt and empty prompts are dropped.
+    """The prompts of a source in its order, as ``plain.prompt`` has them; empty ones are dropped.
 
     Args:
       spec: as above.
@@ -47,6 +50,9 @@ def read_beside(spec: str | os.PathLike, column: str | None, beside: str) -> lis
     found = []
     for (where, values), (_, others) in zip(_parts(spec, column), _parts(spec, beside), strict=True):
         by_place = {place: value for value, place in others}
+        for place, value in by_place.items():
+            if isinstance(value, str):
+                plain.check(value, f"{where}, {place}")
         found += [(prompt, by_place[place]) for prompt, place in _texts(values, where)]
     return found
 
@@ -67,8 +73,11 @@ def _parts(spec: str | os.PathLike, column: str | None) -> Iterator[tuple[Any, I
     path = pathlib.Path(spec)
     if spec.startswith(TFDS):
         yield spec, read_tfds(spec.removeprefix(TFDS), column)
-    elif path.is_dir() and (path / "dataset_info.json").exists():
+    elif path.is_dir() and (path / "dataset_info.json").exists() and not (path / "state.json").exists():
         yield spec, read_tfds(spec, column)
+    elif path.is_dir():
+        words = plain.folder_hint(path) or "; expected a file of prompts or a tensorflow-datasets folder"
+        raise UserError(f"{path} cannot be read: it is a folder{words}")
     else:
         for file in files(spec):
             yield file, _read_file(file, column)
@@ -77,16 +86,14 @@ def _parts(spec: str | os.PathLike, column: str | None) -> Iterator[tuple[Any, I
 def choose_column(names: Sequence[str], column: str | None, where: Any) -> str:
     """The column to read of those that there are. Raises UserError, with their names, if that is not clear."""
     listed = ", ".join(map(repr, names)) or "none"
-    if column is not None:
-        if column not in names:
-            raise UserError(f"{where} has no column {column!r}; there are {listed}")
-        return column
-    known = [name for name in COLUMNS if name in names]
-    if len(known) == 1:
-        return known[0]
-    if len(names) == 1:
-        return names[0]
-    raise UserError(f"{where}: name the column of the prompts; there are {listed}")
+    if column is not None and column not in names:
+        raise UserError(f"{where} has no column {column!r}; there are {listed}")
+    known = [name for name in names if name.lower() in COLUMNS] if column is None else [column]
+    if column is None and len(set(known)) != 1:
+        raise UserError(f"{where}: name the column of the prompts by {FLAGS}; there are {listed}")
+    if list(names).count(known[0]) > 1:
+        raise UserError(f"{where} has several columns {known[0]!r}; give them different names")
+    return known[0]
 
 
 def _texts(values: Iterable[tuple[Any, Any]], where: Any) -> list[tuple[str, Any]]:
@@ -97,8 +104,8 @@ def _texts(values: Iterable[tuple[Any, Any]], where: Any) -> list[tuple[str, Any
             continue
         if not isinstance(value, str):
             raise UserError(f"{where}, {place}: expected text, found {json.dumps(value, default=str)[:60]}")
-        if value.strip():
-            prompts.append((value.strip(), place))
+        if prompt := plain.prompt(value, f"{where}, {place}"):
+            prompts.append((prompt, place))
     if not prompts:
         raise UserError(f"{where} holds no prompt")
     return prompts
@@ -108,49 +115,30 @@ def _texts(values: Iterable[tuple[Any, Any]], where: Any) -> list[tuple[str, Any
 
 
 def _read_file(path: pathlib.Path, column: str | None) -> Iterator[tuple[Any, str]]:
-    return _READERS.get(path.suffix.lower(), _read_lines)(path, column)
-
-
-def read_text(path: pathlib.Path) -> str:
-    """A file's text. Raises UserError if it cannot be read or is not UTF-8 (names the line)."""
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        hint = "; expected a file of prompts or a tensorflow-datasets folder" if path.is_dir() else ""
-        raise UserError(f"{path} cannot be read: {error.strerror}{hint}") from error
-    try:
-        # utf-8-sig: editors on Windows put a byte order mark in front.
-        return data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = data[: error.start].count(b"\n") + 1
-        raise UserError(f"{path} is not UTF-8 (line {line}); save it as UTF-8") from error
+    return _READERS.get(plain.kind(path), _read_lines)(path, column)
 
 
 def _read_lines(path: pathlib.Path, column: str | None) -> Iterator[tuple[Any, str]]:
     if column is not None:
         raise UserError(f"{path} is read as one prompt a line, without columns; leave out the column {column!r}")
-    # Not splitlines(): it also splits at characters that a prompt may hold, as a form feed or U+2028.
-    for number, line in enumerate(read_text(path).split("\n"), 1):
+    for number, line in enumerate(plain.lines(plain.read_text(path)), 1):
         yield line, f"line {number}"
 
 
 def _read_table(path: pathlib.Path, column: str | None) -> Iterator[tuple[Any, str]]:
-    csv.field_size_limit(1 << 30)
-    delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
-    rows = csv.reader(io.StringIO(read_text(path), newline=""), delimiter=delimiter, strict=True)
-    try:
-        names = next(rows, [])
-        place = names.index(choose_column(names, column, path))
-        for row in rows:
-            if row and len(row) != len(names):
-                raise UserError(
-                    f"{path}, line {rows.line_num}: {len(row)} fields under {len(names)} columns; "
-                    "put quotes around text that holds the separator"
-                )
-            if row:
-                yield row[place], f"line {rows.line_num}"
-    except csv.Error as error:
-        raise UserError(f"{path}, line {rows.line_num}: {error}") from error
+    names, rows = tables.read(path, lambda names: column in names or column is None and _is_clear(names))
+    if column is None and len(names) == 1 and not _is_clear(names):
+        raise UserError(
+            f"{path} begins with {names[0]!r}, a prompt or the name of a column: if it is a prompt, put a line "
+            f"with {COLUMNS[0]} before it; if it is the name, say so by {FLAGS}"
+        )
+    place = names.index(choose_column(names, column, path))
+    for row, line in rows:
+        yield row[place], line
+
+
+def _is_clear(names: Sequence[str]) -> bool:
+    return len({name for name in names if name.lower() in COLUMNS}) == 1
 
 
 def _read_json_lines(path: pathlib.Path, column: str | None) -> Iterator[tuple[Any, str]]:
@@ -159,18 +147,18 @@ def _read_json_lines(path: pathlib.Path, column: str | None) -> Iterator[tuple[A
 
 def json_lines(path: pathlib.Path) -> Iterator[tuple[Any, str]]:
     """The values of a JSON Lines file with their places, as "line 3". Raises UserError for a line that is not JSON."""
-    for number, line in enumerate(read_text(path).split("\n"), 1):
-        if line.strip():
+    for number, line in enumerate(plain.lines(plain.read_text(path)), 1):
+        if line := line.strip(string.whitespace + plain.INVISIBLE):
             try:
                 yield json.loads(line), f"line {number}"
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise UserError(f"{path}, line {number}, is not JSON: {error}") from error
 
 
 def _read_json(path: pathlib.Path, column: str | None) -> Iterator[tuple[Any, str]]:
     try:
-        content = json.loads(read_text(path))
-    except ValueError as error:
+        content = json.loads(plain.read_text(path))
+    except (ValueError, RecursionError) as error:
         hint = "; a file with one object a line is named .jsonl" if "Extra data" in str(error) else ""
         raise UserError(f"{path} is not JSON: {error}{hint}") from error
     if not isinstance(content, list):
@@ -184,7 +172,7 @@ def _fields(items: Iterable[tuple[Any, str]], path: pathlib.Path, column: str | 
     for item, place in items:
         if isinstance(item, dict):
             if chosen is None or chosen not in item:
-                chosen = choose_column(list(item), column or chosen, f"{path}, {place},")
+                chosen = choose_column(list(item), column or chosen, f"{path}, {place}")
             yield item[chosen], place
         elif column is not None:
             raise UserError(f"{path}, {place}: expected an object with {column!r}, found {json.dumps(item)[:60]}")
@@ -193,21 +181,35 @@ def _fields(items: Iterable[tuple[Any, str]], path: pathlib.Path, column: str | 
 
 
 def _read_parquet(path: pathlib.Path, column: str | None) -> Iterator[tuple[Any, str]]:
-    import pyarrow
-    from pyarrow import parquet
+    return read_parquet(path, choose_column(parquet_columns(path), column, path))
 
-    try:
-        file = parquet.ParquetFile(path)
-    except (OSError, pyarrow.ArrowException) as error:
-        raise UserError(f"{path} cannot be read as Parquet: {str(error).splitlines()[0]}") from error
-    with file:
-        chosen = choose_column(file.schema_arrow.names, column, path)
+
+def parquet_columns(path: pathlib.Path) -> list[str]:
+    """The names of a Parquet file's columns. Raises UserError if it is none."""
+    with _open_parquet(path) as file:
+        return list(file.schema_arrow.names)
+
+
+def read_parquet(path: pathlib.Path, column: str) -> Iterator[tuple[Any, str]]:
+    """The values of a column with their places, as "row 3". Raises UserError if the file cannot be read."""
+    with _open_parquet(path) as file:
         number = 0
         # Batch by batch and this column alone: the others may hold images.
-        for batch in file.iter_batches(columns=[chosen]):
+        for batch in file.iter_batches(columns=[column]):
             for value in batch.column(0).to_pylist():
                 yield value, f"row {number}"
                 number += 1
+
+
+def _open_parquet(path: pathlib.Path) -> Any:
+    import pyarrow
+    from pyarrow import parquet
+
+    packed = path.suffix.lower() in plain.PACKED
+    try:
+        return parquet.ParquetFile(io.BytesIO(plain.read_bytes(path)) if packed else path)
+    except (OSError, pyarrow.ArrowException) as error:
+        raise UserError(f"{path} cannot be read as Parquet: {str(error).splitlines()[0]}") from error
 
 
 _READERS: dict[str, Callable[[pathlib.Path, str | None], Iterator[tuple[Any, str]]]] = {
