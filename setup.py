@@ -45,7 +45,7 @@ setuptools.setup(
         "numpy",
         "optax>=0.2.8",
         "orbax-checkpoint>=0.12.8",
-        "pillow>=10",
+        "pillow>=11.3",
         "pyarrow",
         "regex",
         "safetensors>=0.5",

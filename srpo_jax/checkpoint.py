@@ -25,7 +25,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
-from srpo_jax import distributed, integrity, leftovers, pulse, storage, terminal
+from srpo_jax import distributed, integrity, leftovers, opening, pulse, storage, terminal
 from srpo_jax.algorithm.step import TrainState
 from srpo_jax.errors import UserError
 from srpo_jax.models.compute import Params
@@ -234,14 +234,21 @@ class Checkpoints:
             self._manager.close()
 
     def _finish_seal(self) -> None:
-        """Waits until the checkpoint that is being written is complete, and its checksums with it."""
+        """Waits until the checkpoint that is being written is complete, and its checksums with it.
+
+        Raises UserError if it cannot be opened: then nothing older is deleted, and no hours go on in vain.
+        """
+        sealer, self._sealer = self._sealer, None
         try:
             with self._in_time():
                 self._manager.wait_until_finished()
         finally:
-            if self._sealer is not None:
-                self._sealer.finish()
-                self._sealer = None
+            words = sealer.finish() if sealer is not None else ""
+        if words:
+            raise UserError(
+                f"a checkpoint was written that cannot be opened again ({words}); nothing was deleted: keep it, and "
+                "choose another --workdir, or other storage"
+            )
 
     def _tell(self) -> None:
         """Called by Orbax, in a thread of its own, when all is written and gets its name."""
@@ -283,24 +290,31 @@ class Checkpoints:
 
 
 class Sealer:
-    """Waits in a thread until a checkpoint is complete, and writes this process's share of its checksums then."""
+    """Waits in a thread until a checkpoint is complete, sees then whether it opens (in process 0), and writes this
+    process's share of its checksums."""
 
     def __init__(self, path: epath.Path):
-        self._path, self._told = path, threading.Event()
+        self._path, self._told, self._trouble = path, threading.Event(), ""
         self._every = 2.0 if storage.in_bucket(path) else 0.2  # seconds between two looks
         self._thread = threading.Thread(target=self._run, name="sealer", daemon=True)
         self._thread.start()
 
-    def finish(self) -> None:
-        """Returns when it is done; to be called when the checkpoint is complete or will never be."""
+    def finish(self) -> str:
+        """Returns when it is done; to be called when the checkpoint is complete or will never be.
+
+        Returns why it cannot be opened, "" if it can.
+        """
         self._told.set()
         self._thread.join()
+        return self._trouble
 
     def _run(self) -> None:
         while not (done := complete(self._path)) and not self._told.wait(self._every):
             pass
         try:
             if done or complete(self._path):
+                if jax.process_index() == 0:
+                    self._trouble = opening.trouble(self._path, ARRAYS)
                 integrity.seal(self._path)
         except Exception as error:  # a checkpoint without them is one still
             terminal.warn(f"checksums of {self._path} cannot be written ({error})")

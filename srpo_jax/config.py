@@ -272,8 +272,29 @@ def check_key(key: str) -> None:
         return
     if (today := renamed(key)) != key:
         raise UserError(f"config.{key} is config.{today} now")
-    near = difflib.get_close_matches(key, known, n=1)
-    raise UserError(f"config.{key} is unknown; " + (f"do you mean config.{near[0]}?" if near else "see --help"))
+    near = _meant(key, known)
+    raise UserError(f"config.{key} is unknown; " + (f"do you mean config.{near}?" if near else "see --help"))
+
+
+def _meant(key: str, known: list[str]) -> str | None:
+    """The key that an unknown one stands for, told by its last word: the same, much alike, initials, or a part of it.
+
+    Keys of the same group come before others.
+    """
+    group, _, word = key.rpartition(".")
+    last = {name: name.rpartition(".")[2] for name in known}
+    beside = [name for name in known if name.rpartition(".")[0] == group]
+    if same := [name for name in known if last[name] == word]:
+        return same[0]
+    for names in (beside, known):
+        words = {last[name]: name for name in reversed(names)}
+        if close := difflib.get_close_matches(word, words, n=1, cutoff=0.7):
+            return words[close[0]]
+        for name in names:
+            parts = last[name].split("_")
+            if word in parts or word == "".join(part[0] for part in parts):
+                return name
+    return None
 
 
 # Keys that had another name in an earlier version: pattern, and what stands in its place.

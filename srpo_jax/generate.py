@@ -19,6 +19,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
+from etils import epath
 from jax.sharding import Mesh
 from PIL import Image
 
@@ -131,9 +132,12 @@ def generate(
     Returns:
       The files.
 
-    Raises UserError for a folder that is not right, or sizes that do not fit.
+    Raises UserError for a folder that is not right, sizes that do not fit, an ``out`` that holds anything but pictures
+    of these prompts, which are drawn anew, and ``sampling.NotFinite``.
     """
     model, out = pathlib.Path(model), storage.path(out)
+    files = [out / f"{index:04d}-{_words(prompt)}.png" for index, prompt in enumerate(prompts)]
+    _check_out(out, {file.name for file in files})
     family, sizes = architectures.read_pipeline(model)
     family.check_size(height, width, ("--height", "--width"))
     length = text_length or prompt_length(family, model)
@@ -159,7 +163,6 @@ def generate(
     )
     with terminal.doing("encoding the prompts"):
         chunks = painter.prepare(tools.encode, prompts, seed=seed, noise=latents)
-    files = [out / f"{index:04d}-{_words(prompt)}.png" for index, prompt in enumerate(prompts)]
     pending, writes = iter(files), jax.process_index() == 0
     painted = painter.paint(params, tools.params, chunks)
     with terminal.doing(f"compiling, and the first {chunks[0].count} of {len(prompts)}"):
@@ -170,6 +173,18 @@ def generate(
                 sampling.save_image(Image.fromarray(image), next(pending))
             bar.update(len(images))
     return files
+
+
+def _check_out(out: epath.Path, names: set[str]) -> None:
+    """Raises UserError for a folder in which pictures would lie among others."""
+    if out.exists() and not out.is_dir():
+        raise UserError(f"--out={out} is a file; name a folder")
+    there = sorted(path.name for path in out.iterdir() if not path.name.startswith(".")) if out.is_dir() else []
+    if others := [name for name in there if name not in names]:
+        raise UserError(
+            f"--out={out} holds {len(others)} files that are not pictures of these prompts, as {others[0]}; choose "
+            "another folder"
+        )
 
 
 def _words(prompt: str) -> str:

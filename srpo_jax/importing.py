@@ -31,12 +31,17 @@ TOKENIZER_FILES = (
 VOCABULARIES = ("tokenizer.json", "vocab.json", "vocab.txt")
 
 
-def byte_bar(label: str, specs: Mapping[str, Spec], where: pathlib.Path) -> terminal.Bar:
-    """A progress bar over the bytes of some tensors. Raises UserError if they do not fit on the disk."""
-    total = sum(spec.nbytes for spec in specs.values())
+def check_room(label: str, total: int, where: pathlib.Path) -> None:
+    """Raises UserError if so many bytes have no room on the disk of a folder."""
     free = shutil.disk_usage(where).free
     if total > free:
         raise UserError(f"{where.parent} has {free / 1e9:.1f} GB free; {label} needs {total / 1e9:.1f} GB")
+
+
+def byte_bar(label: str, specs: Mapping[str, Spec], where: pathlib.Path) -> terminal.Bar:
+    """A progress bar over the bytes of some tensors. Raises UserError if they do not fit on the disk."""
+    total = sum(spec.nbytes for spec in specs.values())
+    check_room(label, total, where)
     return terminal.bar(total, "B", label, scale=True)
 
 
@@ -109,6 +114,8 @@ def import_folder(
         for name, tokenizer in family.tokenizers.items():
             if tokenizer.encoder in networks and name in parts:
                 tokens.check(text.load_tokenizer(source / name), networks[tokenizer.encoder].config, source / name)
+        sizes = [spec.nbytes for opened in networks.values() for spec in _specs(opened, dtype).values()]
+        check_room("the pipeline", sum(sizes), out)
         written = []
         for part in parts:
             if part in networks:
@@ -160,10 +167,16 @@ def _open(
     return _Opened(form, values, weights, table, place)
 
 
+def _specs(opened: _Opened, dtype: np.dtype | None) -> Mapping[str, Spec]:
+    """The parameters that ``_write`` writes."""
+    form, config, weights, table, place = opened
+    return engine.target_specs(table, weights, place, folder.shapes(form.network, config), dtype)
+
+
 def _write(opened: _Opened, out: pathlib.Path, dtype: np.dtype | None) -> Mapping[str, Spec]:
     """Writes a network in our format into an existing folder, and returns its parameters."""
     form, config, weights, table, place = opened
-    specs = engine.target_specs(table, weights, place, folder.shapes(form.network, config), dtype)
+    specs = _specs(opened, dtype)
     with byte_bar(form.network, specs, out) as bar, folder.writer(out, specs, bar.update) as file:
         for path, layer, array in engine.imported(table, weights, place):
             file.write(path, array, layer)

@@ -6,6 +6,7 @@ checkpoints/STEP, not complete     the rest of one that was being deleted as too
                                    half of a copy, or damaged: renamed to STEP.incomplete
 checkpoints/STEP.incomplete[.N]    removed once there is a complete checkpoint of that step or a later one
 checkpoints/STEP.unreadable[.N]    never touched
+FILE.unreadable[.N]                a file of which some lines could not be read, as it was: never touched
 .FILE.partial                      half of a file that we were writing: removed
 """
 
@@ -24,10 +25,21 @@ PARTIAL = re.compile(r"\.(config\.json|models\.json|metrics\.jsonl|changes\.json
 
 def set_aside(path: epath.Path, kind: str) -> epath.Path:
     """Renames a checkpoint's folder to ``STEP.KIND``, or with a number behind it; returns its new place."""
-    names = itertools.chain([kind], (f"{kind}.{number}" for number in itertools.count(2)))
-    place = next(place for name in names if not (place := path.with_name(f"{path.name}.{name}")).exists())
+    place = _free(path, kind)
     storage.rename(path, place)
     return place
+
+
+def keep_copy(file: epath.Path) -> epath.Path:
+    """Copies a file to ``FILE.unreadable``, or with a number behind it, before it is written anew; returns the copy."""
+    place = _free(file, UNREADABLE)
+    storage.write(place, file.read_bytes())
+    return place
+
+
+def _free(path: epath.Path, kind: str) -> epath.Path:
+    names = itertools.chain([kind], (f"{kind}.{number}" for number in itertools.count(2)))
+    return next(place for name in names if not (place := path.with_name(f"{path.name}.{name}")).exists())
 
 
 def damaged(folder: epath.Path, complete: Callable[[epath.Path], bool]) -> list[str]:

@@ -16,7 +16,7 @@ import jax
 import tqdm
 from etils import epath
 
-from srpo_jax import storage
+from srpo_jax import leftovers, storage, terminal
 
 JSONL, TENSORBOARD = "metrics.jsonl", "tensorboard"
 COPY_EVERY = 30
@@ -45,7 +45,14 @@ class Metrics:
         if storage.in_bucket(folder):
             self._temporary = tempfile.TemporaryDirectory(prefix="srpo_jax.")
             folder = epath.Path(self._temporary.name)
-        kept = [record for record in read(workdir) if record["step"] <= done]
+        records, broken = _read(workdir)
+        if broken:
+            place = leftovers.keep_copy(self._workdir / JSONL)
+            terminal.warn(
+                f"{self._workdir / JSONL}: {len(broken)} lines cannot be read, as line {broken[0]}; they are left out, "
+                f"and the file as it was is {place.name}"
+            )
+        kept = [record for record in records if record["step"] <= done]
         storage.write(folder / JSONL, "".join(json.dumps(record) + "\n" for record in kept).encode())
         self._folder = folder
         self._file = open(folder / JSONL, "a", encoding="utf-8")
@@ -102,21 +109,25 @@ class Metrics:
 
 
 def read(workdir: str | os.PathLike) -> list[dict[str, Any]]:
-    """The metrics of a workdir, one dictionary a step, up to one that is broken, as a last
-    line that was cut off. [] if there are none."""
+    """The metrics of a workdir, one dictionary a step, without lines that are broken. [] if there are none."""
+    return _read(workdir)[0]
+
+
+def _read(workdir: str | os.PathLike) -> tuple[list[dict[str, Any]], list[int]]:
+    """``read``, and the numbers of the lines that are broken, but for a last one that was cut off and empty ones."""
     file = storage.path(workdir) / JSONL
-    if not file.exists():
-        return []
-    records = []
-    for line in file.read_bytes().decode(errors="replace").splitlines():
+    records, broken = [], []
+    whole = file.read_bytes().split(b"\n") if file.exists() else []
+    for number, line in enumerate(whole, 1):
         try:
-            record = json.loads(line)
+            record = json.loads(line) if line.strip() else None
         except (ValueError, RecursionError):
-            break
-        if not isinstance(record, dict) or not isinstance(record.get("step"), int):
-            break
-        records.append(record)
-    return records
+            record = None
+        if isinstance(record, dict) and type(record.get("step")) is int:
+            records.append(record)
+        elif line.strip() and number < len(whole):
+            broken.append(number)
+    return records, broken
 
 
 def line(step: int, total: int, values: dict[str, float], left: float) -> str:

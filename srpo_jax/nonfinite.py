@@ -32,6 +32,7 @@ from srpo_jax import (
     program,
     record,
     resume,
+    seeds,
     sharding,
     storage,
     validation,
@@ -162,7 +163,7 @@ def stages(
         yield f"text features ({name})", _is_finite(features)
     if batch.latents is not None:
         yield "latents of the pictures", _is_finite(batch.latents)
-    key = jax.random.fold_in(jax.random.key(seed), step_number)
+    key = jax.random.fold_in(seeds.key(seed), step_number)
     draws = jit(lambda key: step.draw(networks, settings, key, len(jax.tree.leaves(batch.condition)[0])))(key)
     images = jit(functools.partial(step.images_of, networks, settings))(params, frozen, batch, draws)
     if batch.latents is None:

@@ -19,7 +19,7 @@ from absl import logging
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from srpo_jax import optim, sharding
+from srpo_jax import optim, seeds, sharding
 from srpo_jax.algorithm import step
 from srpo_jax.algorithm.batch import Batch, Rollout
 from srpo_jax.algorithm.networks import Frozen, Networks
@@ -171,7 +171,7 @@ def build(config: ConfigDict, mesh: Mesh, architecture: Architecture) -> Program
     update, seed = step.make_update(networks, settings, optimizer), config.seed
 
     def seeded_update(state: TrainState, frozen: Frozen, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
-        return update(state, frozen, batch, jax.random.fold_in(jax.random.key(seed), state.step + 1))
+        return update(state, frozen, batch, jax.random.fold_in(seeds.key(seed), state.step + 1))
 
     return Program(
         mesh=mesh,

@@ -77,8 +77,9 @@ def write(
         ]
         if lines:
             file = storage.path(workdir) / CHANGES
-            lines = [*(file.read_text(encoding="utf-8").splitlines() if file.exists() else []), *lines]
-            storage.write(file, "".join(f"{line}\n" for line in lines).encode())
+            before = file.read_bytes() if file.exists() else b""  # whatever happened to it stays
+            between = b"\n" if before and not before.endswith(b"\n") else b""
+            storage.write(file, before + between + "".join(f"{line}\n" for line in lines).encode())
     storage.write(storage.path(workdir) / CONFIG, f"{config_lib.to_json(config)}\n".encode())
     storage.write(storage.path(workdir) / MODELS, f"{json.dumps(models, indent=2)}\n".encode())
 

@@ -15,11 +15,12 @@ from flax import nnx
 from jax.sharding import Mesh
 from PIL import Image
 
-from srpo_jax import sharding, storage
+from srpo_jax import seeds, sharding, storage
 from srpo_jax.algorithm import flow
 from srpo_jax.algorithm.networks import to_unit_range
 from srpo_jax.algorithm.rollout import of_step
 from srpo_jax.conditions import PromptEncoder
+from srpo_jax.errors import UserError
 from srpo_jax.families.base import AUTOENCODER, Condition, Family
 from srpo_jax.models.attention import choose
 from srpo_jax.models.compute import Compute, Params, bind
@@ -57,6 +58,10 @@ class Chunk(NamedTuple):
     condition: Condition
     noise: jax.Array
     count: int
+
+
+class NotFinite(UserError):
+    """What was drawn is no picture: its pixels are nan or infinite."""
 
 
 class Painter:
@@ -121,10 +126,18 @@ class Painter:
         return chunks
 
     def paint(self, transformer: Params, autoencoder: Params, chunks: Iterable[Chunk]) -> Iterable[np.ndarray]:
-        """Yields the pictures of each chunk, uint8 [count, height, width, 3]."""
+        """Yields the pictures of each chunk, uint8 [count, height, width, 3].
+
+        Raises NotFinite if one of them is no picture.
+        """
         for chunk in chunks:
-            images = self._sample(transformer, autoencoder, chunk.condition, chunk.noise)
-            yield jax.device_get(images)[: chunk.count]
+            images, finite = jax.device_get(self._sample(transformer, autoencoder, chunk.condition, chunk.noise))
+            if not finite[: chunk.count].all():
+                raise NotFinite(
+                    f"{(~finite[: chunk.count]).sum()} of {chunk.count} pictures are not finite numbers and would be "
+                    "black: weights are not, or they grow beyond the dtype; check the weights, or draw in float32"
+                )
+            yield images[: chunk.count]
 
 
 class Tools(NamedTuple):
@@ -150,8 +163,8 @@ def read_tools(
 
 def make_sampler(
     family: Family, transformer: nnx.GraphDef, autoencoder: nnx.GraphDef, sigmas: np.ndarray, look: Look
-) -> Callable[[Params, Params, Condition, jax.Array], jax.Array]:
-    """Builds ``sample(transformer_params, autoencoder_params, condition, noise) -> images``, ready for ``jax.jit``.
+) -> Callable[[Params, Params, Condition, jax.Array], tuple[jax.Array, jax.Array]]:
+    """Builds ``sample(transformer_params, autoencoder_params, condition, noise) -> images, finite`` for ``jax.jit``.
 
     Args:
       family: of both networks.
@@ -161,12 +174,13 @@ def make_sampler(
       look: how pictures are drawn.
 
     Returns:
-      A pure function of a condition [B, ...] and noise [B, N, C], giving uint8 pictures [B, height, width, 3].
+      A pure function of a condition [B, ...] and noise [B, N, C], giving uint8 pictures [B, height, width, 3]
+      and which of them are finite numbers [B].
     """
 
     def sample(
         transformer_params: Params, autoencoder_params: Params, condition: Condition, noise: jax.Array
-    ) -> jax.Array:
+    ) -> tuple[jax.Array, jax.Array]:
         network, scale = bind(transformer, transformer_params), jnp.full((len(noise),), look.guidance, jnp.float32)
         steps = family.prepare_steps(network, condition, jnp.asarray(sigmas[:-1]), scale)
 
@@ -176,7 +190,7 @@ def make_sampler(
 
         latents = flow.sample(velocity, noise, sigmas)
         decoded = family.decode(bind(autoencoder, autoencoder_params), latents, look.height, look.width)
-        return to_bytes(to_unit_range(decoded))
+        return to_bytes(to_unit_range(decoded)), jnp.isfinite(decoded).all(axis=(1, 2, 3))
 
     return sample
 
@@ -194,7 +208,7 @@ def draw_noise(names: jax.Array, seed: int, shape: tuple[int, int]) -> jax.Array
     """
 
     def draw(name: jax.Array) -> jax.Array:
-        key = jax.random.key(seed)
+        key = seeds.key(seed)
         for word in name:
             key = jax.random.fold_in(key, word)
         return jax.random.normal(key, shape)

@@ -4,6 +4,7 @@ Paths are ``etils.epath`` paths, as Orbax's are. An object of a bucket is writte
 there is no appending and no renaming.
 """
 
+import glob
 import importlib.util
 import os
 
@@ -44,7 +45,17 @@ def absolute(place: epath.Path) -> epath.Path:
 
 
 def check(place: epath.Path) -> None:
-    """Asks a bucket for a path, which need not exist. Raises UserError if there is no answer."""
+    """Asks a bucket for a path, which need not exist.
+
+    Raises UserError if there is no answer, or if checkpoints could not be opened in it: Orbax looks for their parts by
+    a pattern that begins with the path as it is, and takes a backslash for a slash.
+    """
+    full = os.fspath(absolute(place))
+    if glob.has_magic(full) or "\\" in full or full.encode(errors="ignore").decode() != full:
+        raise UserError(
+            f"{full!r}: checkpoints cannot be opened in a folder whose path has *, ?, [, a backslash or what is no "
+            "character; rename the folder, or choose another"
+        )
     if not in_bucket(place):
         return
     try:

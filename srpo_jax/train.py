@@ -248,7 +248,11 @@ class SampleGrid:
         """Draws with the moving average of the weights if there is one, and writes the grid."""
         params = join(state.params if state.ema is None else state.ema, frozen.base)
         with terminal.doing(f"sampling into {self._folder.name}/{self._file(step).name}"):
-            images = np.concatenate(list(self._painter.paint(params, frozen.autoencoder, self._chunks)))
+            try:
+                images = np.concatenate(list(self._painter.paint(params, frozen.autoencoder, self._chunks)))
+            except sampling.NotFinite as error:  # whether training can go on, the updates tell
+                terminal.warn(f"no samples of update {step}: {error}")
+                return
             if jax.process_index() == 0:
                 sampling.save_image(sampling.grid(images), self._file(step))
 

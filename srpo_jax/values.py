@@ -4,7 +4,7 @@ import ast
 import os
 from typing import Any
 
-SEED = 2**32 - 1  # the largest: jax.random.key takes 32 bits, so that larger ones would repeat smaller ones' numbers
+SEED = 2**64 - 1  # the largest, of as many bits as a key has; see seeds
 LARGEST = 3.4028234663852886e38  # of float32, in which the numbers of a config are computed with
 TFDS = "tfds:"  # before the name or the folder of a data set
 

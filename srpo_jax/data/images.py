@@ -1,12 +1,12 @@
 """Pictures with captions, as people have them: a folder, or an image set of tensorflow-datasets.
 
-    FOLDER                 pictures, also in folders below it, each with its caption beside it: fox.png, fox.txt
-    FOLDER/metadata.jsonl  an object a line with "file_name" (below FOLDER) and a caption, as Hugging Face's imagefolder
-    tfds:NAME[:SPLIT]      a prepared data set of tensorflow-datasets, or the folder of one, with an image and a text
-    FOLDER                 the same, if FOLDER holds a dataset_info.json
+    FOLDER             pictures with captions beside them or in metadata.jsonl, .csv or .parquet: see ``folders``
+    tfds:NAME[:SPLIT]  a prepared data set of tensorflow-datasets, or the folder of one, with an image and a text
+    FOLDER             the same, if FOLDER holds a dataset_info.json
 
 Everything that is wrong with a picture is found, by the picture's name, before anything is encoded (``examine``). A
 picture is resized (Lanczos) and cropped around its centre to one size in one go; the sides that do not fit are lost.
+Colours are brought from a picture's own profile into sRGB, in which networks were trained (``profiles``).
 """
 
 import concurrent.futures
@@ -19,10 +19,11 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, PngImagePlugin
 
-from srpo_jax import reading, terminal
-from srpo_jax.data import sources
+from srpo_jax import terminal
+from srpo_jax.data import folders, plain, profiles, sources
+from srpo_jax.data.folders import Picture
 from srpo_jax.errors import UserError
 
 # What is decoded, by content. Others Pillow hands to programs of the machine, as EPS to Ghostscript.
@@ -30,20 +31,12 @@ FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "BMP", "DIB", "TIFF", "GIF", "AVIF", "J
 MAX_PIXELS = 1 << 27  # of a picture unless told otherwise: a file of kilobytes can hold gigapixels
 MAX_BYTES = 8  # of a file for each of these pixels: 16-bit RGBA
 Image.MAX_IMAGE_PIXELS = None  # Pillow's own limit warns; the one above refuses
-EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")  # of a folder without metadata.jsonl
-METADATA, FILE_NAME = "metadata.jsonl", "file_name"
 # Modes that Pillow turns into RGB without losing what they hold; 16-bit grey would become white.
 MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr")
 OUTSIDE = ("refuse", "read")
 THREADS = 8  # that decode: Pillow gives way to other threads while it does
-
-
-class Picture(NamedTuple):
-    """A picture that is not read yet: its name for people, its caption, and ``content()``, the file's bytes."""
-
-    name: str
-    caption: str
-    content: Callable[[], bytes]
+# Programs that draw put how they did into the PNG, megabytes of it; Pillow takes one by default.
+PngImagePlugin.MAX_TEXT_CHUNK, PngImagePlugin.MAX_TEXT_MEMORY = 64 << 20, 256 << 20
 
 
 class PictureSet(NamedTuple):
@@ -80,14 +73,12 @@ def read(
     path = pathlib.Path(spec)
     if spec.startswith(sources.TFDS):
         entries = _read_tfds(spec.removeprefix(sources.TFDS), column)
-    elif (path / "dataset_info.json").exists():
+    elif (path / "dataset_info.json").exists() and not (path / "state.json").exists():
         entries = _read_tfds(spec, column)
     elif not path.is_dir():
         raise UserError(f"{spec} is not a folder; expected a folder of pictures or tfds:NAME[:SPLIT]")
-    elif (path / METADATA).exists():
-        entries = _read_metadata(path, column, outside, max_pixels)
     else:
-        entries = _read_folder(path, column, max_pixels)
+        entries = folders.read(path, column, outside, MAX_BYTES * max_pixels)
     pictures, wrong = [], []
     for picture in entries:
         if isinstance(picture, str):
@@ -101,60 +92,10 @@ def read(
     return pictures, wrong
 
 
-def _content(file: pathlib.Path, max_pixels: int) -> Callable[[], bytes]:
-    return functools.partial(reading.content, file, MAX_BYTES * max_pixels)
-
-
-def _read_folder(folder: pathlib.Path, column: str | None, max_pixels: int) -> Iterator[Picture | str]:
-    if column is not None:
-        raise UserError(f"{folder} has no {METADATA}: captions are text files, without columns; leave out {column!r}")
-    files = sorted(
-        file
-        for file in folder.rglob("*")
-        if file.suffix.lower() in EXTENSIONS
-        and not any(part.startswith(".") for part in file.relative_to(folder).parts)
-    )
-    if not files:
-        raise UserError(f"{folder} holds no picture ({', '.join(EXTENSIONS)})")
-    for file in files:
-        sidecar = file.with_suffix(".txt")
-        try:
-            caption = " ".join(sources.read_text(sidecar).split()) if sidecar.exists() else ""
-            yield Picture(str(file), caption, _content(file, max_pixels))
-        except UserError as error:
-            yield str(error)
-
-
-def _leads_out(folder: pathlib.Path, name: str) -> bool:
-    """Whether a name in a folder, links followed, is that of a file elsewhere."""
-    root = os.path.realpath(folder)
-    try:
-        return os.path.commonpath([root, os.path.realpath(os.path.join(root, name))]) != root
-    except ValueError:  # no file can have this name, as reading it will tell
-        return False
-
-
-def _read_metadata(folder: pathlib.Path, column: str | None, outside: bool, max_pixels: int) -> Iterator[Picture | str]:
-    for item, place in sources.json_lines(folder / METADATA):
-        where = f"{folder / METADATA}, {place}"
-        name = item.get(FILE_NAME) if isinstance(item, dict) else None
-        if not isinstance(name, str) or not name:
-            raise UserError(f"{where}: expected an object with {FILE_NAME!r}")
-        chosen = sources.choose_column([key for key in item if key != FILE_NAME], column, where)
-        caption = "" if item[chosen] is None else item[chosen]
-        if not isinstance(caption, str):
-            raise UserError(f"{where}: the caption {chosen!r} is not text")
-        shown = f"{folder / (name if len(name) <= 255 else name[:60] + '...')} ({METADATA}, {place})"
-        if not outside and _leads_out(folder, name):
-            yield f"{shown} lies outside of {folder}; copy it there, or let such pictures be read by --outside=read"
-        else:
-            yield Picture(shown, caption.strip(), _content(folder / name, max_pixels))
-
-
 def _read_tfds(spec: str, column: str | None) -> Iterator[Picture | str]:
     import tensorflow_datasets as tfds
 
-    captions = [caption.strip() for caption, _ in sources.read_tfds(spec, column)]
+    captions = [plain.prompt(caption, f"tfds:{spec}, {place}") for caption, place in sources.read_tfds(spec, column)]
     builder, split = sources.open_tfds(spec)
     named = sorted(name for name, feature in builder.info.features.items() if isinstance(feature, tfds.features.Image))
     if len(named) != 1 and "image" not in named:
@@ -186,7 +127,7 @@ def decode(content: bytes, height: int, width: int, max_pixels: int = MAX_PIXELS
 
 
 def upright(content: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
-    """A picture's file as RGB: turned upright, on white where it is transparent.
+    """A picture's file as RGB in sRGB: turned upright, on white where it is transparent; of an animation, its start.
 
     Raises ValueError, with the reason, for a file that is damaged, not a picture of 8 bits, or of too many pixels.
     """
@@ -200,6 +141,7 @@ def upright(content: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
         raise ValueError(f"cannot be decoded ({str(error).partition(' <')[0] or type(error).__name__})") from error
     if image.mode not in MODES:
         raise ValueError(f"has pixels of mode {image.mode}; save it as 8-bit RGB")
+    image = profiles.to_srgb(image)
     if image.mode in ("LA", "PA", "RGBA") or "transparency" in image.info:
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, "white")

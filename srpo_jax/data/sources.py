@@ -1,7 +1,7 @@
 """Prompts as people have them: text, CSV, JSON, JSON Lines, Parquet and tensorflow-datasets.
 
     prompts.txt            one prompt a line, as any file whose name ends in none of the following
-    prompts.csv, .tsv      with a line of column names
+    prompts.csv, .tsv      with a line of column names; separated by commas, semicolons, tabs or |
     prompts.jsonl          an object or a string a line (also .ndjson)
     prompts.json           a list of strings (HPDv2's benchmark), or of objects: HPDv2's train.json ("prompt"), the
                            videos2caption.json of SRPO, DanceGRPO and FastVideo ("caption")
@@ -9,27 +9,31 @@
     tfds:NAME[:SPLIT]      a prepared data set of tensorflow-datasets, or the folder of one
     FOLDER                 the same, if FOLDER holds a dataset_info.json
 
-Where there are several columns, one of them is named, or exactly one of ``COLUMNS`` is among them.
+Files may be packed: prompts.txt.gz, prompts.csv.xz. Where there are columns, one of them is named, or exactly one of
+``COLUMNS`` is among them, in capital letters or not: a column of another name may hold numbers, or be a prompt itself.
 """
 
-import csv
+import contextlib
 import glob
 import io
 import os
 import pathlib
+import string
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 from srpo_jax import reading, schema
+from srpo_jax.data import plain, tables
 from srpo_jax.errors import UserError
 from srpo_jax.values import TFDS
 
 LONGEST = 255  # bytes of a file's name
 COLUMNS = ("prompt", "caption", "text")  # taken where no column is named
+FLAGS = "--column=NAME (of a recipe, --config.data.column=NAME or --config.sample.column=NAME)"
 
 
 def read(spec: str | os.PathLike, column: str | None = None) -> list[str]:
-    """The prompts of a source in its order; white space around a prompt and empty prompts are dropped.
+    """The prompts of a source in its order, as ``plain.prompt`` has them; empty ones are dropped.
 
     Args:
       spec: as above.
@@ -48,6 +52,9 @@ def read_beside(spec: str | os.PathLike, column: str | None, beside: str) -> lis
     found = []
     for (where, values), (_, others) in zip(_parts(spec, column), _parts(spec, beside), strict=True):
         by_place = {place: value for value, place in others}
+        for place, value in by_place.items():
+            if isinstance(value, str):
+                plain.check(value, f"{where}, {place}")
         found += [(prompt, by_place[place]) for prompt, place in _texts(values, where)]
     return found
 
@@ -70,8 +77,11 @@ def _parts(spec: str | os.PathLike, column: str | None) -> Iterator[tuple[Any, I
         raise UserError(f"{spec[:60]!r}... is too long for the name of a file; a prompt itself is given by --prompt")
     if spec.startswith(TFDS):
         yield spec, read_tfds(spec.removeprefix(TFDS), column)
-    elif path.is_dir() and (path / "dataset_info.json").exists():
+    elif path.is_dir() and (path / "dataset_info.json").exists() and not (path / "state.json").exists():
         yield spec, read_tfds(spec, column)
+    elif path.is_dir():
+        words = plain.folder_hint(path) or "; expected a file of prompts or a tensorflow-datasets folder"
+        raise UserError(f"{path} cannot be read: it is a folder{words}")
     else:
         for file in files(spec):
             yield file, _read_file(file, column)
@@ -80,16 +90,14 @@ def _parts(spec: str | os.PathLike, column: str | None) -> Iterator[tuple[Any, I
 def choose_column(names: Sequence[str], column: str | None, where: Any) -> str:
     """The column to read of those that there are. Raises UserError, with their names, if that is not clear."""
     listed = ", ".join(map(repr, names)) or "none"
-    if column is not None:
-        if column not in names:
-            raise UserError(f"{where} has no column {column!r}; there are {listed}")
-        return column
-    known = [name for name in COLUMNS if name in names]
-    if len(known) == 1:
-        return known[0]
-    if len(names) == 1:
-        return names[0]
-    raise UserError(f"{where}: name the column of the prompts; there are {listed}")
+    if column is not None and column not in names:
+        raise UserError(f"{where} has no column {column!r}; there are {listed}")
+    known = [name for name in names if name.lower() in COLUMNS] if column is None else [column]
+    if column is None and len(set(known)) != 1:
+        raise UserError(f"{where}: name the column of the prompts by {FLAGS}; there are {listed}")
+    if list(names).count(known[0]) > 1:
+        raise UserError(f"{where} has several columns {known[0]!r}; give them different names")
+    return known[0]
 
 
 def _texts(values: Iterable[tuple[Any, Any]], where: Any) -> list[tuple[str, Any]]:
@@ -100,8 +108,8 @@ def _texts(values: Iterable[tuple[Any, Any]], where: Any) -> list[tuple[str, Any
             continue
         if not isinstance(value, str):
             raise UserError(f"{where}, {place}: expected text, found {schema.shown(value)}")
-        if value.strip():
-            prompts.append((value.strip(), place))
+        if prompt := plain.prompt(value, f"{where}, {place}"):
+            prompts.append((prompt, place))
     if not prompts:
         raise UserError(f"{where} holds no prompt")
     return prompts
@@ -111,50 +119,30 @@ def _texts(values: Iterable[tuple[Any, Any]], where: Any) -> list[tuple[str, Any
 
 
 def _read_file(path: pathlib.Path, column: str | None) -> Iterator[tuple[Any, str]]:
-    return _READERS.get(path.suffix.lower(), _read_lines)(path, column)
-
-
-def read_text(path: pathlib.Path, pipe: bool = False) -> str:
-    """A file's text; ``pipe`` lets it be a pipe, as a shell's ``<(...)``. Raises UserError if it cannot be read or is
-    not UTF-8 (names the line)."""
-    try:
-        data = reading.content(path, pipe=pipe)
-    except OSError as error:
-        hint = "; expected a file of prompts or a tensorflow-datasets folder" if path.is_dir() else ""
-        raise UserError(f"{path} cannot be read: {error.strerror}{hint}") from error
-    try:
-        # utf-8-sig: editors on Windows put a byte order mark in front.
-        return data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = data[: error.start].count(b"\n") + 1
-        raise UserError(f"{path} is not UTF-8 (line {line}); save it as UTF-8") from error
+    return _READERS.get(plain.kind(path), _read_lines)(path, column)
 
 
 def _read_lines(path: pathlib.Path, column: str | None) -> Iterator[tuple[Any, str]]:
     if column is not None:
         raise UserError(f"{path} is read as one prompt a line, without columns; leave out the column {column!r}")
-    # Not splitlines(): it also splits at characters that a prompt may hold, as a form feed or U+2028.
-    for number, line in enumerate(read_text(path, pipe=True).split("\n"), 1):
+    for number, line in enumerate(plain.lines(plain.read_text(path, pipe=True)), 1):
         yield line, f"line {number}"
 
 
 def _read_table(path: pathlib.Path, column: str | None) -> Iterator[tuple[Any, str]]:
-    csv.field_size_limit(1 << 30)
-    delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
-    rows = csv.reader(io.StringIO(read_text(path, pipe=True), newline=""), delimiter=delimiter, strict=True)
-    try:
-        names = next(rows, [])
-        place = names.index(choose_column(names, column, path))
-        for row in rows:
-            if row and len(row) != len(names):
-                raise UserError(
-                    f"{path}, line {rows.line_num}: {len(row)} fields under {len(names)} columns; "
-                    "put quotes around text that holds the separator"
-                )
-            if row:
-                yield row[place], f"line {rows.line_num}"
-    except csv.Error as error:
-        raise UserError(f"{path}, line {rows.line_num}: {error}") from error
+    names, rows = tables.read(path, lambda names: column in names or column is None and _is_clear(names), pipe=True)
+    if column is None and len(names) == 1 and not _is_clear(names):
+        raise UserError(
+            f"{path} begins with {names[0]!r}, a prompt or the name of a column: if it is a prompt, put a line "
+            f"with {COLUMNS[0]} before it; if it is the name, say so by {FLAGS}"
+        )
+    place = names.index(choose_column(names, column, path))
+    for row, line in rows:
+        yield row[place], line
+
+
+def _is_clear(names: Sequence[str]) -> bool:
+    return len({name for name in names if name.lower() in COLUMNS}) == 1
 
 
 def _read_json_lines(path: pathlib.Path, column: str | None) -> Iterator[tuple[Any, str]]:
@@ -163,8 +151,8 @@ def _read_json_lines(path: pathlib.Path, column: str | None) -> Iterator[tuple[A
 
 def json_lines(path: pathlib.Path, pipe: bool = False) -> Iterator[tuple[Any, str]]:
     """The values of a JSON Lines file with their places, as "line 3". Raises UserError for a line that is not JSON."""
-    for number, line in enumerate(read_text(path, pipe).split("\n"), 1):
-        if line.strip():
+    for number, line in enumerate(plain.lines(plain.read_text(path, pipe)), 1):
+        if line := line.strip(string.whitespace + plain.INVISIBLE):
             try:
                 yield schema.parse(line), f"line {number}"
             except ValueError as error:
@@ -173,7 +161,7 @@ def json_lines(path: pathlib.Path, pipe: bool = False) -> Iterator[tuple[Any, st
 
 def _read_json(path: pathlib.Path, column: str | None) -> Iterator[tuple[Any, str]]:
     try:
-        content = schema.parse(read_text(path, pipe=True))
+        content = schema.parse(plain.read_text(path, pipe=True))
     except ValueError as error:
         hint = "; a file with one object a line is named .jsonl" if "Extra data" in str(error) else ""
         raise UserError(f"{path} is not JSON: {error}{hint}") from error
@@ -188,7 +176,7 @@ def _fields(items: Iterable[tuple[Any, str]], path: pathlib.Path, column: str | 
     for item, place in items:
         if isinstance(item, dict):
             if chosen is None or chosen not in item:
-                chosen = choose_column(list(item), column or chosen, f"{path}, {place},")
+                chosen = choose_column(list(item), column or chosen, f"{path}, {place}")
             yield item[chosen], place
         elif column is not None:
             raise UserError(f"{path}, {place}: expected an object with {column!r}, found {schema.shown(item)}")
@@ -197,25 +185,49 @@ def _fields(items: Iterable[tuple[Any, str]], path: pathlib.Path, column: str | 
 
 
 def _read_parquet(path: pathlib.Path, column: str | None) -> Iterator[tuple[Any, str]]:
-    import pyarrow
-    from pyarrow import parquet, types
+    return read_parquet(path, choose_column(parquet_columns(path), column, path))
+
+
+def parquet_columns(path: pathlib.Path) -> list[str]:
+    """The names of a Parquet file's columns. Raises UserError if it is none."""
+    with _parquet(path) as file:
+        return list(file.schema_arrow.names)
+
+
+def read_parquet(path: pathlib.Path, column: str) -> Iterator[tuple[Any, str]]:
+    """The values of a column with their places, as "row 3". Raises UserError if the file cannot be read, or the column
+    holds no text."""
+    from pyarrow import types
 
     number = 0
+    with _parquet(path) as file:
+        kind = file.schema_arrow.field(file.schema_arrow.names.index(column)).type
+        text = kind.value_type if types.is_dictionary(kind) else kind
+        if str(text) not in ("string", "large_string", "string_view", "null"):
+            raise UserError(f"{path}: the column {column!r} holds {kind}, not text; name another column")
+        # Batch by batch and this column alone: the others may hold images.
+        for batch in file.iter_batches(columns=[column]):
+            for value in batch.column(batch.schema.names.index(column)):
+                try:
+                    found = value.as_py()
+                except UnicodeDecodeError as error:
+                    words = f"{path}, row {number}, is not UTF-8; write the file again from text"
+                    raise UserError(words) from error
+                yield found, f"row {number}"
+                number += 1
+
+
+@contextlib.contextmanager
+def _parquet(path: pathlib.Path) -> Iterator[Any]:
+    """An open Parquet file, ``pyarrow.parquet.ParquetFile``; what is wrong with it is a UserError."""
+    import pyarrow
+    from pyarrow import parquet
+
+    packed = path.suffix.lower() in plain.PACKED
     try:
         reading.check(path)
-        with parquet.ParquetFile(path) as file:
-            chosen = choose_column(file.schema_arrow.names, column, path)
-            kind = file.schema_arrow.field(file.schema_arrow.names.index(chosen)).type
-            plain = kind.value_type if types.is_dictionary(kind) else kind
-            if str(plain) not in ("string", "large_string", "string_view", "null"):
-                raise UserError(f"{path}: the column {chosen!r} holds {kind}, not text; name another column")
-            # Batch by batch and this column alone: the others may hold images.
-            for batch in file.iter_batches(columns=[chosen]):
-                for value in batch.column(batch.schema.names.index(chosen)):
-                    yield value.as_py(), f"row {number}"
-                    number += 1
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}, row {number}, is not UTF-8; write the file again from text") from error
+        with parquet.ParquetFile(io.BytesIO(plain.read_bytes(path)) if packed else path) as file:
+            yield file
     except (OSError, ValueError, IndexError, pyarrow.ArrowException) as error:
         words = getattr(error, "strerror", None) or (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(f"{path} cannot be read as Parquet: {words}") from error

@@ -30,7 +30,7 @@ from PIL import Image
 
 from srpo_jax import architectures, checkpoint, command, encode, errors, metrics, train
 from srpo_jax.costs import work
-from srpo_jax.data import images
+from srpo_jax.data import folders
 from srpo_jax.emoji import demo, judge, measure, pictures, results, world
 from srpo_jax.errors import UserError
 
@@ -59,8 +59,8 @@ def write_pictures(folder: pathlib.Path, styles: Sequence[str]) -> None:
         for concept, image in zip(concepts, row, strict=True):
             name = f"{style.lower()}-{concept.id}.png"
             Image.fromarray(image).save(folder / name)
-            lines.append(json.dumps({images.FILE_NAME: name, "caption": world.prompt(concept)}) + "\n")
-    (folder / images.METADATA).write_text("".join(lines), encoding="utf-8")
+            lines.append(json.dumps({folders.FILE_NAME: name, "caption": world.prompt(concept)}) + "\n")
+    (folder / folders.METADATA[0]).write_text("".join(lines), encoding="utf-8")
 
 
 def encode_pictures(folder: pathlib.Path, out: pathlib.Path, config: ConfigDict) -> None:

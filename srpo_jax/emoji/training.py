@@ -18,6 +18,7 @@ import numpy as np
 import optax
 import orbax.checkpoint as ocp
 
+from srpo_jax import seeds
 from srpo_jax.errors import UserError
 from srpo_jax.models.compute import Params
 
@@ -135,4 +136,4 @@ def clipped_adamw(
 
 def step_key(seed: int, step: int) -> jax.Array:
     """The random key of a step."""
-    return jax.random.fold_in(jax.random.key(seed), step)
+    return jax.random.fold_in(seeds.key(seed), step)

@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from srpo_jax import seeds
 from srpo_jax.models import compute as models_compute
 from srpo_jax.models import quantize
 from srpo_jax.models.compute import LORA_FACTORS, Params, path_name
@@ -165,7 +166,7 @@ def initial(like: Params, seed: int) -> Params:
         if name.endswith("lora_b"):
             return jnp.zeros(leaf.shape, leaf.dtype)
         limit = leaf.shape[1] ** -0.5
-        key = jax.random.fold_in(jax.random.key(seed), zlib.crc32(name.encode()))
+        key = jax.random.fold_in(seeds.key(seed), zlib.crc32(name.encode()))
         return jax.random.uniform(key, leaf.shape, leaf.dtype, -limit, limit)
 
     return jax.tree_util.tree_map_with_path(make, like)

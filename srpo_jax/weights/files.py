@@ -44,6 +44,7 @@ CODES = {
 DTYPES = {code: np.dtype(dtype) for code, dtype in CODES.items()}
 _CODE_OF = {dtype: code for code, dtype in DTYPES.items()}
 _LARGEST_HEADER = 100_000_000  # bytes; the reference implementation's own limit
+FRESH_DISK = "lost+found"  # the folder that a disk has from the start
 _CHUNK = 64 << 20  # bytes copied at once when an array has to be rearranged or cast on its way to the disk
 
 
@@ -290,24 +291,33 @@ def _pieces(array: np.ndarray) -> list[np.ndarray]:
 def new_folder(target: str | os.PathLike) -> Iterator[pathlib.Path]:
     """A folder to fill, which becomes ``target`` when the block ends well and vanishes if it does not (also on Ctrl-C).
 
-    What a process of this machine that was killed has left of the same target is removed first, which is said.
+    An empty folder that is there already may be a disk of its own (a mount point, a volume of a container), and the
+    only place of that disk where one may write: what is made lies in it from the start, and its parts get their names
+    last. A link stands for the folder that it leads to. What a process of this machine that was killed has left of the
+    same target is removed first, which is said.
 
     Raises UserError if the target exists and is not an empty folder.
     """
-    target = pathlib.Path(target).absolute()
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise UserError(f"{target} exists already; choose another target or remove it")
+    target = pathlib.Path(os.path.realpath(target))
+    home = target if target.is_dir() else target.parent
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        _remove_left(target)
+        home.mkdir(parents=True, exist_ok=True)
+        _remove_left(home, target.name)
+        if target.exists() and (not target.is_dir() or any(path.name != FRESH_DISK for path in target.iterdir())):
+            raise UserError(f"{target} exists already; choose another target")
         prefix = f".{target.name}.{socket.gethostname()}-{os.getpid()}."
-        temporary = pathlib.Path(tempfile.mkdtemp(prefix=prefix, suffix=".partial", dir=target.parent))
+        temporary = pathlib.Path(tempfile.mkdtemp(prefix=prefix, suffix=".partial", dir=home))
     except OSError as error:
         raise UserError(f"{target} cannot be made: {error.strerror}") from error
     try:
         yield temporary
-        temporary.chmod(0o777 & ~_umask())
-        os.replace(temporary, target)
+        if home == target:
+            for part in sorted(temporary.iterdir()):
+                os.replace(part, target / part.name)
+            temporary.rmdir()
+        else:
+            temporary.chmod(0o777 & ~_umask())
+            os.replace(temporary, target)
     except OSError as error:
         shutil.rmtree(temporary, ignore_errors=True)
         raise UserError(f"{target} cannot be written: {error}") from error
@@ -316,10 +326,10 @@ def new_folder(target: str | os.PathLike) -> Iterator[pathlib.Path]:
         raise
 
 
-def _remove_left(target: pathlib.Path) -> None:
-    """Removes folders of ``new_folder`` for a target whose process is gone."""
-    name = re.compile(rf"\.{re.escape(target.name)}\.{re.escape(socket.gethostname())}-(\d+)\.\w+\.partial")
-    for path in list(target.parent.iterdir()):
+def _remove_left(home: pathlib.Path, target: str) -> None:
+    """Removes folders of ``new_folder`` in ``home`` for a target of that name whose process is gone."""
+    name = re.compile(rf"\.{re.escape(target)}\.{re.escape(socket.gethostname())}-(\d+)\.\w+\.partial")
+    for path in list(home.iterdir()):
         if (match := name.fullmatch(path.name)) and not _runs(int(match[1])):
             shutil.rmtree(path, ignore_errors=True)
             print(f"{path}, which a process that was killed has left, is removed", file=sys.stderr)

@@ -34,9 +34,11 @@ def of_network(path: str | os.PathLike) -> str:
 
 
 def of_tokenizer(path: str | os.PathLike) -> str:
-    """Of a tokenizer's folder, 16 hexadecimal digits. Raises UserError if it is missing or empty."""
+    """Of a tokenizer's folder, 16 hexadecimal digits; what a desktop or a download leaves in it (.DS_Store) does not
+    count. Raises UserError if it is missing or empty."""
     path = pathlib.Path(path)
-    files = sorted(file for file in path.iterdir() if file.is_file()) if path.is_dir() else []
+    there = path.iterdir() if path.is_dir() else ()
+    files = sorted(file for file in there if file.is_file() and not file.name.startswith("."))
     if not files:
         raise UserError(f"{path} holds no tokenizer")
     digest = hashlib.sha256()

@@ -92,17 +92,17 @@ def test_tensorflow_datasets(emoji):
         ("p.txt", "a\n", "prompt", "without columns"),
         ("p.csv", "", None, "there are none"),
         ("p.csv", "a,b\n1,2\n", "c", "no column 'c'; there are 'a', 'b'"),
-        ("p.csv", "a,b\n1,2\n", None, "name the column of the prompts; there are 'a', 'b'"),
+        ("p.csv", "a,b\n1,2\n", None, "name the column of the prompts by --column=NAME .*; there are .a., .b."),
         ("p.csv", "prompt,caption\n1,2\n", None, "name the column"),
         ("p.csv", "prompt,b\nred, green,2\n", None, "line 2: 3 fields under 2 columns; put quotes"),
         ("p.csv", 'prompt,b\n"red,2\n', None, "line 2: unexpected end of data"),
         ("p.json", '{"prompt": "a"}', None, "holds dict; expected a list"),
         ("p.json", '{"prompt": "a"}\n{"prompt": "b"}', None, "named .jsonl"),
         ("p.json", '["a", 3]', None, "item 1: expected text, found 3"),
-        ("p.json", '[{"a": "x", "b": 1}]', "prompt", "item 0, has no column 'prompt'; there are 'a', 'b'"),
+        ("p.json", '[{"a": "x", "b": 1}]', "prompt", "item 0 has no column 'prompt'; there are 'a', 'b'"),
         ("p.json", '["a"]', "prompt", "expected an object with 'prompt'"),
         ("p.jsonl", '{"prompt": "a"}\n{"caption": "b"', None, "line 2, is not JSON"),
-        ("p.jsonl", '{"prompt": "a"}\n{"caption": "b"}', None, "line 2, has no column 'prompt'; there are 'caption'"),
+        ("p.jsonl", '{"prompt": "a"}\n{"caption": "b"}', None, "line 2 has no column 'prompt'; there are 'caption'"),
         ("p.parquet", "PAR1", None, "cannot be read as Parquet"),
     ],
 )
@@ -115,7 +115,7 @@ def test_bad_files(tmp_path, name, content, column, message):
 def test_missing_files(tmp_path):
     with pytest.raises(UserError, match="No such file"):
         sources.read(tmp_path / "none.csv")
-    with pytest.raises(UserError, match="directory"):
+    with pytest.raises(UserError, match="it is a folder; expected a file of prompts"):
         sources.read(tmp_path)
     with pytest.raises(UserError, match="matches no file"):
         sources.read(tmp_path / "*.parquet")
