@@ -10,7 +10,6 @@ Colours are brought from a picture's own profile into sRGB, in which networks we
 """
 
 import concurrent.futures
-import functools
 import hashlib
 import io
 import os

@@ -61,7 +61,10 @@ def read_bytes(path: pathlib.Path, pipe: bool = False) -> bytes:
 
 
 def read_text(path: pathlib.Path, pipe: bool = False) -> str:
-    """A file's text; ``pipe`` as in ``read_bytes``. Raises UserError if it cannot be read or is not UTF-8 (names the line)."""
+    """A file's text; ``pipe`` as in ``read_bytes``.
+
+    Raises UserError if it cannot be read or is not UTF-8 (names the line).
+    """
     content = read_bytes(path, pipe)
     if found := next((words for start, words in KINDS if content.startswith(start)), None):
         raise UserError(f"{path} is {found}")
