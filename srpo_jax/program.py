@@ -66,8 +66,8 @@ def computes(config: ConfigDict, mesh: Mesh) -> Computes:
     return Computes(
         transformer=dataclasses.replace(frozen, param_dtype=stored, remat=config.remat.transformer),
         autoencoder=dataclasses.replace(frozen, remat=config.remat.autoencoder),
-        # Rewards read 50 to 729 patches or 77 words: too few for a kernel to save memory, with heads (80 wide in ViT-H-14)
-        # that kernels do not take. T5 adds a bias to its logits, which not every backend can.
+        # Rewards read 50 to 729 patches or 77 words: too few for a kernel to save memory, with heads (80 wide in
+        # ViT-H-14) that kernels do not take. T5 adds a bias to its logits, which not every backend can.
         reward=dataclasses.replace(frozen, attention="xla", remat=config.remat.reward),
         text=dataclasses.replace(frozen, attention="xla"),
     )
