@@ -19,8 +19,12 @@ from etils import epath
 from srpo_jax import integrity, storage, terminal
 
 INCOMPLETE, UNREADABLE = "incomplete", "unreadable"
-PLACES = ("", "samples", "nonfinite")  # of a workdir, in which files are written by way of a partial one
-PARTIAL = re.compile(r"\.(config\.json|models\.json|metrics\.jsonl|changes\.jsonl|\d+\.png|\d+(\.\d+)?\.npz)\.partial")
+# Of a workdir, in which files are written by way of a partial one.
+PLACES = ("", "samples", "nonfinite", "evaluations", "evaluations/*")
+PARTIAL = re.compile(
+    r"\.((config|models|wandb|prompts|scores)\.json|(metrics|changes|evaluations)\.jsonl|\d+\.png|(base|\d+(\.\d+)?)\.npz)"
+    r"\.partial"
+)
 
 
 def set_aside(path: epath.Path, kind: str) -> epath.Path:
@@ -71,8 +75,8 @@ def sweep(folder: epath.Path, keep: int, complete: Callable[[epath.Path], bool])
             (folder / name).rmtree()
             terminal.warn(f"{folder / name}, an incomplete checkpoint of an earlier start, is removed")
     for place in [] if storage.in_bucket(folder) else PLACES:  # objects of a bucket appear as wholes
-        here = folder.parent / place
-        for path in [path for path in here.iterdir() if PARTIAL.fullmatch(path.name)] if here.is_dir() else []:
+        found = list(folder.parent.glob(f"{place}/.*.partial".lstrip("/")))
+        for path in [path for path in found if PARTIAL.fullmatch(path.name)]:
             path.unlink()
             terminal.warn(f"{path}, half of a file, is removed")
 

@@ -20,7 +20,8 @@ from srpo_jax.weights import fingerprint
 FREE = (
     *("steps", "checkpoint", "sample", "mesh", "remat", "compilation_cache", "model.scan_unroll", "model.attention"),
     *("optim.merge_terms", "optim.patience", "optim.offload", "optim.accumulation", "rollout.gather", "rollout.unroll"),
-    *("data.prompts", "data.path", "data.column", "data.filter", "lora.init"),
+    # Figures of evaluations that were made in another way are told apart, see evaluation.history.
+    *("data.prompts", "data.path", "data.column", "data.filter", "lora.init", "evaluate", "wandb"),
 )
 TOKENIZER = "tokenizer"  # of a reward's folder
 IMAGES_BEFORE = {"online": "rollout", "offline": "stored"}  # values of data.rollout, an earlier name of data.images
