@@ -19,7 +19,10 @@ from srpo_jax import integrity, storage, terminal
 
 INCOMPLETE, UNREADABLE = "incomplete", "unreadable"
 PLACES = ("", "samples", "nonfinite")  # of a workdir, in which files are written by way of a partial one
-PARTIAL = re.compile(r"\.(config\.json|models\.json|metrics\.jsonl|changes\.jsonl|\d+\.png|\d+(\.\d+)?\.npz)\.partial")
+PARTIAL = re.compile(
+    r"\.((config|recipe|models|prompts)\.json|(metrics|changes|warnings)\.jsonl|report\.html|\d+\.png"
+    r"|\d+(\.\d+)?\.npz)\.partial"
+)
 
 
 def set_aside(path: epath.Path, kind: str) -> epath.Path:
