@@ -1,0 +1,97 @@
+"""The evaluations of a run that is being trained, in its workdir.
+
+    WORKDIR/evaluations.jsonl             a line an evaluation, see ``Entry``
+           /evaluations/prompts.json      a list of texts, one a picture: number N is what NNNN.png is of
+           /evaluations/STEP/NNNN.png     the pictures; STEP has six digits, as in samples/STEP.png
+           /evaluations/STEP/scores.json  of every picture: {"scores": {NAME: [..]}, "signals": {NAME: [..]}}
+
+An evaluation of update N is there before the checkpoint of update N is written; 0 is the model before training. What an
+interrupted run wrote of later updates than its newest checkpoint is dropped when it goes on.
+"""
+
+import dataclasses
+import json
+import os
+from typing import Any
+
+from etils import epath
+
+from srpo_jax import schema, storage
+
+JSONL, FOLDER, PROMPTS, SCORES = "evaluations.jsonl", "evaluations", "prompts.json", "scores.json"
+
+
+@dataclasses.dataclass(frozen=True)
+class Figure:
+    """The mean of a score over ``n`` pictures, on the scale of its publication, and the ends of its 95 % interval,
+    which draws prompts again; None where a single prompt gives none."""
+
+    mean: float
+    low: float | None
+    high: float | None
+    n: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """What an evaluation has found.
+
+    Attributes:
+      step: the update that it is of.
+      how: tells what figures depend on beside the weights: prompts, noise, sampler, scores. Only those of equal ``how``
+        compare.
+      scores: by name; the run's own rewards come first.
+      signals: means over the pictures by name (``signals``), and "drift" against the run's first weights.
+      seconds: by part of the work.
+      warnings: sentences, one each.
+      best: the update with the best score so far, by ``checkpoint.best``; None if nothing was asked for.
+    """
+
+    step: int
+    how: str
+    scores: dict[str, Figure]
+    signals: dict[str, float]
+    seconds: dict[str, float]
+    warnings: list[str]
+    best: int | None
+
+
+def read(workdir: str | os.PathLike) -> list[Entry]:
+    """The evaluations of a workdir in the order of their updates, up to a line that is broken, as a last one that was
+    cut off. [] if there are none."""
+    file = storage.path(workdir) / JSONL
+    found: list[Entry] = []
+    for line in file.read_bytes().decode(errors="replace").splitlines() if file.exists() else ():
+        try:
+            entry = _entry(json.loads(line))
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+            break
+        if schema.wrong(entry) or (found and entry.step <= found[-1].step):
+            break
+        found.append(entry)
+    return found
+
+
+def write(workdir: str | os.PathLike, entries: list[Entry]) -> None:
+    """Writes all evaluations of a workdir, at once or not at all."""
+    lines = [json.dumps(dataclasses.asdict(entry), allow_nan=False) + "\n" for entry in entries]
+    storage.write(storage.path(workdir) / JSONL, "".join(lines).encode())
+
+
+def picture(workdir: str | os.PathLike, step: int, number: int) -> epath.Path:
+    """The file of a picture of an evaluation."""
+    return storage.path(workdir) / FOLDER / f"{step:06d}" / f"{number:04d}.png"
+
+
+def prompts(workdir: str | os.PathLike) -> list[str]:
+    """What the pictures of a workdir's evaluations are of, by number; [] if there are none or they cannot be read."""
+    file = storage.path(workdir) / FOLDER / PROMPTS
+    try:
+        found = json.loads(file.read_text(encoding="utf-8")) if file.exists() else []
+    except (ValueError, OSError):
+        return []
+    return found if isinstance(found, list) and all(isinstance(text, str) for text in found) else []
+
+
+def _entry(content: dict[str, Any]) -> Entry:
+    return Entry(**content | {"scores": {name: Figure(**value) for name, value in content["scores"].items()}})
