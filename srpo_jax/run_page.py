@@ -114,6 +114,14 @@ class Run:
         """Updates that are done."""
         return max([0, *(entry.step for entry in self.evaluations), *(line["step"] for line in self.metrics)])
 
+    def kind(self, score: str) -> str:
+        """Of a score by its name: of a reward of the run, or of ``evaluate.scores``, each [NAME=]KIND:PATH."""
+        for text in self.config.get("evaluate.scores") or ():
+            name, _, kind = text.partition(":")[0].rpartition("=")
+            if score == (name or kind):
+                return kind
+        return self.config.get(f"reward.models.{score}.kind", "")
+
     @property
     def rewards(self) -> list[str]:
         """The names of the rewards that it is trained with."""
@@ -173,9 +181,9 @@ def page(run: Run, ended: bool = False) -> report.Report:
         parts.append(run.pictures.part())
     if notes := _cautions(run):
         parts.append(report.Notes("Before you read the figures", notes))
-    for charts in (_scores(run), _rewards(run), _signals(run), _progress(run)):
-        if found := tuple(chart for chart in charts if _is_drawn(chart)):
-            parts.append(report.Charts(found))
+    charts = itertools.chain(_scores(run), _rewards(run), _signals(run), _progress(run))
+    if found := tuple(chart for chart in charts if _is_drawn(chart)):
+        parts.append(report.Charts(found))
     parts += _tables(run)
     return report.Report(
         title=f"Run {run.name}",
@@ -205,10 +213,8 @@ def _cards(run: Run, ended: bool) -> Iterator[report.Verdict]:
         words = f"{_moment(first)} → {_moment(last)}" if start else _moment(last)
         yield report.Verdict(name, f"{start}{figure.mean:.4g}", f"{words}, 95 % {_ends(figure)}", None)
     if last.best is not None:
-        best = next((entry for entry in run.evaluations if entry.step == last.best), None)
-        words = run.config.get("checkpoint.best") or ""
-        yield report.Verdict("Best", "before training" if best is first and not last.best else f"update {last.best}",
-                             words, None)  # fmt: skip
+        value = f"update {last.best}" if last.best else "before training"
+        yield report.Verdict("Best", value, f"by {run.config.get('checkpoint.best')}", None)
 
 
 def _warnings(run: Run) -> tuple[str, ...]:
@@ -219,8 +225,8 @@ def _warnings(run: Run) -> tuple[str, ...]:
         pairs = itertools.pairwise([(0, 0), *counts])
         steps = [str(now) for (_, before), (now, count) in pairs if count > before]
         told.append(
-            f"{counts[-1][1]:.0f} updates were skipped, since numbers were not finite: {', '.join(steps[-10:])}. Their "
-            "inputs are in the folder nonfinite; --replay=STEP shows what was not."
+            f"Skipped, since numbers were not finite: {counts[-1][1]} in all, at last update {', '.join(steps[-10:])}. "
+            "The inputs are in the folder nonfinite; --replay=STEP shows what was not finite first."
         )
     others = [
         f"{line.get('time', '')}: {line.get('text', '')}" for line in run.warnings if line.get("text") not in known
@@ -235,8 +241,7 @@ def _cautions(run: Run) -> tuple[str, ...]:
     if not run.evaluations:
         return ()
     notes = [summary.OTHER_PAGES]
-    kinds = {key: value for key, value in run.config.items() if key.endswith(".kind")}
-    if any(kinds.get(f"reward.models.{name}.kind", name) == "hps" for name in run.evaluations[-1].scores):
+    if "hps" in {run.kind(name) for name in run.evaluations[-1].scores}:
         notes.append(summary.HPS)
     if trained := [name for name in run.evaluations[-1].scores if name in run.rewards]:
         notes.append(summary.trained_with(", ".join(trained), "this run"))
