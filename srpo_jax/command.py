@@ -208,7 +208,8 @@ def parse_recipe(
         flags; None demands ``--config``.
 
     Returns:
-      The config, references resolved and ``~`` in paths expanded, and the flags; ``config`` among them is the recipe.
+      The config, references resolved and ``~`` in paths expanded, and the flags; ``config`` among them is the recipe,
+      and ``recipe`` what it says by itself (``config.flatten``).
 
     Raises UserError for what is wrong with the command line, an unknown key among it.
     """
@@ -226,6 +227,9 @@ def parse_recipe(
             own.append(word)
     found = parser.parse_args(own)
     config = default(found) if found.config is None else read_recipe(found.config)
+    plain = config.copy_and_resolve_references()
+    config_lib.expand_paths(plain)
+    found.recipe = config_lib.flatten(plain)
     for key, text in changes:
         config_lib.set_text(config, key, text)
     config = config.copy_and_resolve_references()

@@ -22,8 +22,8 @@ INCOMPLETE, UNREADABLE = "incomplete", "unreadable"
 # Of a workdir, in which files are written by way of a partial one.
 PLACES = ("", "samples", "nonfinite", "evaluations", "evaluations/*")
 PARTIAL = re.compile(
-    r"\.((config|models|wandb|prompts|scores)\.json|(metrics|changes|evaluations)\.jsonl|\d+\.png|(base|\d+(\.\d+)?)\.npz)"
-    r"\.partial"
+    r"\.((config|recipe|models|wandb|prompts|scores)\.json|(metrics|changes|warnings|evaluations)\.jsonl|report\.html"
+    r"|\d+\.png|(base|\d+(\.\d+)?)\.npz)\.partial"
 )
 
 

@@ -20,13 +20,13 @@ from typing import NamedTuple
 from absl import logging
 from ml_collections import ConfigDict
 
-from srpo_jax import command, distributed, errors, nonfinite, train, validation
+from srpo_jax import command, distributed, errors, nonfinite, record, train, validation
 from srpo_jax import config as config_lib
 
 
 class Command(NamedTuple):
     """A command line: what to train, where, the place of this process in its job (see ``distributed.start``), keys that
-    may change, and the update to go through again instead."""
+    may change, the update to go through again instead, and the recipe."""
 
     config: ConfigDict
     workdir: str
@@ -35,6 +35,7 @@ class Command(NamedTuple):
     process_count: int | None = None
     changes: tuple[str, ...] = ()
     replay: int | None = None
+    recipe: record.Recipe | None = None
 
 
 def parse(arguments: list[str] | None) -> Command:
@@ -51,7 +52,7 @@ def parse(arguments: list[str] | None) -> Command:
     command.add_job(parser)
     config, own = command.parse_recipe(parser, arguments)
     place = own.coordinator, own.process_id, own.process_count
-    return Command(config, own.workdir, *place, tuple(own.change), own.replay)
+    return Command(config, own.workdir, *place, tuple(own.change), own.replay, record.Recipe(own.config, own.recipe))
 
 
 def key(text: str) -> str:
@@ -71,7 +72,7 @@ def main(arguments: list[str] | None = None) -> None:
             if task.replay is not None:
                 nonfinite.replay(task.config, task.workdir, task.replay, task.changes)
                 return
-            signal = train.train(task.config, task.workdir, task.changes)
+            signal = train.train(task.config, task.workdir, task.changes, task.recipe)
         except KeyboardInterrupt:  # before the first update, or the second one: there is nothing to finish
             signal = SIGINT
     if signal is not None:

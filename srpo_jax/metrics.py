@@ -20,7 +20,7 @@ from srpo_jax import leftovers, storage, terminal, wandb_board
 
 JSONL, TENSORBOARD = "metrics.jsonl", "tensorboard"
 COPY_EVERY = 30
-REWARD = "/reward"  # the end of the name of a term's reward
+REWARD, CAPTION = "/reward", "/caption_reward"  # ends of the names of a term's reward, and of its plain one
 COLUMNS = 100  # that a step's line has at most; the rest of its metrics is in the files
 
 
@@ -148,7 +148,7 @@ def line(step: int, total: int, values: dict[str, float], left: float) -> str:
     loss = [f"loss {values['loss']:.4g}"] if "loss" in values else []
     gradient = [f"gradient {values['grad_norm']:.3g}"] if "grad_norm" in values else []
     seconds = [f"{values['step_seconds']:.3g} s/step"] if "step_seconds" in values else []
-    seconds += [f"{_clock(left)} left"] if step < total else []
+    seconds += [f"{clock(left)} left"] if step < total else []
 
     def joined() -> str:
         return "  ".join([f"step {step}/{total}", " ".join([*loss, *rewards, *gradient]), *seconds])
@@ -158,7 +158,8 @@ def line(step: int, total: int, values: dict[str, float], left: float) -> str:
     return joined()
 
 
-def _clock(seconds: float) -> str:
+def clock(seconds: float) -> str:
+    """Seconds in words."""
     if seconds < 120:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

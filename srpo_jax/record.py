@@ -1,6 +1,7 @@
 """What a workdir says of its run, beside the checkpoints.
 
 WORKDIR/config.json     the run's configuration; every checkpoint holds it too
+       /recipe.json     the recipe that it came from, as it was without the command line's changes
        /models.json     fingerprints of its models, see resume
        /changes.jsonl   keys of the configuration that were changed on purpose, and when
 """
@@ -9,7 +10,7 @@ import datetime
 import json
 import os
 from collections.abc import Collection
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from etils import epath
@@ -20,7 +21,14 @@ from srpo_jax import config as config_lib
 from srpo_jax.errors import UserError
 from srpo_jax.models.lora import Lora
 
-CONFIG, MODELS, CHANGES = "config.json", "models.json", "changes.jsonl"
+CONFIG, RECIPE, MODELS, CHANGES = "config.json", "recipe.json", "models.json", "changes.jsonl"
+
+
+class Recipe(NamedTuple):
+    """A recipe: the file's name, and what it says (``config.flatten``)."""
+
+    file: str
+    values: dict[str, Any]
 
 
 def check(
@@ -60,8 +68,10 @@ def write(
     models: dict[str, str],
     changes: Collection[str] = (),
     step: int = 0,
+    recipe: Recipe | None = None,
 ) -> None:
-    """Writes ``config.json`` and ``models.json``, each at once or not at all; process 0 does it for a job.
+    """Writes ``config.json``, ``models.json`` and, if there is a ``recipe``, ``recipe.json``, each at once or not at
+    all; process 0 does it for a job.
 
     Those of the keys ``changes`` that had another value before are recorded in ``changes.jsonl``, with the ``step``
     from which the new one holds.
@@ -82,6 +92,8 @@ def write(
             storage.write(file, before + between + "".join(f"{line}\n" for line in lines).encode())
     storage.write(storage.path(workdir) / CONFIG, f"{config_lib.to_json(config)}\n".encode())
     storage.write(storage.path(workdir) / MODELS, f"{json.dumps(models, indent=2)}\n".encode())
+    if recipe is not None:
+        storage.write(storage.path(workdir) / RECIPE, f"{json.dumps(recipe._asdict(), indent=2)}\n".encode())
 
 
 def read_config(workdir: epath.Path) -> dict[str, Any] | None:

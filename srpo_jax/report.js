@@ -1,4 +1,5 @@
-// Pages, filters and sorts the cards of a browser; report.py puts it into the page, which is whole without it.
+// Pages, filters and sorts the cards of a browser, and goes along its moments; report.py puts it into the page, which is
+// whole without it.
 "use strict";
 for (const browser of document.querySelectorAll(".browser")) {
   const size = 12; // cards on a page
@@ -11,7 +12,22 @@ for (const browser of document.querySelectorAll(".browser")) {
     category: element.dataset.category,
     numbers: JSON.parse(element.dataset.numbers),
   }));
+  const moment = browser.querySelector(".moment");
+  const slider = moment && moment.querySelector("[type=range]");
+  const beside = moment && moment.querySelector("[type=checkbox]");
   let page = 0;
+
+  function isShown(index) {
+    return index === Number(slider.value) || (beside.checked && index === 0);
+  }
+
+  function move() {
+    const name = cards[0].element.querySelectorAll(".stage-name")[slider.value].textContent;
+    moment.querySelector("output").textContent = name;
+    slider.setAttribute("aria-valuetext", name);
+    browser.classList.toggle("beside", beside.checked);
+    show();
+  }
 
   function chosen() {
     const words = controls.words.value.toLowerCase().split(/\s+/).filter(Boolean);
@@ -19,7 +35,7 @@ for (const browser of document.querySelectorAll(".browser")) {
     const found = cards.filter(
       (card) => words.every((word) => card.prompt.includes(word)) && (!category || card.category === category),
     );
-    const order = controls.order.value;
+    const order = controls.order ? controls.order.value : "";
     if (order) {
       const sign = order[0] === "-" ? -1 : 1;
       const column = Number(order.slice(1));
@@ -36,11 +52,11 @@ for (const browser of document.querySelectorAll(".browser")) {
     const last = Math.max(0, Math.ceil(found.length / size) - 1);
     page = Math.min(Math.max(page, 0), last);
     gallery.replaceChildren(...found.slice(page * size, (page + 1) * size).map((card) => card.element));
-    const view = controls.view.value;
+    const view = controls.view ? controls.view.value : "";
     gallery.classList.toggle("matrix", view !== "");
     for (const card of cards) {
       card.element.querySelectorAll(".stage").forEach((stage, index) => {
-        stage.hidden = view !== "" && index !== Number(view);
+        stage.hidden = slider ? !isShown(index) : view !== "" && index !== Number(view);
       });
     }
     status.textContent = `page ${page + 1} of ${last + 1}, ${found.length} of ${cards.length} prompts`;
@@ -59,5 +75,12 @@ for (const browser of document.querySelectorAll(".browser")) {
   form.addEventListener("input", () => turn(-page));
   controls.back.addEventListener("click", () => turn(-1));
   controls.next.addEventListener("click", () => turn(1));
-  show();
+  if (moment) {
+    moment.hidden = false;
+    browser.classList.add("sliding");
+    moment.addEventListener("input", move);
+    move();
+  } else {
+    show();
+  }
 }

@@ -3,8 +3,12 @@
 The page loads nothing, and says so to the browser (a content security policy): pictures are inline, curves are inline
 SVG, and it follows the reader's light or dark theme. It is made of headings, tables and native controls, with a text
 for every picture and a table behind every curve. It knows nothing of training; ``render`` takes a ``Report`` of plain
-values and gives the page as a string. report.html is the template, report.css the look; report.js pages, filters and
-sorts what is on the page of a ``Browser``, which is whole without it.
+values and gives the page as a string. report.html is the template, report.css the look; report.js pages, filters, sorts
+and moves along what is on the page of a ``Browser``, which is whole without it.
+
+Curves are drawn here and not by a plotting library: 60 lines make an SVG of a few kB whose text and grid take the
+reader's theme and fonts and whose points answer the pointer. matplotlib's has fixed colours, which stay light on a dark
+page, takes a second to import in the training process, and would have to be rewritten for both.
 """
 
 import base64
@@ -25,6 +29,7 @@ STYLE, SCRIPT = ((HERE / f"report.{kind}").read_text(encoding="utf-8") for kind 
 
 # Distinct for the common kinds of colour blindness, and readable on both themes.
 COLOURS = ("#2f7fd6", "#e07a2f", "#1f9e89", "#a35bd0", "#8a8f98")
+SIDE = 256  # pixels of a small picture's longer side
 EXACT = 128 * 128  # pixels up to which a picture is put into the page as it is; JPEG is a tenth as long for larger ones
 QUALITY = 85  # of JPEG
 
@@ -59,17 +64,22 @@ class Notes:
     texts: tuple[str, ...]
 
 
+class Inline(str):
+    """A picture as a data URL."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Shown:
-    """An image ``[H, W, 3]``, uint8.
+    """An image.
 
     Attributes:
+      pixels: uint8 ``[H, W, 3]``, or what ``inline`` made of them, for a page that is drawn again and again.
       note: what is said of it on pointing at it.
       text: a line below it.
       link: of the whole picture, relative to the page; "" for none.
     """
 
-    pixels: np.ndarray
+    pixels: np.ndarray | Inline
     note: str = ""
     text: str = ""
     link: str = ""
@@ -107,7 +117,11 @@ class Browsed:
 @dataclasses.dataclass(frozen=True)
 class Browser:
     """A gallery that is paged, filtered by text or category, sorted by one of ``orders`` in both directions, and seen
-    as a matrix of prompts and seeds of one stage."""
+    as a matrix of prompts and seeds of one stage.
+
+    ``along``: the stages are moments of one run. A slider goes through them in place of the matrix; it stands at the
+    last one first.
+    """
 
     kind: ClassVar[str] = "browser"
     title: str
@@ -115,6 +129,7 @@ class Browser:
     stages: tuple[str, ...]
     entries: tuple[Browsed, ...]
     orders: tuple[str, ...] = ()
+    along: bool = False
 
     @property
     def categories(self) -> list[str]:
@@ -189,7 +204,7 @@ def render(report: Report) -> str:
         lstrip_blocks=True,
     )
     environment.filters |= {
-        "picture": _inline,
+        "picture": lambda shown: shown.pixels if isinstance(shown.pixels, Inline) else inline(shown.pixels),
         "curves": curves,
         "colours": lambda series: zip(_cycle(len(series)), series, strict=True),
         "rows": _rows,
@@ -206,15 +221,22 @@ def render(report: Report) -> str:
     ).lstrip()  # fmt: skip
 
 
-def _inline(picture: Shown) -> str:
-    """The picture as a data URL."""
-    pixels = np.asarray(picture.pixels)
+def small(pixels: np.ndarray) -> np.ndarray:
+    """A picture uint8 [H, W, 3], shrunk to ``SIDE`` if it is larger."""
+    image = Image.fromarray(pixels)
+    image.thumbnail((SIDE, SIDE), Image.Resampling.LANCZOS)
+    return np.asarray(image)
+
+
+def inline(pixels: np.ndarray) -> Inline:
+    """A picture uint8 ``[H, W, 3]`` as a data URL. Raises ValueError for another shape or dtype."""
+    pixels = np.asarray(pixels)
     if pixels.ndim != 3 or pixels.shape[-1] != 3 or pixels.dtype != np.uint8:
         raise ValueError(f"a picture must be [H, W, 3] uint8, not {list(pixels.shape)} {pixels.dtype}")
     file, exact = io.BytesIO(), pixels.shape[0] * pixels.shape[1] <= EXACT
     kind, options = ("png", {"optimize": True}) if exact else ("jpeg", {"quality": QUALITY})
     Image.fromarray(pixels).save(file, kind, **options)
-    return f"data:image/{kind};base64,{base64.b64encode(file.getvalue()).decode()}"
+    return Inline(f"data:image/{kind};base64,{base64.b64encode(file.getvalue()).decode()}")
 
 
 def _rows(chart: Chart) -> list[list[str]]:
@@ -222,7 +244,8 @@ def _rows(chart: Chart) -> list[list[str]]:
     table: dict[float, dict[str, str]] = {}
     for name, points in chart.series.items():
         for (x, y), bar in zip(points, chart.intervals.get(name) or [None] * len(points), strict=True):
-            ends = f" ({_number(bar[0], chart.percent)} to {_number(bar[1], chart.percent)})" if bar else ""
+            known = bar is not None and all(map(math.isfinite, bar))
+            ends = f" ({_number(bar[0], chart.percent)} to {_number(bar[1], chart.percent)})" if known else ""
             table.setdefault(x, {})[name] = _number(y, chart.percent) + ends
     return [[_number(x, False), *(table[x].get(name, "") for name in chart.series)] for x in sorted(table)]
 
@@ -230,6 +253,7 @@ def _rows(chart: Chart) -> list[list[str]]:
 # --- curves -----------------------------------------------------------------------------------------------------------
 
 WIDTH, HEIGHT = 520, 250
+CROWDED = 40  # points of a line, beyond which they are drawn smaller
 LEFT, RIGHT, TOP, BOTTOM = 52, 14, 12, 36
 
 
@@ -281,10 +305,13 @@ def curves(chart: Chart) -> str:
                 f"<line stroke='{colour}' stroke-width='6' stroke-opacity='0.3' x1='{h:.1f}' x2='{h:.1f}' "
                 f"y1='{bottom:.1f}' y2='{top:.1f}'/>"
             )
+        radius = 3 if len(line) <= CROWDED else 1.5
         for x, y in line:
             h, v = place(x, y)
             note = f"{html.escape(name)}, {html.escape(chart.x_label)} {_number(x, False)}: {_number(y, chart.percent)}"
-            parts.append(f"<circle cx='{h:.1f}' cy='{v:.1f}' r='3' fill='{colour}'><title>{note}</title></circle>")
+            parts.append(
+                f"<circle cx='{h:.1f}' cy='{v:.1f}' r='{radius}' fill='{colour}'><title>{note}</title></circle>"
+            )
     return "".join(parts)
 
 

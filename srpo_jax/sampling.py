@@ -226,6 +226,14 @@ def grid(images: np.ndarray, columns: int | None = None) -> Image.Image:
     return sheet
 
 
+def cut(sheet: np.ndarray, count: int) -> list[np.ndarray]:
+    """The images of a ``grid`` of so many, [H, W, 3], in their order."""
+    columns = math.ceil(math.sqrt(count))
+    height, width = sheet.shape[0] // math.ceil(count / columns), sheet.shape[1] // columns
+    corners = [(index // columns * height, index % columns * width) for index in range(count)]
+    return [sheet[top : top + height, left : left + width] for top, left in corners]
+
+
 def save_image(image: Image.Image, path: str | os.PathLike) -> None:
     """Writes a PNG, at once or not at all."""
     content = io.BytesIO()

@@ -33,9 +33,25 @@ def say(text: str) -> None:
 def warn(text: str, everywhere: bool = False) -> None:
     """A warning, as a line that does not break a bar, at any time: devices are not asked for.
 
-    It comes from the first process of a job, or from each of them."""
+    It comes from the first process of a job, or from each of them. Whoever has ``warnings`` gets it too."""
     if everywhere or distributed.place()[0] == 0:
+        for heard in _HEARD:
+            heard.append(text)
         tqdm.tqdm.write(f"warning: {text}", file=sys.stderr)
+
+
+_HEARD: list[list[str]] = []
+
+
+@contextlib.contextmanager
+def warnings() -> Iterator[list[str]]:
+    """The list that warnings of this process, of all its threads, are added to while the block goes on."""
+    heard: list[str] = []
+    _HEARD.append(heard)
+    try:
+        yield heard
+    finally:
+        _HEARD[:] = [other for other in _HEARD if other is not heard]
 
 
 @contextlib.contextmanager

@@ -5,6 +5,7 @@ samples. What is compiled lives in ``program`` and ``step``.
 """
 
 import contextlib
+import json
 import math
 import os
 import signal
@@ -31,6 +32,8 @@ from srpo_jax import (
     pulse,
     record,
     resume,
+    run_page,
+    run_pictures,
     sampling,
     sharding,
     space,
@@ -49,7 +52,12 @@ from srpo_jax.families.base import TRANSFORMER
 from srpo_jax.models.compute import join
 
 
-def train(config: ConfigDict, workdir: str | os.PathLike, changes: tuple[str, ...] = ()) -> int | None:
+def train(
+    config: ConfigDict,
+    workdir: str | os.PathLike,
+    changes: tuple[str, ...] = (),
+    recipe: record.Recipe | None = None,
+) -> int | None:
     """Trains until ``config.steps`` updates are done, or ``evaluate.patience`` is at its end, going on from the newest
     checkpoint of ``workdir``.
 
@@ -57,6 +65,7 @@ def train(config: ConfigDict, workdir: str | os.PathLike, changes: tuple[str, ..
       config: of the run.
       workdir: its folder.
       changes: keys of ``config`` that may differ from what the run had so far.
+      recipe: that ``config`` came from, to tell what differs.
 
     Returns:
       None, or the number of the signal (SIGINT, SIGTERM) that ended training early, its last update saved.
@@ -64,11 +73,18 @@ def train(config: ConfigDict, workdir: str | os.PathLike, changes: tuple[str, ..
     Raises UserError for anything the user can mend, before anything is written if it can be known before, and if
     ``optim.patience`` updates in a row are not finite: the newest checkpoint is then of the moment before them.
     """
-    with lock.Lock(workdir) as held:
-        return _train(config, workdir, changes, held)
+    with lock.Lock(workdir) as held, terminal.warnings() as heard:
+        return _train(config, workdir, changes, recipe, held, heard)
 
 
-def _train(config: ConfigDict, workdir: str | os.PathLike, changes: tuple[str, ...], held: lock.Lock) -> int | None:
+def _train(
+    config: ConfigDict,
+    workdir: str | os.PathLike,
+    changes: tuple[str, ...],
+    recipe: record.Recipe | None,
+    held: lock.Lock,
+    heard: list[str],
+) -> int | None:
     # === Checks that need no device ===================================================================================
     validation.validate(config)
     validation.check_files(config)
@@ -126,7 +142,7 @@ def _train(config: ConfigDict, workdir: str | os.PathLike, changes: tuple[str, .
     held.acquire()
     if newest is None and checkpoint.steps(workdir):
         raise UserError(f"another run has begun and left {workdir} meanwhile; the same command goes on from there")
-    record.write(workdir, config, models, changes, newest or 0)
+    record.write(workdir, config, models, changes, newest or 0, recipe)
     checkpoints = checkpoint.Checkpoints(
         workdir, config.checkpoint.keep, checkpoint.deadline_of(built.state), config.checkpoint.resumable
     )
@@ -144,6 +160,7 @@ def _train(config: ConfigDict, workdir: str | os.PathLike, changes: tuple[str, .
         evaluator.begin(step)
         checkpoints.best = evaluator.best
     report = metrics.Metrics(workdir, step, config.steps, wandb_board.open_board(config, workdir))
+    page = run_page.Page(workdir, heard)
     terminal.say(source.summary)
     terminal.say(f"from update {step} to {config.steps} in {workdir}")
 
@@ -169,8 +186,10 @@ def _train(config: ConfigDict, workdir: str | os.PathLike, changes: tuple[str, .
                 if outcome := evaluator.evaluate(step, state, frozen, asked_to_stop):
                     report.plot(step, outcome.values)
                     checkpoints.best, over = evaluator.best, outcome.is_over
+                    page.write()
             if samples and step % config.sample.every == 0 and samples.lacks(step):
                 samples.draw(step, state, frozen)
+                page.write()
             position, examples = stream.get_state(), next(stream)
             batch = conditioner.batch(examples, step + 1)
             started = time.perf_counter()
@@ -219,6 +238,8 @@ def _train(config: ConfigDict, workdir: str | os.PathLike, changes: tuple[str, .
                         report.plot(step, outcome.values)
                         checkpoints.best, over = evaluator.best, outcome.is_over
                         due, last = due or outcome.is_best, last or over
+                        report.flush()
+                        page.write()
                     elif not last:
                         stop = asked_to_stop()
 
@@ -233,6 +254,8 @@ def _train(config: ConfigDict, workdir: str | os.PathLike, changes: tuple[str, .
                 # --- samples ---
                 if samples and (last or step % config.sample.every == 0):
                     samples.draw(step, state, frozen)
+                    report.flush()
+                    page.write()
                 started = time.perf_counter()
         return None
     finally:
@@ -241,6 +264,7 @@ def _train(config: ConfigDict, workdir: str | os.PathLike, changes: tuple[str, .
             if not distributed.is_loss(sys.exception()):
                 checkpoints.close()
             report.close()
+            page.write(ended=True)
 
 
 def _position(config: ConfigDict, source: loading.ExampleSource, data: Any, skipped: nonfinite.Row) -> dict[str, Any]:
@@ -261,7 +285,7 @@ class SampleGrid:
         held_out: list[str],
         workdir: epath.Path,
     ):
-        self._folder = workdir / "samples"
+        self._folder, self._held_out = workdir / run_pictures.SAMPLES, held_out
         networks, sample = built.networks, config.sample
         self._painter = sampling.Painter(
             built.mesh,
@@ -290,6 +314,8 @@ class SampleGrid:
                 return
             if jax.process_index() == 0:
                 sampling.save_image(sampling.grid(images), self._file(step))
+                texts = json.dumps(self._held_out, indent=2, ensure_ascii=False)
+                storage.write(self._folder / run_pictures.PROMPTS_FILE, f"{texts}\n".encode())
 
     def _file(self, step: int) -> epath.Path:
         return self._folder / f"{step:06d}.png"

@@ -5,40 +5,13 @@ import hashlib
 import io
 import json
 import re
-from html.parser import HTMLParser
 
 import numpy as np
 import pytest
+from helpers.pages import Checker
 from PIL import Image
 
 from srpo_jax import report
-
-VOID = {"meta", "img", "line", "circle", "polyline", "br", "input"}
-
-
-class Checker(HTMLParser):
-    """Collects tags and the text of a page, and complains about unbalanced ones."""
-
-    def __init__(self):
-        super().__init__()
-        self.open, self.images, self.links, self.text, self.cards = [], [], [], [], []
-
-    def handle_starttag(self, tag, attributes):
-        attributes = dict(attributes)
-        self.links += [value for name, value in attributes.items() if name in ("src", "href", "xlink:href", "data")]
-        if tag == "img":
-            self.images.append(attributes)
-        if tag == "article":
-            self.cards.append(attributes)
-        if tag not in VOID:
-            self.open.append(tag)
-
-    def handle_endtag(self, tag):
-        if tag not in VOID:
-            assert self.open.pop() == tag
-
-    def handle_data(self, data):
-        self.text.append(data)
 
 
 def example() -> report.Report:
@@ -80,9 +53,7 @@ def browser() -> report.Report:
 
 def test_page_is_well_formed_and_loads_nothing():
     page = report.render(example())
-    checker = Checker()
-    checker.feed(page)
-    assert checker.open == []
+    checker = Checker(page)
     assert checker.links and all(link.startswith("data:image/png;base64,") for link in checker.links)
     assert "url(" not in page and "@import" not in page and "http:" not in page and "https:" not in page
     assert "default-src 'none'" in page
@@ -108,9 +79,7 @@ def test_headings_lead_through_the_page():
 
 def test_a_browser_is_whole_without_its_script_which_no_prompt_can_add_to():
     page = report.render(browser())
-    checker = Checker()
-    checker.feed(page)
-    assert checker.open == []
+    checker = Checker(page)
     assert page.count("<script>") == 1  # ours
     script = re.search(r"<script>(.*)</script>", page, re.DOTALL)[1]
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
@@ -123,8 +92,7 @@ def test_a_browser_is_whole_without_its_script_which_no_prompt_can_add_to():
 
 
 def test_pictures_survive_exactly():
-    checker = Checker()
-    checker.feed(report.render(example()))
+    checker = Checker(report.render(example()))
     assert [image["alt"] for image in checker.images[:2]] == [f"red 'apple', before, image {i}" for i in (1, 2)]
     assert checker.images[0]["title"] == "judge: 3D"
     data = base64.b64decode(checker.images[0]["src"].split(",")[1])

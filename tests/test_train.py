@@ -9,6 +9,7 @@ import jax
 import numpy as np
 import pytest
 from helpers import jobs, tiny
+from helpers.pages import Checker
 from helpers.runs import arrays, assert_same, numbers
 from ml_collections import ConfigDict
 from PIL import Image
@@ -21,6 +22,7 @@ from srpo_jax import (
     metrics,
     optim,
     program,
+    run_page,
     sharding,
     train,
     validation,
@@ -60,8 +62,28 @@ def test_a_run_leaves_metrics_samples_checkpoints_and_its_config(whole, models):
     assert any((whole / "tensorboard").iterdir())
 
 
+def test_a_run_leaves_a_page(whole):
+    """With the pictures that were cut out of its sample grids."""
+    page = (whole / "report.html").read_text()
+    assert "has done all of its 4 updates" in page and "Reward in training" in page
+    held_out = json.loads((whole / "samples" / "prompts.json").read_text())
+    cards = Checker(page).cards
+    assert [card["data-prompt"] for card in cards] == held_out and len(held_out) == 3
+    assert all(name in page for name in ("before", "update 2", "update 4"))
+
+
+def test_a_page_that_cannot_be_drawn_stops_no_run(recipe, tmp_path, monkeypatch, capsys):
+    def broken(*_):
+        raise RuntimeError("no page")
+
+    monkeypatch.setattr(run_page, "page", broken)
+    assert train.train(recipe(steps=2, sample__every=1), tmp_path / "run") is None
+    assert checkpoint.steps(tmp_path / "run") == [2]
+    assert capsys.readouterr().err.count("report.html was not drawn (RuntimeError: no page)") == 4
+
+
 def test_sample_grids_show_the_held_out_prompts_with_the_same_noise(whole):
-    assert sorted(path.name for path in (whole / "samples").iterdir()) == ["000000.png", "000002.png", "000004.png"]
+    assert sorted(path.name for path in (whole / "samples").glob("*.png")) == ["000000.png", "000002.png", "000004.png"]
     pictures = [np.asarray(Image.open(whole / "samples" / f"{n:06d}.png"), np.int32) for n in (0, 2, 4)]
     assert all(picture.shape == (2 * 32, 2 * 48, 3) for picture in pictures)
     assert (pictures[0][32:, 48:] == 255).all()  # three prompts fill three of four places

@@ -5,7 +5,6 @@ import urllib.parse
 from collections.abc import Iterator
 
 import numpy as np
-from PIL import Image
 
 from srpo_jax import report
 from srpo_jax.evaluation.candidates import Candidate, Item
@@ -13,7 +12,6 @@ from srpo_jax.evaluation.run import Evaluation
 from srpo_jax.evaluation.statistics import Estimate
 from srpo_jax.evaluation.summary import Summary, common, gain
 
-SIDE = 256  # pixels of a small picture's longer side
 MOST = 1500  # small pictures on a page: some 20 MB
 EXTREMES = 4  # prompts among the best, and among the worst
 
@@ -164,12 +162,10 @@ class _Small:
 
     def _shown(self, model: Candidate, item: Item) -> report.Shown:
         found = self._found
-        image = Image.fromarray(found.picture(model, item))
-        image.thumbnail((SIDE, SIDE), Image.Resampling.LANCZOS)
         values = found.values[model.folder, item]
         text = "\n".join(f"{score.name} {values[score.name]:.4g}" for score in found.scores)
         link = "" if model.pictures else urllib.parse.quote(model.file(item))
-        return report.Shown(np.asarray(image), f"{model.label}, image {item.image}", text, link)
+        return report.Shown(report.small(found.picture(model, item)), f"{model.label}, image {item.image}", text, link)
 
     def comparison(self, prompt: str, numbers: range) -> report.Comparison:
         return report.Comparison(prompt, tuple(self(model, prompt, numbers) for model in self._found.candidates))

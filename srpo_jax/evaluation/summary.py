@@ -25,6 +25,29 @@ COLUMNS = (
     *("difference_high", "strict_low", "strict_high", "wins", "wins_low", "wins_high", "pairs", "verdict"),
 )
 
+# What misleads in figures such as these.
+OTHER_PAGES = (
+    "Compare figures of one page only. Other prompts, sizes and steps give other means: FLUX.1-dev as it is reads "
+    ".289, .302 and .308 under HPS-v2.1 in three papers."
+)
+HPS = (
+    "HPS-v2.1 does not show what SRPO does: in its paper the model reads .289 before and .289 after, while people call "
+    "38.9 % of its pictures excellent in realism, and 8.2 % of FLUX.1-dev's. No reward in that table predicts what "
+    "people said. A fall is a warning, no rise is no failure: look at the pictures."
+)
+BEST_OF_MANY = (
+    "Checkpoints of one run are alike, and the best of many looks better than it is: fix the rule by which one is "
+    "chosen beforehand, or judge the chosen one on other prompts."
+)
+
+
+def trained_with(score: str, who: str) -> str:
+    """The caution of a score that a model, or a run, was trained with."""
+    return (
+        f"{score} is what {who} trained with: it may rise while pictures get worse. Scores that nothing was trained "
+        "with decide."
+    )
+
 
 class Row(NamedTuple):
     """A model under a score. ``against`` compares it with the first model; None for that one, and where no picture of
@@ -100,22 +123,12 @@ def cautions(found: Evaluation, comparisons: int) -> list[str]:
     """What misleads in figures such as these, as far as it applies."""
     notes, kinds = [], {score.kind for score in found.scores}
     if kinds:
-        notes.append(
-            "Compare figures of one page only. Other prompts, sizes and steps give other means: FLUX.1-dev as it is "
-            "reads .289, .302 and .308 under HPS-v2.1 in three papers."
-        )
+        notes.append(OTHER_PAGES)
     if "hps" in kinds:
-        notes.append(
-            "HPS-v2.1 does not show what SRPO does: in its paper the model reads .289 before and .289 after, while "
-            "people call 38.9 % of its pictures excellent in realism, and 8.2 % of FLUX.1-dev's. No reward in that "
-            "table predicts what people said. A fall is a warning, no rise is no failure: look at the pictures."
-        )
+        notes.append(HPS)
     for score in found.scores:
         if trained := [model.label for model in found.candidates if score.content in model.trained_with]:
-            notes.append(
-                f"{score.name} is what {', '.join(trained)} trained with: it may rise while pictures get worse. Scores "
-                "that nothing was trained with decide."
-            )
+            notes.append(trained_with(score.name, ", ".join(trained)))
     if comparisons > 1 and len(found.candidates) > 1:
         notes.append(
             f"{comparisons} comparisons are made here. Where nothing differs, one in twenty 95 % intervals misses 0 "
@@ -124,10 +137,7 @@ def cautions(found: Evaluation, comparisons: int) -> list[str]:
         )
     runs = [model.workdir for model in found.candidates if model.workdir]
     if len(runs) > len(set(runs)):
-        notes.append(
-            "Checkpoints of one run are alike, and the best of many looks better than it is: fix the rule by which one "
-            "is chosen beforehand, or judge the chosen one on other prompts."
-        )
+        notes.append(BEST_OF_MANY)
     if found.scores and len(found.prompts) < FEW:
         notes.append(f"Intervals from {len(found.prompts)} prompts are too narrow; {FEW} and more make them honest.")
     missing = [m.label for m in found.candidates if len(found.items[m.folder]) < len(found.prompts) * found.images]

@@ -84,7 +84,7 @@ def test_an_image_set_of_tensorflow_datasets(tmp_path):
         (
             {"metadata.jsonl": b'{"file_name": "a.png"}'},
             None,
-            "jsonl: name the column of the prompts .* there are none",
+            "jsonl: name the column of the prompts .* are none",
         ),
         ({"metadata.jsonl": b'{"file_name": "a.png", "text": 3}'}, None, "line 1: the caption is not text"),
         ({"metadata.jsonl": b"{"}, None, "metadata.jsonl, line 1, is not JSON"),

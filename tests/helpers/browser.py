@@ -60,6 +60,12 @@ class Page:
         assert "exceptionDetails" not in result, result
         return result["result"].get("value")
 
+    def press(self, key: str) -> None:
+        """Presses a key, as "Home", and lets it go."""
+        code = {"End": 35, "Home": 36, "ArrowLeft": 37, "ArrowRight": 39}[key]
+        for kind in ("rawKeyDown", "keyUp"):
+            self.ask("Input.dispatchKeyEvent", type=kind, key=key, code=key, windowsVirtualKeyCode=code)
+
     def size(self, width: int, height: int) -> None:
         """Sets the size of the window, in pixels."""
         self.ask(
