@@ -9,11 +9,22 @@ from srpo_jax import host
 
 
 class UserError(Exception):
-    """Something the user can mend. The message is one line: it names the file, key or flag, and the remedy."""
+    """Something the user can mend. The message is one line: it names the file, key or flag, and the remedy.
+
+    ``code`` is the exit code of a command that ends with it.
+    """
+
+    code = 1
+
+
+class StorageError(UserError):
+    """A disk or bucket did not take what was to be written: the same command may go on once it does."""
+
+    code = 74  # EX_IOERR of sysexits.h
 
 
 def run(main: Callable[[], None]) -> int:
-    """Calls ``main`` and returns a process exit code: 0, or 1 after printing a ``UserError`` as one line on stderr.
+    """Calls ``main`` and returns a process exit code: 0, or a ``UserError``'s after printing it as one line on stderr.
 
     Every command passes here before JAX starts its devices: so GPUs may pin what the machine has (see ``host``). Where
     nobody reads what is printed any more (``... | head``), the exit code is 141, as a shell has it of a closed pipe.
@@ -24,7 +35,7 @@ def run(main: Callable[[], None]) -> int:
         sys.stdout.flush()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
-        return 1
+        return error.code
     except BrokenPipeError:
         if not _nobody_reads():
             raise  # another pipe's, as a connection's

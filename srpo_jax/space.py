@@ -48,7 +48,8 @@ def check(workdir: str | os.PathLike, config: ConfigDict, state: TrainState, don
     """
     workdir, settings = storage.absolute(storage.path(workdir)), config.checkpoint
     whole, weights = sizes(state)
-    saves = sum(step % settings.every == 0 or step == config.steps for step in range(done + 1, config.steps + 1))
+    left = range(done + 1, config.steps + 1)  # by the clock, any of them may be saved
+    saves = sum(settings.minutes > 0 or step % settings.every == 0 or step == config.steps for step in left)
     folders = [workdir / checkpoint.CHECKPOINTS / str(step) for step in checkpoint.steps(workdir)]
     there = [whole if checkpoint.resumable(folder) else weights for folder in folders]
     total = most(there, whole, weights, settings.keep, settings.resumable, saves)

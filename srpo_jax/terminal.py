@@ -27,7 +27,7 @@ def in_bytes(size: float) -> str:
 def say(text: str) -> None:
     """A line; it does not break a bar."""
     if jax.process_index() == 0:
-        tqdm.tqdm.write(text, file=sys.stderr)
+        _write(text)
 
 
 def warn(text: str, everywhere: bool = False) -> None:
@@ -35,7 +35,13 @@ def warn(text: str, everywhere: bool = False) -> None:
 
     It comes from the first process of a job, or from each of them."""
     if everywhere or distributed.place()[0] == 0:
-        tqdm.tqdm.write(f"warning: {text}", file=sys.stderr)
+        _write(f"warning: {text}")
+
+
+def _write(text: str) -> None:
+    # A log on a full disk, a terminal that was closed: nobody reads it, and what goes on is worth more than the line.
+    with contextlib.suppress(OSError, ValueError):
+        tqdm.tqdm.write(text, file=sys.stderr)
 
 
 @contextlib.contextmanager

@@ -5,13 +5,11 @@ is compiled lives in ``program`` and ``step``.
 """
 
 import contextlib
+import functools
 import math
 import os
-import signal
 import sys
-import threading
 import time
-from types import FrameType
 from typing import Any
 
 import jax
@@ -24,6 +22,7 @@ from srpo_jax import (
     checkpoint,
     conditions,
     distributed,
+    goodput,
     lock,
     metrics,
     nonfinite,
@@ -42,9 +41,11 @@ from srpo_jax import config as config_lib
 from srpo_jax.algorithm.networks import Frozen
 from srpo_jax.algorithm.step import TrainState
 from srpo_jax.data import loading, sources
+from srpo_jax.errands import Errands
 from srpo_jax.errors import UserError
 from srpo_jax.evaluation import prompts
 from srpo_jax.families.base import TRANSFORMER
+from srpo_jax.interruption import Interruption
 from srpo_jax.models.compute import join
 
 
@@ -67,12 +68,15 @@ def train(config: ConfigDict, workdir: str | os.PathLike, changes: tuple[str, ..
 
 
 def _train(config: ConfigDict, workdir: str | os.PathLike, changes: tuple[str, ...], held: lock.Lock) -> int | None:
+    clock = goodput.Goodput()
+
     # === Checks that need no device ===================================================================================
     validation.validate(config)
     validation.check_files(config)
     models = resume.fingerprints(config)
     record.check(workdir, config, models, changes)
     workdir = storage.path(workdir)
+    errands = Errands(workdir)
     if workdir.exists():
         held.acquire()  # before the work that a second run would do in vain
     newest = distributed.largest(checkpoint.newest(workdir) or 0) or None
@@ -100,7 +104,7 @@ def _train(config: ConfigDict, workdir: str | os.PathLike, changes: tuple[str, .
             encode = conditions.prompt_encoder(config, built, architecture)
     if held_out:
         with terminal.doing("encoding the held-out prompts"):
-            samples = SampleGrid(config, built, encode, held_out[: config.sample.count], workdir)
+            samples = SampleGrid(config, built, encode, held_out[: config.sample.count], workdir, errands)
     conditioner = conditions.Conditioner(config, built, encode if online else None)
     del encode  # with stored features, text encoders make room here for what is trained
     state = None
@@ -116,9 +120,8 @@ def _train(config: ConfigDict, workdir: str | os.PathLike, changes: tuple[str, .
     if newest is None and checkpoint.steps(workdir):
         raise UserError(f"another run has begun and left {workdir} meanwhile; the same command goes on from there")
     record.write(workdir, config, models, changes, newest or 0)
-    checkpoints = checkpoint.Checkpoints(
-        workdir, config.checkpoint.keep, checkpoint.deadline_of(built.state), config.checkpoint.resumable
-    )
+    kept = config.checkpoint.keep, checkpoint.deadline_of(built.state), config.checkpoint.resumable
+    checkpoints = checkpoint.Checkpoints(workdir, *kept, patient=config.checkpoint.on_failure == "continue")
     rows = sharding.local_rows(mesh, config.data.batch_size)
     stream = loading.batches(source, config.data.batch_size, config.seed, rows)
     if newest is not None:
@@ -128,8 +131,10 @@ def _train(config: ConfigDict, workdir: str | os.PathLike, changes: tuple[str, .
             raise UserError(f"{workdir} was trained on other prompts or pictures than now; choose another --workdir")
         stream.set_state(run["data"])
     step = newest or 0
-    skipped = nonfinite.Row(workdir, config.seed, config.optim.patience, run.get("skipped", 0) if newest else 0)
-    report = metrics.Metrics(workdir, step, config.steps)
+    total = run.get("skipped", 0) if newest else 0
+    skipped = nonfinite.Row(workdir, config.seed, config.optim.patience, errands, total)
+    report = metrics.Metrics(workdir, step, config.steps, errands)
+    clock.lose(report.lost)
     terminal.say(source.summary)
     terminal.say(f"from update {step} to {config.steps} in {workdir}")
 
@@ -140,7 +145,8 @@ def _train(config: ConfigDict, workdir: str | os.PathLike, changes: tuple[str, .
             update = built.lower().compile()
 
         # === Loop =====================================================================================================
-        interruption = signals.enter_context(Interruption())
+        outlook = functools.partial(_outlook, checkpoints, built.state, report)
+        interruption = signals.enter_context(Interruption(outlook))
         bound = pulse.bounded(distributed.PATIENCE, "an update with its samples")
         with jax.transfer_guard("disallow"), bound as beat:
             if samples and step % config.sample.every == 0 and samples.lacks(step):
@@ -151,6 +157,7 @@ def _train(config: ConfigDict, workdir: str | os.PathLike, changes: tuple[str, .
             while step < config.steps:
                 beat()
                 held.check()
+                checkpoints.check()
                 before, used = (step, position), examples
                 step += 1
                 state, values = distributed.in_turn(update(state, frozen, batch))
@@ -181,17 +188,23 @@ def _train(config: ConfigDict, workdir: str | os.PathLike, changes: tuple[str, .
                     raise UserError(f"{words}; the newest checkpoint is of update {checkpoints.latest() or 0}")
                 values |= {"step_seconds": seconds, "images_per_second": config.data.batch_size / seconds}
                 values["data_seconds"] = data_seconds  # a part of step_seconds, lost only if it comes near them
+                values["goodput"] = clock.share(seconds, good=not skipped.steps)
                 report.write(step, values)
 
                 # --- checkpoint ---
-                # A signal reaches the processes of a job at different moments: all leave after the same update.
-                stop = distributed.largest(interruption.signal or 0) if step < config.steps else 0
-                due = step % config.checkpoint.every == 0 and not skipped.steps
-                if stop or step == config.steps or due:
+                stop, late = 0, 0 < 60 * config.checkpoint.minutes < checkpoints.age
+                if step < config.steps:
+                    # A signal reaches the processes of a job at different moments, and their clocks differ: all do the
+                    # same after the same update.
+                    stop, late = divmod(distributed.largest(2 * (interruption.signal or 0) + late), 2)
+                last = step == config.steps or stop > 0
+                if last or ((late or step % config.checkpoint.every == 0) and not skipped.steps):
                     report.flush()
-                    checkpoints.save(step, state, _position(config, source, position, skipped))
+                    checkpoints.save(step, state, _position(config, source, position, skipped), last)
                 if stop:
-                    terminal.say(f"stopped after update {step}; the same command goes on from there")
+                    checkpoints.latest()
+                    words = f"stopped after update {step}, {interruption.seconds:.1f} s after the signal"
+                    terminal.say(f"{words}; the same command goes on from there")
                     return stop
 
                 # --- samples ---
@@ -224,8 +237,9 @@ class SampleGrid:
         encode: conditions.PromptEncoder,
         held_out: list[str],
         workdir: epath.Path,
+        errands: Errands,
     ):
-        self._folder = workdir / "samples"
+        self._folder, self._errands = workdir / "samples", errands
         networks, sample = built.networks, config.sample
         self._painter = sampling.Painter(
             built.mesh,
@@ -249,33 +263,22 @@ class SampleGrid:
         with terminal.doing(f"sampling into {self._folder.name}/{self._file(step).name}"):
             images = np.concatenate(list(self._painter.paint(params, frozen.autoencoder, self._chunks)))
             if jax.process_index() == 0:
-                sampling.save_image(sampling.grid(images), self._file(step))
+                self._errands.do(
+                    os.fspath(self._folder), lambda: sampling.save_image(sampling.grid(images), self._file(step))
+                )
 
     def _file(self, step: int) -> epath.Path:
         return self._folder / f"{step:06d}.png"
 
 
-class Interruption:
-    """While entered, SIGINT and SIGTERM are noted in ``signal`` for the loop to see; a second one acts at once."""
-
-    def __init__(self) -> None:
-        self.signal: int | None = None
-        self._before: dict[int, Any] = {}
-
-    def __enter__(self) -> "Interruption":
-        # Python lets only the main thread handle signals; elsewhere whoever started the thread has to.
-        if threading.current_thread() is threading.main_thread():
-            self._before = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        self.signal = number
-        for caught, handler in self._before.items():
-            signal.signal(caught, handler)
+def _outlook(checkpoints: checkpoint.Checkpoints, state: TrainState, report: metrics.Metrics) -> str:
+    """What a signal brings about, and how long that takes as far as is known."""
+    size = terminal.in_bytes(checkpoint.size_of(state))
+    before = f"the last one took {checkpoints.seconds:.0f} s" if checkpoints.seconds else "none was made yet"
+    within = f"at most {checkpoint.deadline_of(state) / 60:.0f} min"
+    update = f" ({report.seconds:.3g} s each)" if report.seconds else ""
+    words = f"this update is finished{update}, and a checkpoint of {size} made ({before}, {within})"
+    return f"{words}; another signal ends the run at once"
 
 
 def _describe(config: ConfigDict, built: program.Program) -> tuple[str, str]:

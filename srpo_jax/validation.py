@@ -17,6 +17,7 @@ from srpo_jax.config import (
     ENCODE,
     IMAGES,
     MOMENTS,
+    ON_FAILURE,
     QUANTIZE,
     REMAT,
     ROLLOUT_DTYPES,
@@ -63,6 +64,7 @@ def validate(config: ConfigDict, paths: bool = True) -> None:
         ("reward.target", ("caption", "relative")),
         ("optim.weights", DTYPES),
         ("optim.moments", MOMENTS),
+        ("checkpoint.on_failure", ON_FAILURE),
     ):
         require(key, flat[key] in choices, f"choose one of {', '.join(choices)}")
     if paths:
@@ -82,7 +84,7 @@ def validate(config: ConfigDict, paths: bool = True) -> None:
         require(key, flat[key] >= 1, "must be at least 1")
     for key in (
         *("data.filter.min_length", "data.filter.max_length", "optim.warmup_steps", "optim.weight_decay"),
-        *("lora.rank", "sample.every", "rollout.shift", "draft_k.last_steps"),
+        *("lora.rank", "sample.every", "rollout.shift", "draft_k.last_steps", "checkpoint.minutes"),
     ):
         require(key, flat[key] >= 0, "must not be negative")
     for key in ("seed", "sample.seed"):
