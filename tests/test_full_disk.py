@@ -59,12 +59,10 @@ def test_training_goes_on_where_it_is_to(recipe, tmp_path, monkeypatch, capsys):
     assert {step for _, step in scalars(workdir / "tensorboard")} == {1, 2, 3, 4, 5, 6}
     warnings = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning: ")]
     assert len([line for line in warnings if line.startswith(f"warning: {workdir}/samples cannot be written")]) == 1
-    for step, why, newest in (
-        (2, "large", "the newest that is there is of update 1"),
-        (4, "directory", "none is there"),
-    ):
+    full, gone = "large; the newest that is there is of update 1", "directory; none is there"
+    for step, words in ((2, full), (4, gone)):
         (line,) = [line for line in warnings if f"checkpoint {step} cannot be written into" in line]
-        assert f"{why}; {newest}; training goes on, and tries again" in line
+        assert f"{words}; training goes on, and tries again" in line
     assert len([line for line in warnings if "metrics.jsonl is written again" in line]) == 2
 
 
