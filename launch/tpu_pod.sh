@@ -188,8 +188,10 @@ look() {
     *"not installed"*) install || say "the installation failed; trying it again" ;;
     *running*) ;; # When one process ends, jax.distributed ends the others.
     *)
-      # 1: a mistake, or a crash that would come again. Other codes are of signals and lost workers.
-      [[ -z $STARTED || $'\n'$told$'\n' != *$'\nended with exit code 1\n'* ]] || fail "training failed; see logs"
+      # 1: a mistake, or a crash that would come again. 74: storage took no checkpoint. Other codes are of signals and
+      # lost workers.
+      [[ -z $STARTED || ! $'\n'$told$'\n' =~ $'\n'"ended with exit code "(1|74)$'\n' ]] ||
+        fail "training failed; see logs"
       STARTED=yes
       if ! { stop && start; }; then say "training did not start; trying it again"; fi
       ;;

@@ -12,9 +12,11 @@ when all of it is there. They can be restored onto any mesh.
 
 import contextlib
 import dataclasses
+import errno
 import math
 import os
 import re
+import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -29,7 +31,7 @@ from orbax.checkpoint.checkpoint_managers import preservation_policy as preserva
 
 from srpo_jax import distributed, integrity, leftovers, opening, pulse, storage, terminal
 from srpo_jax.algorithm.step import TrainState
-from srpo_jax.errors import UserError
+from srpo_jax.errors import StorageError, UserError
 from srpo_jax.models.compute import Params
 
 CHECKPOINTS = "checkpoints"  # of a workdir: a local folder or gs://BUCKET/PATH
@@ -102,6 +104,14 @@ def _told(path: epath.Path, error: Exception) -> Exception:
     return Unreadable(f"{path} cannot be read ({words})")
 
 
+def _reason(error: Exception) -> str:
+    """Why something could not be written, in a few words; tensorstore has a number for it at the end of a page."""
+    text = " ".join(str(error).split())
+    if number := re.search(r"os_error_code='(\d+)'", text):
+        return os.strerror(int(number[1]))
+    return getattr(error, "strerror", None) or f"{type(error).__name__}: {text[:300]}"
+
+
 # --- training ---------------------------------------------------------------------------------------------------------
 
 
@@ -118,39 +128,73 @@ class Checkpoints:
       keep: how many of the newest stay.
       deadline: seconds in which one has to be written or read, see ``deadline_of``.
       resumable: of those that stay, how many of the newest keep the optimiser's state.
+      patient: whether training goes on after one that cannot be written; of a job of several processes it never does,
+        since the others wait for each other in a save.
 
     Attributes:
       best: the update whose checkpoint stays beside the newest ones; None if no one does.
+      seconds: that the last complete one has taken; None if there is none.
     """
 
-    def __init__(self, workdir: str | os.PathLike, keep: int, deadline: float = LEAST_DEADLINE, resumable: int = 1):
+    def __init__(
+        self,
+        workdir: str | os.PathLike,
+        keep: int,
+        deadline: float = LEAST_DEADLINE,
+        resumable: int = 1,
+        patient: bool = False,
+    ):
         folder = storage.absolute(storage.path(workdir)) / CHECKPOINTS
-        if not storage.in_bucket(folder):
-            folder.mkdir(parents=True, exist_ok=True)
-        if jax.process_index() == 0:
-            leftovers.sweep(folder, keep, complete)
-        self._folder = folder
+        try:
+            if not storage.in_bucket(folder):
+                folder.mkdir(parents=True, exist_ok=True)
+            if jax.process_index() == 0:
+                leftovers.sweep(folder, keep, complete)
+        except OSError as error:
+            raise StorageError(f"{folder} cannot be written: {error.strerror}") from error
+        self._folder, self._keep = folder, keep
         self._workdir, self._deadline, self._resumable = workdir, deadline, resumable
-        self._saving = (0, 0, 0.0)  # step, bytes, and when it began
+        self._patient = patient and jax.process_count() == 1
+        self._began, self.seconds = time.monotonic(), None  # when the newest save did; before the first, this one
+        self._saving = (0, 0)  # step and bytes
         self._sealer: Sealer | None = None
         self.best: int | None = None
-        self._manager = ocp.CheckpointManager(
-            folder,
+        self._manager: ocp.CheckpointManager | None = self._open()
+
+    def _open(self) -> ocp.CheckpointManager:
+        """Orbax's manager of what is there; half of a checkpoint is removed. Raises OSError if the workdir is gone, in
+        whose place Orbax would make another."""
+        if not storage.in_bucket(self._folder):
+            self._folder.mkdir(exist_ok=True)
+        return ocp.CheckpointManager(
+            self._folder,
             options=ocp.CheckpointManagerOptions(
-                preservation_policy=_Kept(keep, lambda: self.best),
+                preservation_policy=_Kept(self._keep, lambda: self.best),
                 cleanup_tmp_directories=True,
                 async_options=ocp.options.AsyncOptions(
-                    timeout_secs=math.ceil(deadline), post_finalization_callback=self._tell
+                    timeout_secs=math.ceil(self._deadline), post_finalization_callback=self._tell
                 ),
             ),
             item_handlers={name: ocp.StandardCheckpointHandler() for name in ARRAYS}
             | {"run": ocp.JsonCheckpointHandler()},
         )
 
+    @property
+    def age(self) -> float:
+        """Seconds since the newest save began, or was tried; before the first one, since this start."""
+        return time.monotonic() - self._began
+
     def latest(self) -> int | None:
-        """The step of the newest checkpoint; waits until what is being written is complete. Raises as ``save``."""
-        self._finish_seal()
+        """The step of the newest checkpoint; waits until what is being written is complete. Raises StorageError."""
+        self._finish()
         return max(steps(self._workdir), default=None)
+
+    def check(self) -> None:
+        """Looks whether the checkpoint that is being written has failed meanwhile. Raises StorageError, or says so and
+        goes on where training is to."""
+        with self._forgiven(), self._told():
+            if self._manager is not None:
+                self._manager.check_for_errors()
 
     def restore_newest(self, like: TrainState) -> tuple[int, TrainState, dict[str, Any]]:
         """Reads the newest checkpoint that can be read and has the optimiser's state, as ``restore`` does; returns its
@@ -209,57 +253,81 @@ class Checkpoints:
         counter = jax.device_put(np.int32(step), like.step.sharding)
         return TrainState(counter, **{name: found[name] if name in wanted else None for name in ARRAYS}), found["run"]
 
-    def save(self, step: int, state: TrainState, run: dict[str, Any]) -> None:
+    def save(self, step: int, state: TrainState, run: dict[str, Any], last: bool = False) -> None:
         """Starts to write the state and a JSON-able dictionary; returns when training may change the state.
 
         ``run["step"]`` is set to ``step``. A step that is already saved is left as it is. Waits for the save before
-        this one; raises UserError if storage is too slow for it.
+        this one. Raises StorageError if one of the two cannot be written; where training is to go on, it is said, and
+        raised only of a ``last`` one, which no later one makes up for.
         """
-        if step in self._manager.all_steps():
-            return
-        self._finish_seal()
+        with self._forgiven():
+            self._finish()
+        with contextlib.nullcontext() if last else self._forgiven():
+            self._write(step, state, run)
+
+    def _write(self, step: int, state: TrainState, run: dict[str, Any]) -> None:
         arrays = {name: getattr(state, name) for name in ARRAYS if getattr(state, name) is not None}
         args = {name: ocp.args.StandardSave(tree) for name, tree in arrays.items()}
         run = ocp.args.JsonSave(run | {"step": step})
         # Orbax copies to the host, and tells the processes apart, in ways that a transfer guard would not let pass on
         # accelerators.
-        with jax.transfer_guard("allow"), self._in_time():
-            self._manager.wait_until_finished()
+        with jax.transfer_guard("allow"), self._told():
+            self._manager = self._manager or self._open()
+            if step in self._manager.all_steps():
+                return
             self._leave_weights()
-            self._saving = step, size_of(arrays), time.monotonic()
-            saved = self._manager.save(step, args=ocp.args.Composite(**args, run=run), force=True)
-        if not saved:
-            raise RuntimeError(f"the checkpoint of step {step} was not written")
+            self._began, self._saving = time.monotonic(), (step, size_of(arrays))
+            self._check_room(size_of(arrays))
+            if not self._manager.save(step, args=ocp.args.Composite(**args, run=run), force=True):
+                raise RuntimeError("Orbax has left it out")
         self._sealer = Sealer(self._folder / str(step))
 
-    def close(self) -> None:
-        """Waits until everything is written. Raises as ``save``."""
-        self._finish_seal()
-        with self._in_time():
-            self._leave_weights()
-            self._manager.close()
+    def _check_room(self, size: int) -> None:
+        """Raises OSError, in all processes of a job, if the disk has no room for so many bytes."""
+        if storage.in_bucket(self._folder):
+            return
+        free = shutil.disk_usage(self._folder).free
+        if distributed.largest(free < size):
+            raise OSError(
+                errno.ENOSPC, f"it takes {terminal.in_bytes(size)}, and {terminal.in_bytes(free)} are free on the disk"
+            )
 
-    def _finish_seal(self) -> None:
+    def close(self) -> None:
+        """Waits until everything is written. Raises StorageError."""
+        self._finish()
+        with self._told():
+            if self._manager is not None:
+                self._leave_weights()
+                self._manager.close()
+
+    def _finish(self) -> None:
         """Waits until the checkpoint that is being written is complete, and its checksums with it.
 
-        Raises UserError if it cannot be opened: then nothing older is deleted, and no hours go on in vain.
+        Raises StorageError, and UserError if it cannot be opened: then nothing older is deleted, and no hours go on in
+        vain.
         """
-        sealer, self._sealer = self._sealer, None
         try:
-            with self._in_time():
-                self._manager.wait_until_finished()
+            with self._told():
+                if self._manager is not None:
+                    self._manager.wait_until_finished()
         finally:
-            words = sealer.finish() if sealer is not None else ""
+            words = self._end_seal()
         if words:
             raise UserError(
                 f"a checkpoint was written that cannot be opened again ({words}); nothing was deleted: keep it, and "
                 "choose another --workdir, or other storage"
             )
 
+    def _end_seal(self) -> str:
+        """Returns why what was written cannot be opened, "" if it can, or if nothing was being written."""
+        sealer, self._sealer = self._sealer, None
+        return sealer.finish() if sealer is not None else ""
+
     def _tell(self) -> None:
         """Called by Orbax, in a thread of its own, when all is written and gets its name."""
-        step, size, started = self._saving
-        terminal.say(f"saved checkpoint {step}: {terminal.in_bytes(size)} in {time.monotonic() - started:.1f} s")
+        step, size = self._saving
+        self.seconds = time.monotonic() - self._began
+        terminal.say(f"saved checkpoint {step}: {terminal.in_bytes(size)} in {self.seconds:.1f} s")
 
     def _leave_weights(self) -> None:
         """Deletes of older checkpoints what only a run that goes on needs. None may be being written."""
@@ -278,21 +346,52 @@ class Checkpoints:
                 terminal.say(f"the optimizer state of {path} could not be deleted: {' '.join(str(error).split())}")
 
     @contextlib.contextmanager
-    def _in_time(self) -> Iterator[None]:
-        """For a block that waits until a checkpoint is written. Raises UserError if that takes too long.
+    def _forgiven(self) -> Iterator[None]:
+        """For a block after whose StorageError training goes on, if it is to."""
+        try:
+            yield
+        except StorageError as error:
+            if not self._patient:
+                raise
+            terminal.warn(f"{error}; training goes on, and tries again when the next checkpoint is due")
 
-        A process that is lost is noticed by other means and sooner (``pulse``): who gets here has slow storage.
+    @contextlib.contextmanager
+    def _told(self) -> Iterator[None]:
+        """For a block that writes a checkpoint or waits until it is written. Raises StorageError if it cannot be, or if
+        it takes too long.
+
+        A process that is lost is noticed by other means and sooner (``pulse``): whose time runs out has slow storage.
         """
         try:
             with pulse.bounded(self._deadline + distributed.PATIENCE, f"saving into {self._folder}"):
                 yield
-        except (TimeoutError, jax.errors.JaxRuntimeError) as error:
-            if not isinstance(error, TimeoutError) and "DEADLINE_EXCEEDED" not in str(error):
+        except Exception as error:  # of several libraries, which have many names for what a disk says
+            late = isinstance(error, TimeoutError) or "DEADLINE_EXCEEDED" in str(error)
+            if late:
+                words = (
+                    f"a checkpoint was not written into {self._folder} within {self._deadline / 60:.0f} minutes, with "
+                    "no process of the job lost: the storage is too slow or does not answer; choose a faster one for "
+                    "--workdir"
+                )
+            elif isinstance(error, jax.errors.JaxRuntimeError | MemoryError) or (
+                jax.process_count() > 1 and distributed.is_loss(error)
+            ):
                 raise
-            raise UserError(
-                f"a checkpoint was not written into {self._folder} within {self._deadline / 60:.0f} minutes, with no "
-                "process of the job lost: the storage is too slow or does not answer; choose a faster one for --workdir"
-            ) from error
+            else:
+                words = f"checkpoint {self._saving[0]} cannot be written into {self._folder}: {_reason(error)}"
+            self._give_up(clean=not late)
+            there = max(steps(self._workdir), default=None)
+            newest = "none is there" if there is None else f"the newest that is there is of update {there}"
+            raise StorageError(f"{words}; {newest}") from error
+
+    def _give_up(self, clean: bool) -> None:
+        """Forgets Orbax's idea of what is there, and removes half of a checkpoint, unless it is still being written: it
+        may be what keeps a disk full."""
+        self._manager = None
+        self._end_seal()
+        if clean and jax.process_count() == 1:
+            with contextlib.suppress(Exception):  # the folder may be gone: the next save tries again
+                self._manager = self._open()
 
 
 @dataclasses.dataclass(frozen=True)

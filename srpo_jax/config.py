@@ -26,6 +26,7 @@ MOMENTS = ("float32", "bfloat16", "float8")
 ATTENTION = ("auto", "xla", "cudnn", "splash")
 REMAT = ("none", "dots", "full")
 QUANTIZE = ("none", "int8", "nf4")
+ON_FAILURE = ("stop", "continue")
 WANDB = ("online", "offline")
 
 # Files and folders, in which ~ is the home folder; the paths of rewards beside them.
@@ -221,6 +222,12 @@ def default() -> ConfigDict:
     # --- what is written to the workdir ---
     c.checkpoint = ConfigDict()
     c.checkpoint.every = 10  # updates between checkpoints; the last update is always saved
+    # One is also made after the update in which so many minutes have passed since the last one: what an end without
+    # notice costs at most. 0: by updates alone.
+    c.checkpoint.minutes = 0.0
+    # What a checkpoint that cannot be written means: stop (exit code 74) | continue, and try again when the next is
+    # due. The last one of a run has to be written, and any of a job of several processes.
+    c.checkpoint.on_failure = "stop"
     c.checkpoint.keep = 3  # newest checkpoints that are kept
     # Of these, the newest that a run can go on from. Older ones lose the optimiser's state, two thirds of them, and
     # keep the weights (and their average), for `generate` and `convert export`.

@@ -42,7 +42,7 @@ def job(coordinator: str | None = None, process_id: int | None = None, process_c
 
     A process of a job whose block fails says why and is gone: the usual end would wait for the other processes, which
     wait for this one. So they notice at once, or after ``HEARTBEAT`` seconds, and end too. Exit codes: ``pulse.LOST``
-    if another process was lost, else 1.
+    if another process was lost, a UserError's own, else 1.
     """
     start(coordinator, process_id, process_count)
     try:
@@ -53,6 +53,7 @@ def job(coordinator: str | None = None, process_id: int | None = None, process_c
             raise
         code = 1
         if isinstance(error, UserError):
+            code = error.code
             print(f"error: {error}", file=sys.stderr)
         elif is_loss(error):
             return pulse.end(str(error).splitlines()[0])

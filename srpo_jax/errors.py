@@ -16,11 +16,20 @@ from srpo_jax import host
 class UserError(Exception):
     """Something the user can mend. The message is one line: it names the file, key or flag, and the remedy.
 
-    It is ``plain``, whatever the names and libraries' words in it hold.
+    It is ``plain``, whatever the names and libraries' words in it hold. ``code`` is the exit code of a command that ends
+    with it.
     """
+
+    code = 1
 
     def __init__(self, message: str):
         super().__init__(plain(message))
+
+
+class StorageError(UserError):
+    """A disk or bucket did not take what was to be written: the same command may go on once it does."""
+
+    code = 74  # EX_IOERR of sysexits.h
 
 
 def plain(text: str) -> str:
@@ -78,8 +87,9 @@ def told(error: BaseException) -> str | None:
 
 
 def run(main: Callable[[], None]) -> int:
-    """Calls ``main`` and returns a process exit code: 0, or 1 after printing a ``UserError``, or what ``told`` makes of
-    another error, as one line on stderr.
+    """Calls ``main`` and returns a process exit code: 0, or a ``UserError``'s after printing it, or 1 after printing
+    what ``told`` makes of another error, as one line on stderr.
+
 
     Every command passes here before JAX starts its devices: so GPUs may pin what the machine has (see ``host``). Where
     nobody reads what is printed any more (``... | head``), the exit code is 141, as a shell has it of a closed pipe.
@@ -90,7 +100,7 @@ def run(main: Callable[[], None]) -> int:
         sys.stdout.flush()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
-        return 1
+        return error.code
     except BrokenPipeError:
         if not _nobody_reads():
             raise  # another pipe's, as a connection's

@@ -27,7 +27,7 @@ from typing import Any
 import tensorstore as ts
 
 from srpo_jax import distributed, storage
-from srpo_jax.errors import UserError
+from srpo_jax.errors import StorageError, UserError
 
 NAME = "run.lock"
 BEAT, SILENCE, CERTAIN = 15.0, 120.0, 3600.0
@@ -64,7 +64,7 @@ class Lock:
     def acquire(self) -> None:
         """Takes the lock, unless it is held already; the workdir is made for it.
 
-        Raises UserError that names the holder if there is one, or if the file cannot be written.
+        Raises UserError that names the holder if there is one, and StorageError if the file cannot be written.
         """
         if not self._active or self._generation is not None:
             return
@@ -80,7 +80,7 @@ class Lock:
                     break
         except (ValueError, OSError) as error:  # tensorstore's are ValueErrors
             words = " ".join(str(error).split())[:300]
-            raise UserError(f"{self._place} cannot be written ({words}); check the rights of --workdir") from error
+            raise StorageError(f"{self._place} cannot be written ({words}); check the rights of --workdir") from error
         self._generation = made
         self._beating = threading.Thread(target=self._beat, name="lock", daemon=True)
         self._beating.start()
@@ -118,7 +118,9 @@ class Lock:
                 self._renew()
 
     def _renew(self) -> None:
-        """Gives a sign of life, or notes who has taken the lock."""
+        """Gives a sign of life, or notes who has taken the lock. Where the workdir is gone, none is made for it."""
+        if not storage.in_bucket(self._place) and not self._place.parent.is_dir():
+            return
         self._me["heartbeat"] = _now()
         made = self._write(self._me, self._generation)
         if made == UNTRUE:

@@ -66,7 +66,7 @@ def main(arguments: list[str] | None = None) -> None:
     """Trains by a command line. Raises UserError."""
     task = parse(arguments)
     validation.validate(task.config)  # before machines wait for each other
-    logging.set_verbosity(logging.ERROR)  # Orbax tells every step of every save
+    logging.set_verbosity(logging.FATAL)  # Orbax tells every step of every save, and of one that fails many times
     with distributed.job(task.coordinator, task.process_id, task.process_count):
         try:
             if task.replay is not None:

@@ -5,10 +5,15 @@ are copied as wholes: every ``COPY_EVERY`` seconds, and before each checkpoint, 
 line up to its checkpoint.
 """
 
+import contextlib
+import functools
 import json
 import os
+import pathlib
+import socket
 import sys
 import tempfile
+import threading
 import time
 from typing import Any
 
@@ -16,7 +21,8 @@ import jax
 import tqdm
 from etils import epath
 
-from srpo_jax import leftovers, storage, terminal, wandb_board
+from srpo_jax import leftovers, storage, tensorboard, terminal, wandb_board
+from srpo_jax.errands import Errands
 
 JSONL, TENSORBOARD = "metrics.jsonl", "tensorboard"
 COPY_EVERY = 30
@@ -31,34 +37,48 @@ class Metrics:
       workdir: of the run.
       done: steps that the run goes on from; what an interrupted run has written of later steps is dropped.
       total: steps of the whole run.
+      errands: by which files are written, so that no disk stops training or makes it wait.
       board: of Weights & Biases, which gets all numbers too; None without.
+
+    Attributes:
+      lost: seconds of the updates that were dropped.
+      seconds: of the newest update; 0 before the first.
+
+    Raises StorageError if the workdir cannot be written now, at the start.
     """
 
-    def __init__(self, workdir: str | os.PathLike, done: int, total: int, board: wandb_board.Board | None = None):
+    def __init__(
+        self,
+        workdir: str | os.PathLike,
+        done: int,
+        total: int,
+        errands: Errands,
+        board: wandb_board.Board | None = None,
+    ):
+        self.lost = self.seconds = 0.0
         self._active = jax.process_index() == 0
         if not self._active:
             return
-        from tensorboardX import SummaryWriter
-
-        self._workdir = storage.path(workdir)
+        self._workdir, self._errands = storage.path(workdir), errands
         self._copied = self._temporary = None
         folder = self._workdir
         if storage.in_bucket(folder):
             self._temporary = tempfile.TemporaryDirectory(prefix="srpo_jax.")
             folder = epath.Path(self._temporary.name)
-        records, broken = _read(workdir)
+        found, broken = _read(workdir)
         if broken:
             place = leftovers.keep_copy(self._workdir / JSONL)
             terminal.warn(
                 f"{self._workdir / JSONL}: {len(broken)} lines cannot be read, as line {broken[0]}; they are left out, "
                 f"and the file as it was is {place.name}"
             )
-        kept = [record for record in records if record["step"] <= done]
-        storage.write(folder / JSONL, "".join(json.dumps(record) + "\n" for record in kept).encode())
-        self._folder, self._wandb = folder, board
-        self._file = open(folder / JSONL, "a", encoding="utf-8")
+        self.lost = sum(record.get("step_seconds", 0.0) for record in found if record["step"] > done)
+        lines = "".join(json.dumps(record) + "\n" for record in found if record["step"] <= done)
         # Files are named by the second: of two within one, the later would take the place of the other in a bucket.
-        self._board = SummaryWriter(str(folder / TENSORBOARD), purge_step=done + 1, filename_suffix=f".{done}")
+        name = f"events.out.tfevents.{time.time():.0f}.{socket.gethostname()}.{done}"
+        self._folder = folder
+        self._lines = Tail(folder / JSONL, lines.encode())
+        self._board = Tail(folder / TENSORBOARD / name, tensorboard.head(done))
         self.flush()
         self._done, self._total, self._began = done, total, None
         # A bar needs a terminal that redraws its line; a log file gets a line a step.
@@ -68,55 +88,102 @@ class Metrics:
 
     def write(self, step: int, values: dict[str, float]) -> None:
         """Reports the metrics of a step, finite numbers by name."""
+        self.seconds = values.get("step_seconds", 0.0)
         if not self._active:
             return
-        self._file.write(json.dumps({"step": step} | values, allow_nan=False) + "\n")
-        self._file.flush()
+        self._lines.add((json.dumps({"step": step} | values, allow_nan=False) + "\n").encode())
+        self._errands.do(self._lines.name, self._lines.write)
         self.plot(step, values)
         if self._temporary and time.monotonic() > self._copied + COPY_EVERY:
-            self.flush()
+            self._copy()
         now = time.monotonic()
         self._began = self._began or now - values.get("step_seconds", 0.0)  # before that, programs were compiled
         left = (now - self._began) / (step - self._done) * (self._total - step)
         shown = line(step, self._total, values, left)
         if self._bar is None:
-            print(shown, file=sys.stderr, flush=True)
+            terminal.say(shown)
         else:
-            self._bar.set_description_str(shown, refresh=False)
-            self._bar.update(step - self._bar.n)
+            with contextlib.suppress(OSError):  # a terminal that was closed
+                self._bar.set_description_str(shown, refresh=False)
+                self._bar.update(step - self._bar.n)
 
     def plot(self, step: int, values: dict[str, float]) -> None:
         """Gives numbers by name to the boards alone: TensorBoard, and Weights & Biases if there is one."""
         if not self._active:
             return
-        for name, value in values.items():
-            self._board.add_scalar(name, value, step)
+        self._board.add(tensorboard.scalars(step, values))
+        self._errands.do(self._board.name, self._board.write)
         if self._wandb is not None:
-            self._wandb.log(step, values)
+            self._errands.do("Weights & Biases", functools.partial(self._wandb.log, step, values))
 
     def flush(self) -> None:
-        """Sees to it that all that was reported is in the workdir."""
+        """Sees to it that all that was reported is in the workdir, as far as that can be written."""
         if not self._active:
             return
-        self._file.flush()
-        self._board.flush()
         if self._temporary:
-            for file in (self._folder / JSONL, *(self._folder / TENSORBOARD).iterdir()):
-                storage.write(self._workdir / file.relative_to(self._folder), file.read_bytes())
-            self._copied = time.monotonic()
+            self._copy()
+        self._errands.wait()
 
     def close(self) -> None:
         """Flushes and closes everything."""
         if self._active:
             if self._bar is not None:
-                self._bar.close()
+                with contextlib.suppress(OSError):
+                    self._bar.close()
             self.flush()
-            self._board.close()
             if self._wandb is not None:
-                self._wandb.close()
-            self._file.close()
+                self._errands.do("Weights & Biases", self._wandb.close)
+                self._errands.wait()
             if self._temporary:
                 self._temporary.cleanup()
+
+    def _copy(self) -> None:
+        """Asks for copies of all files in the bucket."""
+
+        def copy() -> None:
+            for file in (self._folder / JSONL, *(self._folder / TENSORBOARD).iterdir()):
+                storage.write(self._workdir / file.relative_to(self._folder), file.read_bytes())
+
+        self._errands.do(f"{self._workdir / JSONL}, or {TENSORBOARD} beside it,", copy)
+        self._copied = time.monotonic()
+
+
+class Tail:
+    """A local file that grows at its end. What cannot be written stays in memory, and is written once it can be.
+
+    Args:
+      file: its folder is made.
+      content: with which it begins, in the place of what it held.
+
+    Raises StorageError.
+    """
+
+    def __init__(self, file: epath.Path, content: bytes):
+        self.name = os.fspath(file)
+        storage.write(file, content)
+        self._file, self._size = pathlib.Path(self.name), len(content)
+        self._waiting: list[bytes] = []
+        self._lock = threading.Lock()
+
+    def add(self, content: bytes) -> None:
+        """Lets the next ``write`` write it."""
+        with self._lock:
+            self._waiting.append(content)
+
+    def write(self) -> None:
+        """Writes all that waits. Raises OSError; it waits then as before."""
+        with self._lock:
+            waiting = list(self._waiting)
+        content = b"".join(waiting)
+        with open(self._file, "ab") as file:
+            there = file.tell()
+            if there > self._size:  # the part of it for which a full disk had room
+                file.truncate(self._size)
+            self._size = min(self._size, there)  # less if somebody removed it
+            file.write(content)
+        self._size += len(content)
+        with self._lock:
+            del self._waiting[: len(waiting)]
 
 
 def read(workdir: str | os.PathLike) -> list[dict[str, Any]]:

@@ -44,6 +44,7 @@ from srpo_jax.algorithm.networks import Frozen
 from srpo_jax.algorithm.passes import Chain
 from srpo_jax.algorithm.step import TrainState
 from srpo_jax.data.loading import Examples
+from srpo_jax.errands import Errands
 from srpo_jax.errors import UserError
 from srpo_jax.models.compute import join
 from srpo_jax.program import Program
@@ -63,16 +64,19 @@ class Row:
     Attributes:
       workdir, seed: of the run.
       patience: so many in a row end it.
+      errands: by which inputs are kept.
       total: of the whole run.
       steps: those of the present row, which the next good update ends.
-      before: what ``note`` was given at its first: where to go on from.
+      examples, before: what ``note`` was given at its first: its inputs, and where to go on from.
     """
 
     workdir: epath.Path
     seed: int
     patience: int
+    errands: Errands
     total: int = 0
     steps: list[int] = dataclasses.field(default_factory=list)
+    examples: Examples | None = None
     before: Any = None
 
     def note(self, step: int, values: dict[str, float], examples: Examples, before: Any) -> str:
@@ -88,11 +92,11 @@ class Row:
           What to say of it; "" of a good update.
         """
         if not values.pop("skipped"):
-            self.steps, self.before = [], None
+            self.steps, self.examples, self.before = [], None, None
             values["skipped"] = self.total
             return ""
         if not self.steps:
-            self.before = before
+            self.examples, self.before = examples, before
         self.steps.append(step)
         self.total += 1
         broken = [name for name, value in values.items() if not math.isfinite(value)]
@@ -100,9 +104,10 @@ class Row:
         for name in broken:
             del values[name]
         values["skipped"] = self.total
-        keep(self.workdir, step, self.seed, examples)
+        file = _file(self.workdir, step)
+        self.errands.do(str(file), lambda: keep(self.workdir, step, self.seed, examples))
         what = f"{', '.join(broken[:SHOWN])} not finite" if broken else "it would have left weights that are not finite"
-        return f"update {step} is skipped: {what}; its inputs are kept in {_file(self.workdir, step)}"
+        return f"update {step} is skipped: {what}; its inputs are kept in {file}"
 
     @property
     def is_over(self) -> bool:
@@ -244,8 +249,7 @@ def verdict(
     first = row.steps[0]
     count = f"{len(row.steps)} updates in a row were" if row.steps[1:] else "it was"
     try:
-        _, examples = read(row.workdir, first)
-        batch = conditioner.batch(examples, first)
+        batch = conditioner.batch(row.examples, first)
         words, blame = diagnose(built, state, frozen, batch, first, config.seed, conditioner.encoder_params)
     except jax.errors.JaxRuntimeError as error:  # no memory for the stages beside the update
         if distributed.is_loss(error):

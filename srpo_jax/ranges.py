@@ -120,6 +120,7 @@ RANGES = {
     "checkpoint.every": _UPDATES,
     "checkpoint.keep": _UPDATES,
     "checkpoint.resumable": _UPDATES,
+    "checkpoint.minutes": Range(0, 10**6),
     "sample.every": Range(0, 10**9),
     "sample.count": _PIECES,
     "sample.seed": _SEED,

@@ -4,13 +4,14 @@ Paths are ``etils.epath`` paths, as Orbax's are. An object of a bucket is writte
 there is no appending and no renaming.
 """
 
+import contextlib
 import glob
 import importlib.util
 import os
 
 from etils import epath
 
-from srpo_jax.errors import UserError
+from srpo_jax.errors import StorageError, UserError
 
 BUCKET = "gs://"
 
@@ -47,8 +48,8 @@ def absolute(place: epath.Path) -> epath.Path:
 def check(place: epath.Path) -> None:
     """Asks a bucket for a path, which need not exist.
 
-    Raises UserError if there is no answer, or if checkpoints could not be opened in it: Orbax looks for their parts by
-    a pattern that begins with the path as it is, and takes a backslash for a slash.
+    Raises StorageError if there is no answer, and UserError if checkpoints could not be opened in it: Orbax looks for
+    their parts by a pattern that begins with the path as it is, and takes a backslash for a slash.
     """
     full = os.fspath(absolute(place))
     if glob.has_magic(full) or "\\" in full or full.encode(errors="ignore").decode() != full:
@@ -65,21 +66,27 @@ def check(place: epath.Path) -> None:
 
 
 def write(place: epath.Path, content: bytes) -> None:
-    """Writes a file, at once or not at all; a local folder is made for it. Raises UserError if a bucket refuses."""
+    """Writes a file, at once or not at all; a local folder is made for it. Raises StorageError."""
     if in_bucket(place):
         try:
             place.write_bytes(content)
         except Exception as error:
             raise _refused(place, "written", error) from error
         return
-    place.parent.mkdir(parents=True, exist_ok=True)
     partial = place.with_name(f".{place.name}.partial")
-    partial.write_bytes(content)
-    os.replace(partial, place)
+    try:
+        place.parent.mkdir(parents=True, exist_ok=True)
+        partial.write_bytes(content)
+        os.replace(partial, place)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)  # half of it would keep a full disk full
+        raise StorageError(f"{place} cannot be written: {error.strerror}") from error
 
 
 def rename(place: epath.Path, new: epath.Path) -> None:
-    """Gives a folder another name; in a bucket, its objects, one after the other. Raises UserError if one refuses."""
+    """Gives a folder another name; in a bucket, its objects, one after the other. Raises StorageError if one
+    refuses."""
     if not in_bucket(place):
         place.rename(new)
         return
@@ -99,9 +106,9 @@ def checksum(place: epath.Path) -> str:
     return found.get("crc32c") or found.get("md5Hash") or ""
 
 
-def _refused(place: epath.Path, what: str, error: Exception) -> UserError:
+def _refused(place: epath.Path, what: str, error: Exception) -> StorageError:
     words = " ".join(f"{type(error).__name__}: {error}".split())[:300]
-    return UserError(
+    return StorageError(
         f"{place} cannot be {what} ({words}); check the bucket's name and its rights, and log in with "
         "`gcloud auth application-default login`"
     )

@@ -27,7 +27,7 @@ def in_bytes(size: float) -> str:
 def say(text: str) -> None:
     """A line; it does not break a bar."""
     if jax.process_index() == 0:
-        tqdm.tqdm.write(text, file=sys.stderr)
+        _write(text)
 
 
 def warn(text: str, everywhere: bool = False) -> None:
@@ -37,7 +37,13 @@ def warn(text: str, everywhere: bool = False) -> None:
     if everywhere or distributed.place()[0] == 0:
         for heard in _HEARD:
             heard.append(text)
-        tqdm.tqdm.write(f"warning: {text}", file=sys.stderr)
+        _write(f"warning: {text}")
+
+
+def _write(text: str) -> None:
+    # A log on a full disk, a terminal that was closed: nobody reads it, and what goes on is worth more than the line.
+    with contextlib.suppress(OSError, ValueError):
+        tqdm.tqdm.write(text, file=sys.stderr)
 
 
 _HEARD: list[list[str]] = []

@@ -5,14 +5,12 @@ samples. What is compiled lives in ``program`` and ``step``.
 """
 
 import contextlib
+import functools
 import json
 import math
 import os
-import signal
 import sys
-import threading
 import time
-from types import FrameType
 from typing import Any
 
 import jax
@@ -25,6 +23,7 @@ from srpo_jax import (
     checkpoint,
     conditions,
     distributed,
+    goodput,
     lock,
     metrics,
     nonfinite,
@@ -46,9 +45,11 @@ from srpo_jax import config as config_lib
 from srpo_jax.algorithm.networks import Frozen
 from srpo_jax.algorithm.step import TrainState
 from srpo_jax.data import loading, sources
+from srpo_jax.errands import Errands
 from srpo_jax.errors import UserError
 from srpo_jax.evaluation import in_training, prompts
 from srpo_jax.families.base import TRANSFORMER
+from srpo_jax.interruption import Interruption
 from srpo_jax.models.compute import join
 
 
@@ -85,6 +86,8 @@ def _train(
     held: lock.Lock,
     heard: list[str],
 ) -> int | None:
+    clock = goodput.Goodput()
+
     # === Checks that need no device ===================================================================================
     validation.validate(config)
     validation.check_files(config)
@@ -93,6 +96,7 @@ def _train(
     wandb_board.check(config, workdir)
     evaluation = in_training.plan(config, models)
     workdir = storage.path(workdir)
+    errands = Errands(workdir)
     if workdir.exists():
         held.acquire()  # before the work that a second run would do in vain
     newest = distributed.largest(checkpoint.newest(workdir) or 0) or None
@@ -124,7 +128,7 @@ def _train(
             encode = conditions.prompt_encoder(config, built, architecture)
     if held_out:
         with terminal.doing("encoding the held-out prompts"):
-            samples = SampleGrid(config, built, encode, held_out[: config.sample.count], workdir)
+            samples = SampleGrid(config, built, encode, held_out[: config.sample.count], workdir, errands)
     if evaluation:
         with terminal.doing("encoding the prompts of the evaluation"):
             evaluator = in_training.Evaluator(config, built, encode, evaluation, workdir)
@@ -143,9 +147,8 @@ def _train(
     if newest is None and checkpoint.steps(workdir):
         raise UserError(f"another run has begun and left {workdir} meanwhile; the same command goes on from there")
     record.write(workdir, config, models, changes, newest or 0, recipe)
-    checkpoints = checkpoint.Checkpoints(
-        workdir, config.checkpoint.keep, checkpoint.deadline_of(built.state), config.checkpoint.resumable
-    )
+    kept = config.checkpoint.keep, checkpoint.deadline_of(built.state), config.checkpoint.resumable
+    checkpoints = checkpoint.Checkpoints(workdir, *kept, patient=config.checkpoint.on_failure == "continue")
     rows = sharding.local_rows(mesh, config.data.batch_size)
     stream = loading.batches(source, config.data.batch_size, config.seed, rows)
     if newest is not None:
@@ -155,11 +158,13 @@ def _train(
             raise UserError(f"{workdir} was trained on other prompts or pictures than now; choose another --workdir")
         stream.set_state(run["data"])
     step = newest or 0
-    skipped = nonfinite.Row(workdir, config.seed, config.optim.patience, run.get("skipped", 0) if newest else 0)
+    total = run.get("skipped", 0) if newest else 0
+    skipped = nonfinite.Row(workdir, config.seed, config.optim.patience, errands, total)
     if evaluator:
         evaluator.begin(step)
         checkpoints.best = evaluator.best
-    report = metrics.Metrics(workdir, step, config.steps, wandb_board.open_board(config, workdir))
+    report = metrics.Metrics(workdir, step, config.steps, errands, wandb_board.open_board(config, workdir))
+    clock.lose(report.lost)
     page = run_page.Page(workdir, heard)
     terminal.say(source.summary)
     terminal.say(f"from update {step} to {config.steps} in {workdir}")
@@ -171,31 +176,38 @@ def _train(
             update = built.lower().compile()
 
         # === Loop =====================================================================================================
-        interruption = signals.enter_context(Interruption())
+        outlook = functools.partial(_outlook, checkpoints, built.state, report)
+        interruption = signals.enter_context(Interruption(outlook))
         bound = pulse.bounded(distributed.PATIENCE, "an update with its samples")
         with jax.transfer_guard("disallow"), bound as beat:
 
-            def asked_to_stop() -> int:
-                """The signal, if one has come to any process: at different moments, and all leave at the same one."""
+            def asked_to_stop(late: bool = False) -> tuple[int, bool]:
+                """The signal, if one has come to any process, and whether any is ``late``.
+
+                A signal reaches the processes of a job at different moments, and their clocks differ: all do the same
+                after the same update.
+                """
                 beat()
                 held.check()
-                return distributed.largest(interruption.signal or 0)
+                stop, late = divmod(distributed.largest(2 * (interruption.signal or 0) + late), 2)
+                return stop, bool(late)
 
             over = False
             if evaluator and step % config.evaluate.every == 0 and evaluator.lacks(step):
-                if outcome := evaluator.evaluate(step, state, frozen, asked_to_stop):
+                if outcome := evaluator.evaluate(step, state, frozen, lambda: asked_to_stop()[0]):
                     report.plot(step, outcome.values)
                     checkpoints.best, over = evaluator.best, outcome.is_over
-                    page.write()
+                    errands.do(run_page.PAGE, page.write)
             if samples and step % config.sample.every == 0 and samples.lacks(step):
                 samples.draw(step, state, frozen)
-                page.write()
+                errands.do(run_page.PAGE, page.write)
             position, examples = stream.get_state(), next(stream)
             batch = conditioner.batch(examples, step + 1)
             started = time.perf_counter()
             while step < config.steps and not over:
                 beat()
                 held.check()
+                checkpoints.check()
                 before, used = (step, position), examples
                 step += 1
                 state, values = distributed.in_turn(update(state, frozen, batch))
@@ -226,36 +238,38 @@ def _train(
                     raise UserError(f"{words}; the newest checkpoint is of update {checkpoints.latest() or 0}")
                 values |= {"step_seconds": seconds, "images_per_second": config.data.batch_size / seconds}
                 values["data_seconds"] = data_seconds  # a part of step_seconds, lost only if it comes near them
+                values["goodput"] = clock.share(seconds, good=not skipped.steps)
                 report.write(step, values)
 
                 # --- evaluation ---
                 last = step == config.steps
-                stop = 0 if last else asked_to_stop()
-                due = step % config.checkpoint.every == 0 and not skipped.steps
+                late = 0 < 60 * config.checkpoint.minutes < checkpoints.age
+                stop, late = (0, late) if last else asked_to_stop(late)
+                due = (late or step % config.checkpoint.every == 0) and not skipped.steps
                 good = last or (evaluator and step % config.evaluate.every == 0 and not skipped.steps)
                 if evaluator and good and not stop:
-                    if outcome := evaluator.evaluate(step, state, frozen, asked_to_stop):
+                    if outcome := evaluator.evaluate(step, state, frozen, lambda: asked_to_stop()[0]):
                         report.plot(step, outcome.values)
                         checkpoints.best, over = evaluator.best, outcome.is_over
                         due, last = due or outcome.is_best, last or over
-                        report.flush()
-                        page.write()
+                        errands.do(run_page.PAGE, page.write)
                     elif not last:
-                        stop = asked_to_stop()
+                        stop, _ = asked_to_stop()
 
                 # --- checkpoint ---
                 if stop or last or due:
                     report.flush()
-                    checkpoints.save(step, state, _position(config, source, position, skipped))
+                    checkpoints.save(step, state, _position(config, source, position, skipped), bool(stop or last))
                 if stop:
-                    terminal.say(f"stopped after update {step}; the same command goes on from there")
+                    checkpoints.latest()
+                    words = f"stopped after update {step}, {interruption.seconds:.1f} s after the signal"
+                    terminal.say(f"{words}; the same command goes on from there")
                     return stop
 
                 # --- samples ---
                 if samples and (last or step % config.sample.every == 0):
                     samples.draw(step, state, frozen)
-                    report.flush()
-                    page.write()
+                    errands.do(run_page.PAGE, page.write)
                 started = time.perf_counter()
         return None
     finally:
@@ -263,8 +277,8 @@ def _train(
             # A checkpoint that is being written waits for all processes of the job: for ever, if one is lost.
             if not distributed.is_loss(sys.exception()):
                 checkpoints.close()
+            errands.do(run_page.PAGE, functools.partial(page.write, ended=True))
             report.close()
-            page.write(ended=True)
 
 
 def _position(config: ConfigDict, source: loading.ExampleSource, data: Any, skipped: nonfinite.Row) -> dict[str, Any]:
@@ -284,8 +298,9 @@ class SampleGrid:
         encode: conditions.PromptEncoder,
         held_out: list[str],
         workdir: epath.Path,
+        errands: Errands,
     ):
-        self._folder, self._held_out = workdir / run_pictures.SAMPLES, held_out
+        self._folder, self._held_out, self._errands = workdir / run_pictures.SAMPLES, held_out, errands
         networks, sample = built.networks, config.sample
         self._painter = sampling.Painter(
             built.mesh,
@@ -313,35 +328,25 @@ class SampleGrid:
                 terminal.warn(f"no samples of update {step}: {error}")
                 return
             if jax.process_index() == 0:
-                sampling.save_image(sampling.grid(images), self._file(step))
-                texts = json.dumps(self._held_out, indent=2, ensure_ascii=False)
-                storage.write(self._folder / run_pictures.PROMPTS_FILE, f"{texts}\n".encode())
+                self._errands.do(os.fspath(self._folder), functools.partial(self._write, step, sampling.grid(images)))
+
+    def _write(self, step: int, grid: np.ndarray) -> None:
+        sampling.save_image(grid, self._file(step))
+        texts = json.dumps(self._held_out, indent=2, ensure_ascii=False)
+        storage.write(self._folder / run_pictures.PROMPTS_FILE, f"{texts}\n".encode())
 
     def _file(self, step: int) -> epath.Path:
         return self._folder / f"{step:06d}.png"
 
 
-class Interruption:
-    """While entered, SIGINT and SIGTERM are noted in ``signal`` for the loop to see; a second one acts at once."""
-
-    def __init__(self) -> None:
-        self.signal: int | None = None
-        self._before: dict[int, Any] = {}
-
-    def __enter__(self) -> "Interruption":
-        # Python lets only the main thread handle signals; elsewhere whoever started the thread has to.
-        if threading.current_thread() is threading.main_thread():
-            self._before = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        self.signal = number
-        for caught, handler in self._before.items():
-            signal.signal(caught, handler)
+def _outlook(checkpoints: checkpoint.Checkpoints, state: TrainState, report: metrics.Metrics) -> str:
+    """What a signal brings about, and how long that takes as far as is known."""
+    size = terminal.in_bytes(checkpoint.size_of(state))
+    before = f"the last one took {checkpoints.seconds:.0f} s" if checkpoints.seconds else "none was made yet"
+    within = f"at most {checkpoint.deadline_of(state) / 60:.0f} min"
+    update = f" ({report.seconds:.3g} s each)" if report.seconds else ""
+    words = f"this update is finished{update}, and a checkpoint of {size} made ({before}, {within})"
+    return f"{words}; another signal ends the run at once"
 
 
 def _describe(config: ConfigDict, built: program.Program) -> tuple[str, str]:

@@ -15,6 +15,7 @@ from srpo_jax.config import (
     ENCODE,
     IMAGES,
     MOMENTS,
+    ON_FAILURE,
     QUANTIZE,
     REMAT,
     ROLLOUT_DTYPES,
@@ -65,6 +66,7 @@ def validate(config: ConfigDict, paths: bool = True) -> None:
         ("reward.target", ("caption", "relative")),
         ("optim.weights", DTYPES),
         ("optim.moments", MOMENTS),
+        ("checkpoint.on_failure", ON_FAILURE),
         ("wandb.mode", WANDB),
     ):
         require(key, flat[key] in choices, f"choose one of {', '.join(choices)}")

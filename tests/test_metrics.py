@@ -6,11 +6,15 @@ import types
 import pytest
 from helpers.runs import scalars
 
-from srpo_jax import metrics
+from srpo_jax import errands, metrics, storage
+
+
+def reporting(workdir, done, total):
+    return metrics.Metrics(workdir, done, total, errands.Errands(storage.path(workdir)))
 
 
 def test_lines_on_disk_and_terminal(tmp_path, capsys):
-    report = metrics.Metrics(tmp_path, 0, 3)
+    report = reporting(tmp_path, 0, 3)
     report.write(1, {"loss": 0.5, "denoise/reward": 1.25})
     report.write(2, {"loss": 0.25, "denoise/reward": 1.5})
     report.close()
@@ -52,9 +56,8 @@ def test_a_steps_line_leaves_out_the_terms_for_which_there_is_no_room():
 
 def test_the_time_left_is_by_all_that_a_step_takes(tmp_path, capsys, monkeypatch):
     """Samples and checkpoints among it, and not what came before the first step."""
-    clock = iter([1000.0, 1110.0, 1220.0])
+    clock, report = iter([1000.0, 1110.0, 1220.0]), reporting(tmp_path, 4, 10)
     monkeypatch.setattr(metrics, "time", types.SimpleNamespace(monotonic=lambda: next(clock)))
-    report = metrics.Metrics(tmp_path, 4, 10)
     for step in (5, 6, 7):
         report.write(step, {"loss": 0.5, "step_seconds": 10.0})
     said = [line.rsplit("  ", 1)[1] for line in capsys.readouterr().err.splitlines()]
@@ -64,14 +67,14 @@ def test_the_time_left_is_by_all_that_a_step_takes(tmp_path, capsys, monkeypatch
 def test_a_resumed_run_drops_what_came_after_its_checkpoint(tmp_path):
     lines = [json.dumps({"step": step, "loss": 1.0}) + "\n" for step in (1, 2, 3)]
     (tmp_path / "metrics.jsonl").write_text("".join(lines) + '{"step": 4, "lo')
-    report = metrics.Metrics(tmp_path, 2, 9)
+    report = reporting(tmp_path, 2, 9)
     report.write(3, {"loss": 2.0})
     report.close()
     assert [(r["step"], r["loss"]) for r in metrics.read(tmp_path)] == [(1, 1.0), (2, 1.0), (3, 2.0)]
 
 
 def test_tensorboard(tmp_path):
-    report = metrics.Metrics(tmp_path, 0, 3)
+    report = reporting(tmp_path, 0, 3)
     report.write(1, {"loss": 0.5})
     report.write(2, {"loss": 0.25})
     report.close()
@@ -80,7 +83,7 @@ def test_tensorboard(tmp_path):
 
 def test_a_bar_on_a_terminal(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
-    report = metrics.Metrics(tmp_path, 1, 3)
+    report = reporting(tmp_path, 1, 3)
     report.write(2, {"loss": 0.5})
     report.write(3, {"loss": 0.25})
     report.close()
@@ -89,7 +92,7 @@ def test_a_bar_on_a_terminal(tmp_path, capsys, monkeypatch):
 
 
 def test_only_finite_numbers_are_written(tmp_path):
-    report = metrics.Metrics(tmp_path, 0, 3)
+    report = reporting(tmp_path, 0, 3)
     with pytest.raises(ValueError, match="not JSON compliant"):
         report.write(1, {"loss": float("nan")})
     report.close()

@@ -14,7 +14,7 @@ from helpers import tiny, updates
 from helpers.bits import same
 from helpers.runs import arrays, assert_same, numbers
 
-from srpo_jax import checkpoint, conditions, main, metrics, nonfinite, optim, storage, train
+from srpo_jax import checkpoint, conditions, errands, main, metrics, nonfinite, optim, storage, train
 from srpo_jax.algorithm import step
 from srpo_jax.config import default
 from srpo_jax.data.loading import Examples
@@ -115,7 +115,10 @@ def test_inputs_come_back_as_they_were(tmp_path):
 
 
 def test_a_row_ends_with_a_good_update(tmp_path):
-    row, examples = nonfinite.Row(storage.path(tmp_path), 0, patience=2, total=3), Examples(["a"], {})
+    row, examples = (
+        nonfinite.Row(storage.path(tmp_path), 0, 2, errands.Errands(storage.path(tmp_path)), total=3),
+        Examples(["a"], {}),
+    )
     values = {"loss": np.nan, "grad_norm": 1.0, "skipped": 1.0}
     assert "update 5 is skipped: loss not finite; its inputs are kept in" in row.note(5, values, examples, "before 5")
     assert values == {"grad_norm": 1.0, "skipped": 4} and not row.is_over

@@ -10,7 +10,7 @@ from helpers.runs import numbers, scalars
 from helpers.states import abstract, make_state
 from PIL import Image
 
-from srpo_jax import checkpoint, config, generate, metrics, record, storage, train
+from srpo_jax import checkpoint, config, errands, generate, metrics, record, storage, train
 from srpo_jax.errors import UserError
 
 
@@ -54,16 +54,17 @@ def test_a_bucket_that_refuses_is_named(server):
 
 def test_metrics_are_copied_before_a_checkpoint_and_from_time_to_time(server, tmp_path, monkeypatch):
     workdir = storage.path("gs://bucket/metrics")
-    report = metrics.Metrics(workdir, 0, 9)
+    report = metrics.Metrics(workdir, 0, 9, errands.Errands(workdir))
     report.write(1, {"loss": 0.5})
     assert metrics.read(workdir) == []
     report.flush()
     assert metrics.read(workdir) == [{"step": 1, "loss": 0.5}]
     monkeypatch.setattr(metrics, "COPY_EVERY", 0)
     report.write(2, {"loss": 0.25})
+    report._errands.wait()
     assert [record["step"] for record in metrics.read(workdir)] == [1, 2]
     # The process is killed here; the run goes on from a checkpoint of step 1.
-    again = metrics.Metrics(workdir, 1, 9)
+    again = metrics.Metrics(workdir, 1, 9, errands.Errands(workdir))
     assert metrics.read(workdir) == [{"step": 1, "loss": 0.5}]
     again.write(2, {"loss": 0.125})
     again.close()

@@ -55,7 +55,9 @@ def test_a_run_leaves_metrics_samples_checkpoints_and_its_config(whole, models):
         "step_seconds",
         "data_seconds",
         "images_per_second",
+        "goodput",
     }
+    assert all(0 < record["goodput"] < 1 for record in records)
     assert checkpoint.steps(whole) == [2, 4]
     saved = json.loads((whole / "config.json").read_text())
     assert saved["optim"]["ema_decay"] == 0.5 and saved["data"]["prompts"] == str(models / "train.txt")

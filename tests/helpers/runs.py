@@ -29,7 +29,7 @@ def assert_same(first, second, configs=True):
 
 def numbers(workdir):
     """The metrics of a run without its clock."""
-    clock = {"step_seconds", "images_per_second", "data_seconds"}
+    clock = {"step_seconds", "images_per_second", "data_seconds", "goodput"}
     return [{name: value for name, value in record.items() if name not in clock} for record in metrics.read(workdir)]
 
 
