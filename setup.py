@@ -65,6 +65,7 @@ setuptools.setup(
         # Of NVIDIA's libraries, compiling needs but one.
         "preflight-cuda": ["jax[cuda12-local]>=0.10", "nvidia-cudnn-cu12>=9.8,<10"],
         "gcs": ["gcsfs"],  # gs:// workdirs
+        "wandb": ["wandb>=0.31"],  # config.wandb
         # The reference implementations that the tests compare with. At run time only torch pickles need torch.
         "test": [
             "diffusers==0.42.1",
@@ -77,6 +78,7 @@ setuptools.setup(
             "torch==2.13.0",
             "torchvision==0.28.0",
             "transformers==5.23.0",
+            "wandb==0.31.0",
         ],
         "lint": ["ruff==0.17.6"],
     },

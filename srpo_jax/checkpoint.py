@@ -11,12 +11,13 @@ when all of it is there. They can be restored onto any mesh.
 """
 
 import contextlib
+import dataclasses
 import math
 import os
 import re
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -24,6 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
+from orbax.checkpoint.checkpoint_managers import preservation_policy as preservation
 
 from srpo_jax import distributed, integrity, leftovers, pulse, storage, terminal
 from srpo_jax.algorithm.step import TrainState
@@ -116,6 +118,9 @@ class Checkpoints:
       keep: how many of the newest stay.
       deadline: seconds in which one has to be written or read, see ``deadline_of``.
       resumable: of those that stay, how many of the newest keep the optimiser's state.
+
+    Attributes:
+      best: the update whose checkpoint stays beside the newest ones; None if no one does.
     """
 
     def __init__(self, workdir: str | os.PathLike, keep: int, deadline: float = LEAST_DEADLINE, resumable: int = 1):
@@ -128,10 +133,11 @@ class Checkpoints:
         self._workdir, self._deadline, self._resumable = workdir, deadline, resumable
         self._saving = (0, 0, 0.0)  # step, bytes, and when it began
         self._sealer: Sealer | None = None
+        self.best: int | None = None
         self._manager = ocp.CheckpointManager(
             folder,
             options=ocp.CheckpointManagerOptions(
-                max_to_keep=keep,
+                preservation_policy=_Kept(keep, lambda: self.best),
                 cleanup_tmp_directories=True,
                 async_options=ocp.options.AsyncOptions(
                     timeout_secs=math.ceil(deadline), post_finalization_callback=self._tell
@@ -280,6 +286,20 @@ class Checkpoints:
                 f"a checkpoint was not written into {self._folder} within {self._deadline / 60:.0f} minutes, with no "
                 "process of the job lost: the storage is too slow or does not answer; choose a faster one for --workdir"
             ) from error
+
+
+@dataclasses.dataclass(frozen=True)
+class _Kept(preservation.PreservationPolicy):
+    """Which checkpoints stay, for Orbax: the newest ``count``, and the best."""
+
+    count: int
+    best: Callable[[], int | None]
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
+        """Of checkpoints in the order of their steps."""
+        del context
+        newest, best = len(checkpoints) - self.count, self.best()
+        return [place >= newest or info.step == best for place, info in enumerate(checkpoints)]
 
 
 class Sealer:

@@ -135,6 +135,11 @@ seed = between(0, values.SEED)
 _axis = typed(int, lambda value: value >= 1 or value == -1, "must be at least 1, or -1 for the rest of the devices")
 
 
+def update(text: str) -> int | str:
+    """The number of an update, from 1, or "best"."""
+    return text if text == "best" else at_least(1)(text)
+
+
 def words(text: str) -> list[str]:
     """One or more words with commas between them."""
     found = [word.strip() for word in text.split(",") if word.strip()]

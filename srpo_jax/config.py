@@ -26,9 +26,10 @@ MOMENTS = ("float32", "bfloat16", "float8")
 ATTENTION = ("auto", "xla", "cudnn", "splash")
 REMAT = ("none", "dots", "full")
 QUANTIZE = ("none", "int8", "nf4")
+WANDB = ("online", "offline")
 
 # Files and folders, in which ~ is the home folder; the paths of rewards beside them.
-PATHS = ("model.path", "lora.init", "data.prompts", "data.path", "sample.prompts")
+PATHS = ("model.path", "lora.init", "data.prompts", "data.path", "sample.prompts", "evaluate.prompts")
 
 
 def reward(kind: str, path: str | None = None, weight: float = 1.0) -> ConfigDict:
@@ -224,6 +225,9 @@ def default() -> ConfigDict:
     # Of these, the newest that a run can go on from. Older ones lose the optimiser's state, two thirds of them, and
     # keep the weights (and their average), for `generate` and `convert export`.
     c.checkpoint.resumable = 1
+    # NAME:max or NAME:min of a reward of the run or a score of config.evaluate: the update with the best mean is kept
+    # beside the newest ones, with its weights alone, for --step=best. "" keeps none.
+    c.checkpoint.best = ""
     c.sample = ConfigDict()
     c.sample.every = 10  # updates between sample grids, the first before training; 0 draws none
     # Held-out prompts, a source as data.prompts; None takes the 100 that come with the package.
@@ -233,6 +237,29 @@ def default() -> ConfigDict:
     c.sample.seed = 1  # of the samples' noise: the same at every grid
     c.sample.steps = 50
     c.sample.guidance = 3.5
+
+    # --- evaluation while the run trains, see docs/evaluation.md ---
+    c.evaluate = ConfigDict()
+    c.evaluate.every = 0  # updates between evaluations, the first before training; 0 evaluates never
+    # As sample.prompts: None takes the 100 that come with the package. None of them should be trained on.
+    c.evaluate.prompts = config_dict.placeholder(str)
+    c.evaluate.column = config_dict.placeholder(str)  # of these prompts, as data.column
+    c.evaluate.count = 100  # prompts taken from its head
+    c.evaluate.images = 1  # pictures of each prompt
+    # Scores beside the run's own rewards, each [NAME=]KIND:PATH as `python -m srpo_jax.evaluate --score` takes it. They
+    # are held out, unless they are of a model that the run is trained with.
+    c.evaluate.scores = ()
+    c.evaluate.seed = 0  # of the noise, as --seed of evaluate: the same at every evaluation
+    c.evaluate.steps = 50
+    c.evaluate.guidance = 3.5
+    # Evaluations in a row without a better score by checkpoint.best, after which training ends; 0 goes on to the end.
+    c.evaluate.patience = 0
+
+    # --- Weights & Biases (pip install '.[wandb]') beside TensorBoard ---
+    c.wandb = ConfigDict()
+    c.wandb.project = ""  # "" reports nothing there
+    c.wandb.name = ""  # of the run; "" takes the workdir's name
+    c.wandb.mode = "online"  # online | offline: files in WORKDIR/wandb, for `wandb sync`
 
     # --- devices along each axis of the mesh; -1 takes the rest ---
     c.mesh = ConfigDict()
@@ -263,6 +290,11 @@ def standard(key: str) -> Any:
         one = next(name for name in plain if name.startswith(key + "."))
         raise UserError(f"--config.{key} is a group of keys; give one of them, as --config.{one}=...")
     return plain[key]
+
+
+def kind_of(like: tuple) -> type:
+    """Of the values of a list, by its default; an empty one is of texts."""
+    return type(like[0]) if like else str
 
 
 def check_key(key: str) -> None:
@@ -310,7 +342,7 @@ def set_text(config: ConfigDict, key: str, text: str) -> None:
     like = standard(key)
     try:
         if isinstance(like, tuple):
-            value = values.read_list(text, type(like[0]))
+            value = values.read_list(text, kind_of(like))
         elif text == "None" and (like is None or isinstance(like, str)):
             value = None  # which ``validate`` refuses where there has to be a text
         else:

@@ -119,7 +119,7 @@ def _parser() -> command.Parser:
     give("--max-shard-size", type=_size, default=MAX_SHARD_SIZE, help="of diffusers files (default: 10GB)")
     words = "workdir of a training run, whose transformer replaces the source's"
     give("--checkpoint", type=command.path, help=words)
-    give("--step", type=command.at_least(1), help="of the checkpoint (default: the latest)")
+    give("--step", type=command.update, help="of the checkpoint, or best, by checkpoint.best (default: the newest)")
     give("--ema", action="store_true", help="take the checkpoint's moving average")
     look = add("inspect", "say what a file or folder is")
     look("path", type=command.path)
@@ -160,11 +160,12 @@ def main(arguments: list[str] | None = None) -> None:
             from absl import logging
 
             from srpo_jax import checkpoint
+            from srpo_jax.evaluation import history
 
             # On a worker of a TPU slice, JAX would wait for the others to use chips that nothing here needs.
             jax.config.update("jax_platforms", "cpu")
             logging.set_verbosity(logging.ERROR)  # Orbax warns of a file that one item of a checkpoint never has
-            transformer = checkpoint.load_params(args.checkpoint, args.step, args.ema)
+            transformer = checkpoint.load_params(args.checkpoint, history.best(args.checkpoint, args.step), args.ema)
             lora = record.lora(args.checkpoint)
         dtype = EXPORT_DTYPES[args.dtype]
         if args.format in weights_lora.FORMATS:

@@ -21,6 +21,7 @@ from srpo_jax.config import QUANTIZE
 from srpo_jax.errors import UserError
 from srpo_jax.evaluation import candidates, layouts, page, prompts, run, scoring, summary
 from srpo_jax.evaluation.candidates import Asked
+from srpo_jax.evaluation.clock import Clock
 from srpo_jax.evaluation.drawing import Drawing
 
 PAGE = "report.html"
@@ -88,7 +89,7 @@ def _run(args: argparse.Namespace) -> None:
     found = run.evaluate(models, wanted, scores, args.out, how, mesh, args.images, args.batch)
     if jax.process_index() != 0:
         return
-    clock = run.Clock(found.seconds)
+    clock = Clock(found.seconds)
     with clock.part("summary and page"):
         told = summary.summarize(found)
         summary.write(found, told)

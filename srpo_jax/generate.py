@@ -39,6 +39,7 @@ from srpo_jax import (
 from srpo_jax.config import QUANTIZE
 from srpo_jax.data import sources
 from srpo_jax.errors import UserError
+from srpo_jax.evaluation import history
 from srpo_jax.families.base import TRANSFORMER, Family
 from srpo_jax.models import lora as models_lora
 from srpo_jax.models.compute import Compute, Params, join, path_name
@@ -186,7 +187,7 @@ def _parser() -> command.Parser:
     add("--out", type=command.path, required=True, help="folder for the images, local or gs://BUCKET/PATH")
     words = "workdir of a training run, whose transformer replaces the model's"
     add("--checkpoint", type=command.path, help=words)
-    add("--step", type=command.at_least(1), help="of the checkpoint (default: the newest)")
+    add("--step", type=command.update, help="of the checkpoint, or best, by checkpoint.best (default: the newest)")
     add("--ema", action="store_true", help="take the checkpoint's moving average")
     words = "how a LoRA's base is stored: none (in --dtype), int8, nf4, or as it was trained (default: none)"
     add("--quantize", choices=(*QUANTIZE, "trained"), default="none", help=words)
@@ -224,6 +225,7 @@ def _run(args: argparse.Namespace) -> None:
         raise UserError(f"--quantize={args.quantize} is for the base of a LoRA run; give one as --checkpoint")
     if lora is not None and args.quantize != "trained":
         lora = dataclasses.replace(lora, quantized=args.quantize)
+    step = None if args.checkpoint is None else history.best(args.checkpoint, args.step)
     prompts = [args.prompt] if args.prompts is None else sources.read(args.prompts, args.column)
     files = generate(
         args.model,
@@ -235,7 +237,7 @@ def _run(args: argparse.Namespace) -> None:
         guidance=args.guidance,
         seed=args.seed,
         latents=None if args.latents is None else _read_latents(args.latents),
-        trained=None if args.checkpoint is None else checkpoint.load_params(args.checkpoint, args.step, args.ema),
+        trained=None if args.checkpoint is None else checkpoint.load_params(args.checkpoint, step, args.ema),
         lora=lora,
         dtype=args.dtype or sampling.default_dtype(),
         attention=args.attention,

@@ -18,10 +18,11 @@ from etils import epath
 from srpo_jax import integrity, storage, terminal
 
 INCOMPLETE, UNREADABLE = "incomplete", "unreadable"
-PLACES = ("", "samples", "nonfinite")  # of a workdir, in which files are written by way of a partial one
+# Of a workdir, in which files are written by way of a partial one.
+PLACES = ("", "samples", "nonfinite", "evaluations", "evaluations/*")
 PARTIAL = re.compile(
-    r"\.((config|recipe|models|prompts)\.json|(metrics|changes|warnings)\.jsonl|report\.html|\d+\.png"
-    r"|\d+(\.\d+)?\.npz)\.partial"
+    r"\.((config|recipe|models|wandb|prompts|scores)\.json|(metrics|changes|evaluations|warnings)\.jsonl|report\.html"
+    r"|\d+\.png|(base|\d+(\.\d+)?)\.npz)\.partial"
 )
 
 
@@ -62,8 +63,8 @@ def sweep(folder: epath.Path, keep: int, complete: Callable[[epath.Path], bool])
             (folder / name).rmtree()
             terminal.warn(f"{folder / name}, an incomplete checkpoint of an earlier start, is removed")
     for place in [] if storage.in_bucket(folder) else PLACES:  # objects of a bucket appear as wholes
-        here = folder.parent / place
-        for path in [path for path in here.iterdir() if PARTIAL.fullmatch(path.name)] if here.is_dir() else []:
+        found = list(folder.parent.glob(f"{place}/.*.partial".lstrip("/")))
+        for path in [path for path in found if PARTIAL.fullmatch(path.name)]:
             path.unlink()
             terminal.warn(f"{path}, half of a file, is removed")
 

@@ -16,7 +16,7 @@ import jax
 import tqdm
 from etils import epath
 
-from srpo_jax import storage
+from srpo_jax import storage, wandb_board
 
 JSONL, TENSORBOARD = "metrics.jsonl", "tensorboard"
 COPY_EVERY = 30
@@ -31,9 +31,10 @@ class Metrics:
       workdir: of the run.
       done: steps that the run goes on from; what an interrupted run has written of later steps is dropped.
       total: steps of the whole run.
+      board: of Weights & Biases, which gets all numbers too; None without.
     """
 
-    def __init__(self, workdir: str | os.PathLike, done: int, total: int):
+    def __init__(self, workdir: str | os.PathLike, done: int, total: int, board: wandb_board.Board | None = None):
         self._active = jax.process_index() == 0
         if not self._active:
             return
@@ -47,7 +48,7 @@ class Metrics:
             folder = epath.Path(self._temporary.name)
         kept = [record for record in read(workdir) if record["step"] <= done]
         storage.write(folder / JSONL, "".join(json.dumps(record) + "\n" for record in kept).encode())
-        self._folder = folder
+        self._folder, self._wandb = folder, board
         self._file = open(folder / JSONL, "a", encoding="utf-8")
         # Files are named by the second: of two within one, the later would take the place of the other in a bucket.
         self._board = SummaryWriter(str(folder / TENSORBOARD), purge_step=done + 1, filename_suffix=f".{done}")
@@ -64,8 +65,7 @@ class Metrics:
             return
         self._file.write(json.dumps({"step": step} | values, allow_nan=False) + "\n")
         self._file.flush()
-        for name, value in values.items():
-            self._board.add_scalar(name, value, step)
+        self.plot(step, values)
         if self._temporary and time.monotonic() > self._copied + COPY_EVERY:
             self.flush()
         now = time.monotonic()
@@ -77,6 +77,15 @@ class Metrics:
         else:
             self._bar.set_description_str(shown, refresh=False)
             self._bar.update(step - self._bar.n)
+
+    def plot(self, step: int, values: dict[str, float]) -> None:
+        """Gives numbers by name to the boards alone: TensorBoard, and Weights & Biases if there is one."""
+        if not self._active:
+            return
+        for name, value in values.items():
+            self._board.add_scalar(name, value, step)
+        if self._wandb is not None:
+            self._wandb.log(step, values)
 
     def flush(self) -> None:
         """Sees to it that all that was reported is in the workdir."""
@@ -96,6 +105,8 @@ class Metrics:
                 self._bar.close()
             self.flush()
             self._board.close()
+            if self._wandb is not None:
+                self._wandb.close()
             self._file.close()
             if self._temporary:
                 self._temporary.cleanup()

@@ -18,7 +18,9 @@ def sizes(state: TrainState) -> tuple[int, int]:
     return sum(parts.values()), sum(size for name, size in parts.items() if name not in checkpoint.FOR_RESUMING)
 
 
-def most(there: Sequence[int], whole: int, weights: int, keep: int, resumable: int, saves: int) -> int:
+def most(
+    there: Sequence[int], whole: int, weights: int, keep: int, resumable: int, saves: int, best: bool = False
+) -> int:
     """Bytes of all checkpoints together when they take the most: while one is written, what it replaces is there.
 
     Args:
@@ -26,8 +28,10 @@ def most(there: Sequence[int], whole: int, weights: int, keep: int, resumable: i
       whole, weights: of one, see ``sizes``.
       keep, resumable: of ``config.checkpoint``.
       saves: how many are still to be written.
+      best: whether the best one stays beside the newest.
     """
     kept, highest = list(there), sum(there)
+    keep += best  # it has weights alone, unless it is one of the newest itself
     for _ in range(saves):
         kept = [min(size, weights) for size in kept[:-resumable]] + kept[-resumable:]
         highest = max(highest, sum(kept) + whole)
@@ -48,10 +52,13 @@ def check(workdir: str | os.PathLike, config: ConfigDict, state: TrainState, don
     """
     workdir, settings = storage.absolute(storage.path(workdir)), config.checkpoint
     whole, weights = sizes(state)
-    saves = sum(step % settings.every == 0 or step == config.steps for step in range(done + 1, config.steps + 1))
+    # With checkpoint.best, every evaluation may be the best one so far, which is saved.
+    periods = [settings.every, *([config.evaluate.every] if settings.best else [])]
+    updates = range(done + 1, config.steps + 1)
+    saves = sum(any(step % period == 0 for period in periods) or step == config.steps for step in updates)
     folders = [workdir / checkpoint.CHECKPOINTS / str(step) for step in checkpoint.steps(workdir)]
     there = [whole if checkpoint.resumable(folder) else weights for folder in folders]
-    total = most(there, whole, weights, settings.keep, settings.resumable, saves)
+    total = most(there, whole, weights, settings.keep, settings.resumable, saves, bool(settings.best))
     newer = "a newer one is" if settings.resumable == 1 else f"{settings.resumable} newer ones are"
     words = (
         f"checkpoints of {in_bytes(whole)}, {in_bytes(weights)} once {newer} there, at most {in_bytes(total)} in all"

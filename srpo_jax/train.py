@@ -1,7 +1,7 @@
 """The training loop, from a configuration to checkpoints.
 
-``train`` reads from top to bottom: mesh, networks, data, then step by step update, metrics, checkpoints, samples. What
-is compiled lives in ``program`` and ``step``.
+``train`` reads from top to bottom: mesh, networks, data, then step by step update, metrics, evaluation, checkpoints,
+samples. What is compiled lives in ``program`` and ``step``.
 """
 
 import contextlib
@@ -40,13 +40,14 @@ from srpo_jax import (
     storage,
     terminal,
     validation,
+    wandb_board,
 )
 from srpo_jax import config as config_lib
 from srpo_jax.algorithm.networks import Frozen
 from srpo_jax.algorithm.step import TrainState
 from srpo_jax.data import loading, sources
 from srpo_jax.errors import UserError
-from srpo_jax.evaluation import prompts
+from srpo_jax.evaluation import in_training, prompts
 from srpo_jax.families.base import TRANSFORMER
 from srpo_jax.models.compute import join
 
@@ -57,7 +58,8 @@ def train(
     changes: tuple[str, ...] = (),
     recipe: record.Recipe | None = None,
 ) -> int | None:
-    """Trains until ``config.steps`` updates are done, going on from the newest checkpoint of ``workdir``.
+    """Trains until ``config.steps`` updates are done, or ``evaluate.patience`` is at its end, going on from the newest
+    checkpoint of ``workdir``.
 
     Args:
       config: of the run.
@@ -88,12 +90,17 @@ def _train(
     validation.check_files(config)
     models = resume.fingerprints(config)
     record.check(workdir, config, models, changes)
+    wandb_board.check(config, workdir)
+    evaluation = in_training.plan(config, models)
     workdir = storage.path(workdir)
     if workdir.exists():
         held.acquire()  # before the work that a second run would do in vain
     newest = distributed.largest(checkpoint.newest(workdir) or 0) or None
     if newest is not None and newest >= config.steps:
         print(f"{workdir} has all of its {config.steps} updates; nothing to do")
+        return None
+    if evaluation and newest and in_training.ended(workdir, evaluation, config.evaluate.patience, newest):
+        print(f"{workdir} ended with update {newest}, by evaluate.patience={config.evaluate.patience}; nothing to do")
         return None
     architecture = architectures.read(config)
     source = loading.open_examples(config, architecture)
@@ -110,13 +117,16 @@ def _train(
     for words in _describe(config, built):
         terminal.say(words)
     terminal.say(space.check(workdir, config, built.state, newest or 0))
-    online, encode, samples = config.data.encode == "online", None, None
-    if online or held_out:
+    online, encode, samples, evaluator = config.data.encode == "online", None, None, None
+    if online or held_out or evaluation:
         with terminal.doing("loading the text encoders"):
             encode = conditions.prompt_encoder(config, built, architecture)
     if held_out:
         with terminal.doing("encoding the held-out prompts"):
             samples = SampleGrid(config, built, encode, held_out[: config.sample.count], workdir)
+    if evaluation:
+        with terminal.doing("encoding the prompts of the evaluation"):
+            evaluator = in_training.Evaluator(config, built, encode, evaluation, workdir)
     conditioner = conditions.Conditioner(config, built, encode if online else None)
     del encode  # with stored features, text encoders make room here for what is trained
     state = None
@@ -145,7 +155,10 @@ def _train(
         stream.set_state(run["data"])
     step = newest or 0
     skipped = nonfinite.Row(workdir, config.seed, config.optim.patience, run.get("skipped", 0) if newest else 0)
-    report = metrics.Metrics(workdir, step, config.steps)
+    if evaluator:
+        evaluator.begin(step)
+        checkpoints.best = evaluator.best
+    report = metrics.Metrics(workdir, step, config.steps, wandb_board.open_board(config, workdir))
     page = run_page.Page(workdir, heard)
     terminal.say(source.summary)
     terminal.say(f"from update {step} to {config.steps} in {workdir}")
@@ -160,13 +173,25 @@ def _train(
         interruption = signals.enter_context(Interruption())
         bound = pulse.bounded(distributed.PATIENCE, "an update with its samples")
         with jax.transfer_guard("disallow"), bound as beat:
+
+            def asked_to_stop() -> int:
+                """The signal, if one has come to any process: at different moments, and all leave at the same one."""
+                beat()
+                held.check()
+                return distributed.largest(interruption.signal or 0)
+
+            over = False
+            if evaluator and step % config.evaluate.every == 0 and evaluator.lacks(step):
+                if outcome := evaluator.evaluate(step, state, frozen, asked_to_stop):
+                    report.plot(step, outcome.values)
+                    checkpoints.best, over = evaluator.best, outcome.is_over
             if samples and step % config.sample.every == 0 and samples.lacks(step):
                 samples.draw(step, state, frozen)
-                page.write()
+            page.write()
             position, examples = stream.get_state(), next(stream)
             batch = conditioner.batch(examples, step + 1)
             started = time.perf_counter()
-            while step < config.steps:
+            while step < config.steps and not over:
                 beat()
                 held.check()
                 before, used = (step, position), examples
@@ -201,20 +226,32 @@ def _train(
                 values["data_seconds"] = data_seconds  # a part of step_seconds, lost only if it comes near them
                 report.write(step, values)
 
-                # --- checkpoint ---
-                # A signal reaches the processes of a job at different moments: all leave after the same update.
-                stop = distributed.largest(interruption.signal or 0) if step < config.steps else 0
+                # --- evaluation ---
+                last = step == config.steps
+                stop = 0 if last else asked_to_stop()
                 due = step % config.checkpoint.every == 0 and not skipped.steps
-                if stop or step == config.steps or due:
+                good = last or (evaluator and step % config.evaluate.every == 0 and not skipped.steps)
+                if evaluator and good and not stop:
+                    if outcome := evaluator.evaluate(step, state, frozen, asked_to_stop):
+                        report.plot(step, outcome.values)
+                        checkpoints.best, over = evaluator.best, outcome.is_over
+                        due, last = due or outcome.is_best, last or over
+                    elif not last:
+                        stop = asked_to_stop()
+
+                # --- checkpoint ---
+                if stop or last or due:
                     report.flush()
                     checkpoints.save(step, state, _position(config, source, position, skipped))
                 if stop:
                     terminal.say(f"stopped after update {step}; the same command goes on from there")
                     return stop
 
-                # --- samples ---
-                if samples and (step == config.steps or step % config.sample.every == 0):
+                # --- samples, and the page ---
+                drawn = samples and (last or step % config.sample.every == 0)
+                if drawn:
                     samples.draw(step, state, frozen)
+                if drawn or (evaluator and good):
                     report.flush()
                     page.write()
                 started = time.perf_counter()

@@ -21,14 +21,17 @@ from srpo_jax.config import (
     REMAT,
     ROLLOUT_DTYPES,
     SOLVERS,
+    WANDB,
     check_key,
     default,
     flatten,
+    kind_of,
     leaves,
     reward_of,
     standard,
 )
 from srpo_jax.errors import UserError
+from srpo_jax.evaluation import scoring, stopping
 from srpo_jax.rewards import REWARDS
 
 
@@ -63,6 +66,7 @@ def validate(config: ConfigDict, paths: bool = True) -> None:
         ("reward.target", ("caption", "relative")),
         ("optim.weights", DTYPES),
         ("optim.moments", MOMENTS),
+        ("wandb.mode", WANDB),
     ):
         require(key, flat[key] in choices, f"choose one of {', '.join(choices)}")
     if paths:
@@ -77,15 +81,16 @@ def validate(config: ConfigDict, paths: bool = True) -> None:
         "rollout.cache",
         *("align.schedule_steps", "optim.accumulation", "checkpoint.every", "checkpoint.keep", "checkpoint.resumable"),
         *("sample.count", "sample.steps", "refl.late_steps", "draft_lv.renoisings", "drtune.late_steps"),
+        *("evaluate.count", "evaluate.images", "evaluate.steps"),
         *("drtune.passes", "flowbp_sparse.passes", "flowbp_lagrange.order", "optim.patience"),
     ):
         require(key, flat[key] >= 1, "must be at least 1")
     for key in (
         *("data.filter.min_length", "data.filter.max_length", "optim.warmup_steps", "optim.weight_decay"),
-        *("lora.rank", "sample.every", "rollout.shift", "draft_k.last_steps"),
+        *("lora.rank", "sample.every", "evaluate.every", "evaluate.patience", "rollout.shift", "draft_k.last_steps"),
     ):
         require(key, flat[key] >= 0, "must not be negative")
-    for key in ("seed", "sample.seed"):
+    for key in ("seed", "sample.seed", "evaluate.seed"):
         require(key, 0 <= flat[key] <= values.SEED, f"must be from 0 to {values.SEED}")
     for key in (
         *("lora.alpha", "optim.learning_rate", "optim.eps", "optim.clip_norm"),
@@ -113,6 +118,7 @@ def validate(config: ConfigDict, paths: bool = True) -> None:
     _check_align(flat, require)
     _check_method(flat, require)
     _check_rewards(flat, require)
+    _check_evaluation(flat, require)
     for key in ("mesh.data", "mesh.fsdp", "mesh.tensor"):
         require(key, flat[key] >= 1 or flat[key] == -1, "must be at least 1, or -1 for the rest of the devices")
     if sum(flat[f"mesh.{axis}"] == -1 for axis in ("data", "fsdp", "tensor")) > 1:
@@ -148,7 +154,7 @@ def _check_kinds(config: ConfigDict) -> None:
         if like is None:
             good, wanted = value is None or isinstance(value, str), "text, or None"
         elif isinstance(like, tuple):
-            kind = type(like[0])
+            kind = kind_of(like)
             good = isinstance(value, tuple | list) and all(values.fits(item, kind) for item in value)
             wanted = f"a list of {values.MANY[kind]}"
         else:
@@ -162,7 +168,8 @@ def _needed_paths(flat: dict[str, Any]) -> list[str]:
     needed = ["model.path", "data.prompts" if flat["data.encode"] == "online" else "data.path"]
     names = [name for key in flat if (name := reward_of(key)) and key.endswith(".weight")]
     needed += [f"reward.models.{name}.path" for name in names if flat[f"reward.models.{name}.weight"] > 0]
-    return needed + (["sample.prompts"] if flat["sample.every"] and flat["sample.prompts"] else [])
+    used = [use for use in ("sample", "evaluate") if flat[f"{use}.every"] and flat[f"{use}.prompts"]]
+    return needed + [f"{use}.prompts" for use in used]
 
 
 def _check_paths(flat: dict[str, Any]) -> None:
@@ -247,6 +254,22 @@ def _check_method(flat: dict[str, Any], require: Any) -> None:
                 "must be three numbers greater than 0")  # fmt: skip
     least = {"leapalign": 2, "flowbp_bridge": 2, "flowbp_lagrange": 3}.get(name, 1)
     require("rollout.steps", steps >= least, f"must be at least {least} for method={name}")
+
+
+def _check_evaluation(flat: dict[str, Any], require: Any) -> None:
+    for text in flat["evaluate.scores"]:
+        try:
+            scoring.split(text)
+        except ValueError as error:
+            raise UserError(f"config.evaluate.scores: {text!r}: {error}") from None
+    if flat["checkpoint.best"]:
+        require("checkpoint.best", flat["evaluate.every"], "is by evaluations; set evaluate.every too")
+        try:
+            stopping.parse(flat["checkpoint.best"])
+        except ValueError as error:
+            raise UserError(f"config.checkpoint.best={flat['checkpoint.best']!r}: {error}") from None
+    require("evaluate.patience", flat["checkpoint.best"] or not flat["evaluate.patience"],
+            "waits for a better score; say which by checkpoint.best=NAME:max")  # fmt: skip
 
 
 def _check_rewards(flat: dict[str, Any], require: Any) -> None:

@@ -16,9 +16,11 @@ from typing import Any
 
 from etils import epath
 
-from srpo_jax import schema, storage
+from srpo_jax import checkpoint, schema, storage
+from srpo_jax.errors import UserError
 
 JSONL, FOLDER, PROMPTS, SCORES = "evaluations.jsonl", "evaluations", "prompts.json", "scores.json"
+BEST = "best"  # in the place of an update's number
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,6 +78,29 @@ def write(workdir: str | os.PathLike, entries: list[Entry]) -> None:
     """Writes all evaluations of a workdir, at once or not at all."""
     lines = [json.dumps(dataclasses.asdict(entry), allow_nan=False) + "\n" for entry in entries]
     storage.write(storage.path(workdir) / JSONL, "".join(lines).encode())
+
+
+def best(workdir: str | os.PathLike, step: int | str | None) -> int | None:
+    """The ``step`` of a flag, with the number of the update in the place of ``BEST``.
+
+    Raises UserError if a run has none, or its checkpoint is not there.
+    """
+    if step != BEST:
+        return step
+    there = checkpoint.steps(workdir)
+    # The checkpoint of an update comes after its evaluation: of a run that was killed between the two, the one before.
+    known = [entry for entry in read(workdir) if not there or entry.step <= there[-1]]
+    found = known[-1].best if known else None
+    if found is None:
+        raise UserError(
+            f"{workdir} names no best update; a run does whose config has checkpoint.best and evaluate.every"
+        )
+    if found == 0:
+        raise UserError(f"the best update of {workdir} is 0, the model before training; leave the checkpoint out")
+    if found not in there:
+        raise UserError(f"the best update of {workdir} is {found}, whose checkpoint is gone; there are "
+                        f"{', '.join(map(str, there)) or 'none'}")  # fmt: skip
+    return found
 
 
 def picture(workdir: str | os.PathLike, step: int, number: int) -> epath.Path:

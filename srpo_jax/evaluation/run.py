@@ -1,12 +1,10 @@
 """An evaluation from its models and prompts to scores: what is there already is neither drawn nor scored again."""
 
 import concurrent.futures
-import contextlib
 import dataclasses
 import pathlib
 import sys
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import jax
 import numpy as np
@@ -19,6 +17,7 @@ from srpo_jax.data import images
 from srpo_jax.errors import UserError
 from srpo_jax.evaluation import drawing
 from srpo_jax.evaluation.candidates import Candidate, Item
+from srpo_jax.evaluation.clock import Clock
 from srpo_jax.evaluation.drawing import Drawing
 from srpo_jax.evaluation.prompts import Prompt
 from srpo_jax.evaluation.records import Records
@@ -109,20 +108,6 @@ def evaluate(
         items,
         clock.seconds,
     )
-
-
-class Clock:
-    """Seconds by part of the work; goes on from those that it is given."""
-
-    def __init__(self, seconds: dict[str, float] | None = None):
-        self.seconds = {} if seconds is None else seconds
-
-    @contextlib.contextmanager
-    def part(self, name: str) -> Iterator[None]:
-        """Counts the time of a block as that of a part."""
-        started = time.perf_counter()
-        yield
-        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - started
 
 
 def _items(candidate: Candidate, prompts: Sequence[Prompt], count: int) -> list[Item]:

@@ -86,6 +86,19 @@ def diversity(features: np.ndarray) -> np.ndarray:
     return 1 - cosines / (count * (count - 1))
 
 
+def unlikeness(features: np.ndarray) -> np.ndarray:
+    """How unlike the other pictures of its prompt each picture is: the mean of ``1 - cos`` over them.
+
+    ``features``: of the N >= 2 seeds of one prompt, of unit norm, ``[N, E]``. Returns ``[N]``, whose mean is
+    ``diversity``. Raises ValueError for a single seed.
+    """
+    features = np.asarray(features, np.float64)
+    if len(features) < 2:
+        raise ValueError("diversity is of several seeds a prompt; got one")
+    cosines = features @ features.T
+    return 1 - (cosines.sum(1) - np.diag(cosines)) / (len(features) - 1)
+
+
 def vendi(features: np.ndarray) -> float:
     """How many different pictures a set is worth (Friedman, Dieng, arXiv 2210.02410): the exponential of the entropy of
     the eigenvalues of ``F F^T / n``, from 1 to n.
@@ -112,6 +125,18 @@ def drift(velocity: jax.Array, base: jax.Array) -> jax.Array:
     """
     velocity, base = (x.astype(jnp.float32) for x in (velocity, base))
     return jnp.mean((velocity - base) ** 2) / jnp.mean(base**2)
+
+
+# By the name that it is written under: the signals of pictures alone.
+OF_PICTURES = {
+    function.__name__: function
+    for function in (saturation, clipped, laplacian_variance, high_frequency_share, grey_entropy)
+}
+
+
+def of_picture(picture: np.ndarray) -> dict[str, float]:
+    """All ``OF_PICTURES`` of one picture ``[H, W, 3]``, in seven digits."""
+    return {name: float(f"{function(picture[None])[0]:.7g}") for name, function in OF_PICTURES.items()}
 
 
 def _unit_range(images: np.ndarray) -> np.ndarray:
