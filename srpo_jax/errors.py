@@ -16,8 +16,8 @@ from srpo_jax import host
 class UserError(Exception):
     """Something the user can mend. The message is one line: it names the file, key or flag, and the remedy.
 
-    It is ``plain``, whatever the names and libraries' words in it hold. ``code`` is the exit code of a command that ends
-    with it.
+    It is ``plain``, whatever the names and libraries' words in it hold. ``code`` is the exit code of a command that
+    ends with it.
     """
 
     code = 1

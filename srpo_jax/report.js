@@ -23,7 +23,7 @@ for (const browser of document.querySelectorAll(".browser")) {
 
   function move() {
     const name = cards[0].element.querySelectorAll(".stage-name")[slider.value].textContent;
-    moment.querySelector("output").textContent = name;
+    moment.querySelector("b").textContent = name;
     slider.setAttribute("aria-valuetext", name);
     browser.classList.toggle("beside", beside.checked);
     show();

@@ -24,7 +24,7 @@ from etils import epath
 
 from srpo_jax import config as config_lib
 from srpo_jax import metrics, record, report, resume, run_pictures, storage, terminal
-from srpo_jax.evaluation import history, summary
+from srpo_jax.evaluation import history, scoring, summary
 from srpo_jax.evaluation.history import Entry, Figure
 
 PAGE, WARNINGS = "report.html", "warnings.jsonl"
@@ -115,11 +115,10 @@ class Run:
         return max([0, *(entry.step for entry in self.evaluations), *(line["step"] for line in self.metrics)])
 
     def kind(self, score: str) -> str:
-        """Of a score by its name: of a reward of the run, or of ``evaluate.scores``, each [NAME=]KIND:PATH."""
-        for text in self.config.get("evaluate.scores") or ():
-            name, _, kind = text.partition(":")[0].rpartition("=")
-            if score == (name or kind):
-                return kind
+        """Of a score by its name, of ``evaluate.scores`` or of a reward of the run."""
+        for spec in map(scoring.split, self.config["evaluate.scores"]):
+            if score in spec.names:
+                return spec.kind
         return self.config.get(f"reward.models.{score}.kind", "")
 
     @property
@@ -199,7 +198,7 @@ def _cards(run: Run, ended: bool) -> Iterator[report.Verdict]:
     yield report.Verdict("Updates", f"{run.step} of {total}", f"{metrics.clock(each)} each" if times else "", None)
     if run.step < total and not ended and times:
         left, words = each * (total - run.step), "of updates, without sample grids and checkpoints"
-        every = run.config.get("evaluate.every")
+        every = run.config["evaluate.every"]
         if every and run.evaluations:
             due = total // every - run.step // every + bool(total % every)
             left += due * statistics.mean(sum(entry.seconds.values()) for entry in run.evaluations)
@@ -214,7 +213,7 @@ def _cards(run: Run, ended: bool) -> Iterator[report.Verdict]:
         yield report.Verdict(name, f"{start}{figure.mean:.4g}", f"{words}, 95 % {_ends(figure)}", None)
     if last.best is not None:
         value = f"update {last.best}" if last.best else "before training"
-        yield report.Verdict("Best", value, f"by {run.config.get('checkpoint.best')}", None)
+        yield report.Verdict("Best", value, f"by {run.config['checkpoint.best']}", None)
 
 
 def _warnings(run: Run) -> tuple[str, ...]:
@@ -241,8 +240,8 @@ def _cautions(run: Run) -> tuple[str, ...]:
     if not run.evaluations:
         return ()
     notes = [summary.OTHER_PAGES]
-    if "hps" in {run.kind(name) for name in run.evaluations[-1].scores}:
-        notes.append(summary.HPS)
+    kinds = {run.kind(name) for name in run.evaluations[-1].scores}
+    notes += [words for kind, words in summary.OF_KIND.items() if kind in kinds]
     if trained := [name for name in run.evaluations[-1].scores if name in run.rewards]:
         notes.append(summary.trained_with(", ".join(trained), "this run"))
     if len(run.evaluations) > 1:
@@ -262,10 +261,10 @@ def _scores(run: Run) -> Iterator[report.Chart]:
     """Of the held-out prompts, evaluation by evaluation."""
     for name in dict.fromkeys(name for entry in run.evaluations for name in entry.scores):
         found = [(entry.step, entry.scores[name]) for entry in run.evaluations if name in entry.scores]
-        what = "A reward of this run" if name in run.rewards else "Nothing was trained with it"
+        own = "The run is trained with it. " if name in run.rewards else ""
         yield report.Chart(
             f"{name} of held-out prompts",
-            f"{what}. Means of {found[-1][1].n} pictures from the same noise, with 95 % intervals over prompts.",
+            f"{own}Means of {found[-1][1].n} pictures from the same noise, with 95 % intervals over prompts.",
             {name: [(step, figure.mean) for step, figure in found]},
             intervals={name: [(_number(figure.low), _number(figure.high)) for _, figure in found]},
         )

@@ -52,7 +52,7 @@ def check(workdir: str | os.PathLike, config: ConfigDict, state: TrainState, don
     """
     workdir, settings = storage.absolute(storage.path(workdir)), config.checkpoint
     whole, weights = sizes(state)
-    # With checkpoint.best, every evaluation may be the best one so far, which is saved; by the clock, any update may be.
+    # With checkpoint.best, every evaluation may be the best one so far, which is saved; by the clock, any update is.
     periods = [settings.every, *([config.evaluate.every] if settings.best else []), *([1] if settings.minutes else [])]
     updates = range(done + 1, config.steps + 1)
     saves = sum(any(step % period == 0 for period in periods) or step == config.steps for step in updates)

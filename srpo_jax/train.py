@@ -197,10 +197,9 @@ def _train(
                 if outcome := evaluator.evaluate(step, state, frozen, lambda: asked_to_stop()[0]):
                     report.plot(step, outcome.values)
                     checkpoints.best, over = evaluator.best, outcome.is_over
-                    errands.do(run_page.PAGE, page.write)
             if samples and step % config.sample.every == 0 and samples.lacks(step):
                 samples.draw(step, state, frozen)
-                errands.do(run_page.PAGE, page.write)
+            errands.do(run_page.PAGE, page.write)
             position, examples = stream.get_state(), next(stream)
             batch = conditioner.batch(examples, step + 1)
             started = time.perf_counter()
@@ -252,7 +251,6 @@ def _train(
                         report.plot(step, outcome.values)
                         checkpoints.best, over = evaluator.best, outcome.is_over
                         due, last = due or outcome.is_best, last or over
-                        errands.do(run_page.PAGE, page.write)
                     elif not last:
                         stop, _ = asked_to_stop()
 
@@ -266,9 +264,11 @@ def _train(
                     terminal.say(f"{words}; the same command goes on from there")
                     return stop
 
-                # --- samples ---
-                if samples and (last or step % config.sample.every == 0):
+                # --- samples, and the page ---
+                drawn = samples and (last or step % config.sample.every == 0)
+                if drawn:
                     samples.draw(step, state, frozen)
+                if drawn or (evaluator and good):
                     errands.do(run_page.PAGE, page.write)
                 started = time.perf_counter()
         return None

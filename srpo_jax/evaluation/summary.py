@@ -35,6 +35,11 @@ HPS = (
     "38.9 % of its pictures excellent in realism, and 8.2 % of FLUX.1-dev's. No reward in that table predicts what "
     "people said. A fall is a warning, no rise is no failure: look at the pictures."
 )
+SGP = (
+    "SGP-HPS compares on this page alone: how the paper scales its .463 of FLUX.1-dev and .505 of SRPO, and how it "
+    "joins prefix and caption, is not published."
+)
+OF_KIND = {"hps": HPS, "sgp_hps": SGP}
 BEST_OF_MANY = (
     "Checkpoints of one run are alike, and the best of many looks better than it is: fix the rule by which one is "
     "chosen beforehand, or judge the chosen one on other prompts."
@@ -124,8 +129,7 @@ def cautions(found: Evaluation, comparisons: int) -> list[str]:
     notes, kinds = [], {score.kind for score in found.scores}
     if kinds:
         notes.append(OTHER_PAGES)
-    if "hps" in kinds:
-        notes.append(HPS)
+    notes += [words for kind, words in OF_KIND.items() if kind in kinds]
     for score in found.scores:
         if trained := [model.label for model in found.candidates if score.content in model.trained_with]:
             notes.append(trained_with(score.name, ", ".join(trained)))
