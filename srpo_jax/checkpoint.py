@@ -145,13 +145,6 @@ class Checkpoints:
         patient: bool = False,
     ):
         folder = storage.absolute(storage.path(workdir)) / CHECKPOINTS
-        try:
-            if not storage.in_bucket(folder):
-                folder.mkdir(parents=True, exist_ok=True)
-            if jax.process_index() == 0:
-                leftovers.sweep(folder, keep, complete)
-        except OSError as error:
-            raise StorageError(f"{folder} cannot be written: {error.strerror}") from error
         self._folder, self._keep = folder, keep
         self._workdir, self._deadline, self._resumable = workdir, deadline, resumable
         self._patient = patient and jax.process_count() == 1
@@ -159,18 +152,25 @@ class Checkpoints:
         self._saving = (0, 0)  # step and bytes
         self._sealer: Sealer | None = None
         self.best: int | None = None
-        self._manager: ocp.CheckpointManager | None = self._open()
+        try:
+            if not storage.in_bucket(folder):
+                folder.mkdir(parents=True, exist_ok=True)
+            self._manager: ocp.CheckpointManager | None = self._open()
+        except OSError as error:
+            raise StorageError(f"{folder} cannot be written: {error.strerror}") from error
 
     def _open(self) -> ocp.CheckpointManager:
         """Orbax's manager of what is there; half of a checkpoint is removed. Raises OSError if the workdir is gone, in
         whose place Orbax would make another."""
         if not storage.in_bucket(self._folder):
             self._folder.mkdir(exist_ok=True)
+        if jax.process_index() == 0:
+            leftovers.sweep(self._folder, self._keep, complete)
         return ocp.CheckpointManager(
             self._folder,
             options=ocp.CheckpointManagerOptions(
                 preservation_policy=_Kept(self._keep, lambda: self.best),
-                cleanup_tmp_directories=True,
+                cleanup_tmp_directories=False,  # see leftovers; Orbax does it in a thread, and nobody knows when
                 async_options=ocp.options.AsyncOptions(
                     timeout_secs=math.ceil(self._deadline), post_finalization_callback=self._tell
                 ),

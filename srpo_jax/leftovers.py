@@ -4,6 +4,7 @@ checkpoints/STEP, not complete     the rest of one that was being deleted as too
                                    in a bucket, and without checksums: of an interrupted save: removed
                                    damaged, as its checksums tell: renamed to STEP.unreadable
                                    half of a copy, or damaged: renamed to STEP.incomplete
+checkpoints/STEP.orbax-checkpoint-tmp*   of an interrupted save: removed
 checkpoints/STEP.incomplete[.N]    removed once there is a complete checkpoint of that step or a later one
 checkpoints/STEP.unreadable[.N]    never touched
 FILE.unreadable[.N]                a file of which some lines could not be read, as it was: never touched
@@ -21,6 +22,7 @@ from srpo_jax import integrity, storage, terminal
 INCOMPLETE, UNREADABLE = "incomplete", "unreadable"
 # Of a workdir, in which files are written by way of a partial one.
 PLACES = ("", "samples", "nonfinite", "evaluations", "evaluations/*")
+TEMPORARY = re.compile(r"\d+\.orbax-checkpoint-tmp")  # the name of a checkpoint that is being written
 PARTIAL = re.compile(
     r"\.((config|recipe|models|wandb|prompts|scores)\.json|(metrics|changes|warnings|evaluations)\.jsonl|report\.html"
     r"|\d+\.png|(base|\d+(\.\d+)?)\.npz)\.partial"
@@ -69,6 +71,9 @@ def sweep(folder: epath.Path, keep: int, complete: Callable[[epath.Path], bool])
     steps = [int(name) for name in names if name.isdecimal() and complete(folder / name)]
     for name in [name for name in names if name.isdecimal() and int(name) not in steps]:
         _sweep_bare(folder / name, sum(step > int(name) for step in steps) >= keep)
+    for name in [name for name in names if TEMPORARY.match(name)]:
+        (folder / name).rmtree()
+        terminal.warn(f"{folder / name}, what an interrupted save has left, is removed")
     for name in names:
         match = re.fullmatch(rf"(\d+)\.{INCOMPLETE}(\.\d+)?", name)
         if match and max(steps, default=-1) >= int(match[1]):
@@ -85,7 +90,6 @@ def _sweep_bare(path: epath.Path, too_old: bool) -> None:
     """A numbered folder that is no complete checkpoint, which Orbax would take for one."""
     sealed = integrity.sealed(path)
     if storage.in_bucket(path) and not sealed:
-        # Orbax would do it too, while the run goes on: nobody could say whether a listing still shows it.
         path.rmtree()
         terminal.warn(f"{path}, what an interrupted save has left, is removed")
     elif too_old:

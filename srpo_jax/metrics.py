@@ -76,7 +76,7 @@ class Metrics:
         lines = "".join(json.dumps(record) + "\n" for record in found if record["step"] <= done)
         # Files are named by the second: of two within one, the later would take the place of the other in a bucket.
         name = f"events.out.tfevents.{time.time():.0f}.{socket.gethostname()}.{done}"
-        self._folder = folder
+        self._folder, self._wandb = folder, board
         self._lines = Tail(folder / JSONL, lines.encode())
         self._board = Tail(folder / TENSORBOARD / name, tensorboard.head(done))
         self.flush()

@@ -18,6 +18,10 @@ SIDE = 16_384  # pixels of a picture, at most
 GUIDANCE = 1000.0
 
 
+def _shown(number: float) -> str:
+    return str(number) if isinstance(number, int) else f"{number:.12g}"
+
+
 class Range(NamedTuple):
     """The ends belong to it, one value in it, ``without``, does not.
 
@@ -36,12 +40,12 @@ class Range(NamedTuple):
         if self.words:
             return self.words
         if value > self.most:
-            return f"must be at most {self.most:.12g}"
-        return f"must be at least {self.least:.12g}" if self.least else "must not be negative"
+            return f"must be at most {_shown(self.most)}"
+        return f"must be at least {_shown(self.least)}" if self.least else "must not be negative"
 
 
 def _from(least: float, most: float) -> Range:
-    return Range(least, most, f"must be from {least:.12g} to {most:.12g}")
+    return Range(least, most, f"must be from {_shown(least)} to {_shown(most)}")
 
 
 def _positive(most: float = ANY) -> Range:
