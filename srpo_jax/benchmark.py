@@ -24,7 +24,7 @@ import sys
 
 from ml_collections import ConfigDict
 
-from srpo_jax import architectures, command, errors, families, program, sharding, validation
+from srpo_jax import architectures, command, errors, families, program, sharding, storage, validation
 from srpo_jax.architectures import Architecture
 from srpo_jax.costs import presets, timing, work
 from srpo_jax.errors import UserError
@@ -75,6 +75,8 @@ def parse(arguments: list[str] | None) -> tuple[ConfigDict, Architecture, argpar
 def main(arguments: list[str] | None = None) -> None:
     """Runs the command line. Raises UserError."""
     config, architecture, values = parse(arguments)
+    if values.json:
+        storage.check_writable(values.json, "--json", folder=False)
     report = timing.benchmark(config, architecture, values.runs, tuple(values.parts), trace=values.trace)
     if values.json:
         values.json.parent.mkdir(parents=True, exist_ok=True)

@@ -76,6 +76,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def _run(args: argparse.Namespace) -> None:
+    storage.check_writable(args.out, "--out")
     scores = [scoring.parse(text) for text in args.score]
     if len({score.name for score in scores}) < len(scores):
         raise UserError("two scores have one name; give them others: --score=NAME=KIND:PATH")

@@ -143,6 +143,7 @@ def generate(
     family.check_size(height, width, ("--height", "--width"))
     length = text_length or prompt_length(family, model)
     family.check_text_length("--text-length", length)
+    storage.check_writable(out, "--out")
     family.schedule(model, steps, height, width)  # what is wrong with its file is told before weights are read
     shape = (len(prompts), *family.token_shape(height, width))
     if latents is not None and latents.shape != shape:

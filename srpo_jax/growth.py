@@ -6,7 +6,7 @@ python -m srpo_jax.growth --reports='runs/growth/*.json' --out=growth.svg
 
 import sys
 
-from srpo_jax import command, errors
+from srpo_jax import command, errors, storage
 from srpo_jax.costs import curves
 from srpo_jax.errors import UserError
 
@@ -23,6 +23,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--base", metavar="TARGET,HEIGHTxWIDTH,SAMPLES", help=words)
     parser.add_argument("--out", type=command.local, required=True, help="SVG file")
     values = parser.parse_args(arguments)
+    storage.check_writable(values.out, "--out", folder=False)
     reports = curves.read(values.reports)
     base = curves.base(reports, values.base)
     where = curves.point(base)

@@ -19,7 +19,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from srpo_jax import command, errors, families, latents, sampling, text
+from srpo_jax import command, errors, families, latents, sampling, storage, text
 from srpo_jax.data import stored
 from srpo_jax.errors import UserError
 from srpo_jax.families.base import AUTOENCODER
@@ -169,6 +169,8 @@ def main(arguments: list[str] | None = None) -> None:
     args = parser.parse_args(arguments)
     if args.sheet and not args.show:
         raise UserError(f"--sheet={args.sheet} with --show=0: there is nothing to draw")
+    if args.sheet:
+        storage.check_writable(args.sheet, "--sheet", folder=False)
     for line in describe(args.data, args.model, args.show, args.seed):
         print(line, flush=True)
     if args.sheet:

@@ -20,7 +20,7 @@ import json
 import re
 import sys
 
-from srpo_jax import architectures, command, errors, families, validation
+from srpo_jax import architectures, command, errors, families, storage, validation
 from srpo_jax.costs import advice, plan, presets, topologies, verdict
 from srpo_jax.costs.plan import Candidate
 from srpo_jax.errors import UserError
@@ -66,6 +66,8 @@ def main(arguments: list[str] | None = None) -> None:
     """Runs the command line. Raises UserError."""
     topologies.prepare()
     candidates, values = parse(arguments)
+    if values.json:
+        storage.check_writable(values.json, "--json", folder=False)
     reports = []
     for candidate in candidates:
         report = plan.check(candidate)

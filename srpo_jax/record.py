@@ -44,8 +44,7 @@ def check(
     """
     workdir = storage.path(workdir)
     storage.check(workdir)
-    if workdir.exists() and not workdir.is_dir():
-        raise UserError(f"--workdir={workdir} is a file; name a folder")
+    storage.check_writable(workdir, "--workdir")
     there = read_config(workdir)
     if there is None:
         return

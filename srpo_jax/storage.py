@@ -8,6 +8,7 @@ import contextlib
 import glob
 import importlib.util
 import os
+import pathlib
 
 from etils import epath
 
@@ -65,6 +66,26 @@ def check(place: epath.Path) -> None:
         raise _refused(place, "read", error) from error
 
 
+def check_writable(place: str | os.PathLike, flag: str, folder: bool = True) -> None:
+    """Asks whether a local folder, or file, can be made or written to, and makes nothing; ``flag`` names it to the
+    user. What is in a bucket passes.
+
+    Raises UserError if something else is there or in the way, or the disk or its rights forbid it.
+    """
+    if os.fspath(place).startswith(BUCKET):
+        return
+    whole = pathlib.Path(os.path.abspath(place))
+    there = next(path for path in (whole, *whole.parents) if os.path.lexists(path))
+    if folder or there != whole:
+        good, words = there.is_dir(), "is no folder"
+    else:
+        good, words = not there.is_dir(), "is a folder"
+    if not good:
+        raise UserError(f"{flag}={place}: {there} {words}; choose another place")
+    if not os.access(there, os.W_OK | os.X_OK if there.is_dir() else os.W_OK):
+        raise UserError(f"{flag}={place}: {there} cannot be written to; change its rights, or choose another place")
+
+
 def write(place: epath.Path, content: bytes) -> None:
     """Writes a file, at once or not at all; a local folder is made for it. Raises StorageError."""
     if in_bucket(place):
@@ -73,6 +94,8 @@ def write(place: epath.Path, content: bytes) -> None:
         except Exception as error:
             raise _refused(place, "written", error) from error
         return
+    if place.exists() and not place.is_file():  # whose place the new file would take
+        raise UserError(f"{place} is no file; choose another place")
     partial = place.with_name(f".{place.name}.partial")
     try:
         place.parent.mkdir(parents=True, exist_ok=True)

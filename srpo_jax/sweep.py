@@ -10,7 +10,7 @@ each trial with the one it changes.
 
 import sys
 
-from srpo_jax import command, errors
+from srpo_jax import command, errors, storage
 from srpo_jax.costs import presets, trials
 from srpo_jax.errors import UserError
 
@@ -32,6 +32,7 @@ def main(arguments: list[str] | None = None) -> None:
     values = parser.parse_args(arguments)
     if unknown := set(values.only) - set(trials.GROUPS):
         raise UserError(f"--only: {unknown.pop()!r} is unknown; choose of {', '.join(trials.GROUPS)}")
+    storage.check_writable(values.out, "--out")
     trials.run(values.out, values.only, values.preset, values.device_batch, values.runs, values.minutes)
 
 

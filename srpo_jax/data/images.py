@@ -26,7 +26,7 @@ from srpo_jax.data.folders import Picture
 from srpo_jax.errors import UserError
 
 # What is decoded, by content. Others Pillow hands to programs of the machine, as EPS to Ghostscript.
-FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "BMP", "DIB", "TIFF", "GIF", "AVIF", "JPEG2000", "PPM")
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "DIB", "TIFF", "GIF", "AVIF", "JPEG2000", "PPM")
 MAX_PIXELS = 1 << 27  # of a picture unless told otherwise: a file of kilobytes can hold gigapixels
 MAX_BYTES = 8  # of a file for each of these pixels: 16-bit RGBA
 Image.MAX_IMAGE_PIXELS = None  # Pillow's own limit warns; the one above refuses
@@ -131,7 +131,7 @@ def upright(content: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
     Raises ValueError, with the reason, for a file that is damaged, not a picture of 8 bits, or of too many pixels.
     """
     try:
-        with Image.open(io.BytesIO(content), formats=FORMATS) as opened:
+        with Image.open(io.BytesIO(content), formats=_formats()) as opened:
             if opened.width * opened.height > max_pixels:
                 raise OSError(f"{opened.width}x{opened.height} are more than {max_pixels} pixels")
             image = ImageOps.exif_transpose(opened)
@@ -146,6 +146,13 @@ def upright(content: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
         white = Image.new("RGBA", image.size, "white")
         image = Image.alpha_composite(white, image)
     return image.convert("RGB")
+
+
+@functools.cache
+def _formats() -> tuple[str, ...]:
+    """Those of ``FORMATS`` that this Pillow knows."""
+    Image.init()
+    return tuple(name for name in FORMATS if name in Image.OPEN)
 
 
 def crop(image: Image.Image, height: int, width: int) -> Image.Image:
