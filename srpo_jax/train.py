@@ -69,6 +69,7 @@ def train(config: ConfigDict, workdir: str | os.PathLike, changes: tuple[str, ..
 def _train(config: ConfigDict, workdir: str | os.PathLike, changes: tuple[str, ...], held: lock.Lock) -> int | None:
     # === Checks that need no device ===================================================================================
     validation.validate(config)
+    storage.check(storage.path(workdir))
     validation.check_files(config)
     models = resume.fingerprints(config)
     record.check(workdir, config, models, changes)
