@@ -8,7 +8,8 @@ import difflib
 import functools
 import json
 import re
-from collections.abc import Iterator
+import types
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from ml_collections import ConfigDict, config_dict
@@ -289,15 +290,15 @@ def reward_of(key: str) -> str | None:
 
 
 @functools.cache
-def _defaults() -> dict[str, Any]:
-    """``leaves`` of ``default()``, made once: a validation asks for each key."""
-    return dict(leaves(default()))
+def _standards() -> Mapping[str, Any]:
+    """The default of every key, made once: each of a config's two hundred keys is looked up in it."""
+    return types.MappingProxyType(dict(leaves(default())))
 
 
 def standard(key: str) -> Any:
     """The default of a key; of a reward of any name, that of a reward. Raises UserError for an unknown key."""
     check_key(key)
-    plain = _defaults()
+    plain = _standards()
     if reward_of(key) is not None:
         return dict(leaves(reward("", weight=1.0)))[key.rpartition(".")[2]]
     if key not in plain:
@@ -313,7 +314,7 @@ def kind_of(like: tuple) -> type:
 
 def check_key(key: str) -> None:
     """Raises UserError, with a suggestion, if a config has no key (or group of keys) of this name, as ``optim.b1``."""
-    known = sorted(_defaults())
+    known = sorted(_standards())
     if reward_of(key) is not None or any(name == key or name.startswith(key + ".") for name in known):
         return
     if (today := renamed(key)) != key:

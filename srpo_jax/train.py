@@ -90,6 +90,7 @@ def _train(
 
     # === Checks that need no device ===================================================================================
     validation.validate(config)
+    storage.check(storage.path(workdir))
     validation.check_files(config)
     models = resume.fingerprints(config)
     record.check(workdir, config, models, changes)

@@ -102,7 +102,7 @@ def test_what_is_wrong_with_a_command_line(name, words, told, monkeypatch):
     assert told in str(error.value) and "\n" not in str(error.value)
 
 
-TOO_LARGE = str(2**50)  # whose last 32 bits are 0
+TOO_LARGE = str(2**64)  # whose last 64 bits are 0
 WHOLE, POSITIVE, FINITE = "must be a whole number", "must be greater than 0", "must be a finite number"
 
 
@@ -116,8 +116,8 @@ WHOLE, POSITIVE, FINITE = "must be a whole number", "must be greater than 0", "m
         ("generate", "--step=0", "must be at least 1"),
         ("generate", "--height=0", "must be at least 1"),
         ("generate", "--width=-16", "must be at least 1"),
-        ("generate", "--seed=-1", "must be from 0 to 4294967295"),
-        ("generate", f"--seed={TOO_LARGE}", "must be from 0 to 4294967295"),
+        ("generate", "--seed=-1", "must be from 0 to 18446744073709551615"),
+        ("generate", f"--seed={TOO_LARGE}", "must be from 0 to 18446744073709551615"),
         ("generate", "--guidance=nan", FINITE),
         ("generate", "--guidance=-inf", FINITE),
         ("generate", "--guidance=1e39", FINITE),
@@ -157,7 +157,7 @@ def test_numbers_are_checked(name, flag, told, monkeypatch):
 
 
 def test_seeds_as_far_as_they_differ():
-    assert command.seed("0") == 0 and command.seed(str(values.SEED)) == values.SEED == 2**32 - 1
+    assert command.seed("0") == 0 and command.seed(str(values.SEED)) == values.SEED == 2**64 - 1
 
 
 # --- paths ------------------------------------------------------------------------------------------------------------

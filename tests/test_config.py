@@ -89,7 +89,7 @@ def test_all_paths_that_are_not_given_are_named_at_once():
         ("mesh.data", -1, r"config\.mesh: only one of"),
         ("seed", 2**64, r"config\.seed=18446744073709551616: must be from 0 to 18446744073709551615"),
         ("seed", -1, r"config\.seed=-1: must be from 0 to"),
-        ("sample.seed", 2**64, r"config\.sample\.seed=18446744073709551616: must be from 0 to"),
+        ("sample.seed", 2**70, r"config\.sample\.seed=1180591620717411303424: must be from 0 to"),
         ("sample.guidance", NAN, r"config\.sample\.guidance=nan: must be a finite number"),
         ("rollout.guidance", INF, r"config\.rollout\.guidance=inf: must be a finite number"),
         ("reward.margin", NAN, r"config\.reward\.margin=nan"),

@@ -114,10 +114,23 @@ def test_files_are_named_by_number_and_prompt(model, tmp_path, capsys):
 def test_a_column_of_the_prompts(model, tmp_path):
     (tmp_path / "p.csv").write_text("en,de\nred apple,roter Apfel\n")
     words = [f"--model={model}", f"--prompts={tmp_path / 'p.csv'}", f"--out={tmp_path / 'out'}", *WORDS]
-    with pytest.raises(UserError, match="name the column of the prompts; there are 'en', 'de'"):
+    with pytest.raises(UserError, match="name the column of the prompts by --column=NAME .*; there are 'en', 'de'"):
         generate.main(words)
     generate.main([*words, "--column=de"])
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["0000-roter-Apfel.png"]
+
+
+def test_weights_that_are_no_numbers_make_no_black_pictures(model, tmp_path):
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    for part in model.iterdir():
+        (broken / part.name).symlink_to(part)
+    (broken / "vae").unlink()
+    config, _, params = folder.load(model / "vae", "autoencoder")
+    folder.save(broken / "vae", "autoencoder", config, jax.tree.map(lambda leaf: leaf * np.float32("nan"), params))
+    with pytest.raises(sampling.NotFinite, match="1 of 1 pictures are not finite numbers and would be black"):
+        generate.main([f"--model={broken}", "--prompt=a", f"--out={tmp_path / 'out'}", *WORDS])
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(

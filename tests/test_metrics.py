@@ -96,3 +96,19 @@ def test_only_finite_numbers_are_written(tmp_path):
     with pytest.raises(ValueError, match="not JSON compliant"):
         report.write(1, {"loss": float("nan")})
     report.close()
+
+
+LINES = [json.dumps({"step": step, "loss": 0.5}) for step in (1, 2, 3)]
+
+
+@pytest.mark.parametrize(
+    "damage", [b"", b"\0\0\0", b"null", b"\xff\xfe", b'{"step": "2"}', b'{"loss": 1}', b'{"st', b"[1]"]
+)
+def test_what_is_broken_takes_no_other_line_with_it(tmp_path, damage, capsys):
+    content = b"\n".join([LINES[0].encode(), damage, *(line.encode() for line in LINES[1:]), b'{"step": 4, "lo'])
+    (tmp_path / "metrics.jsonl").write_bytes(content)
+    metrics.Metrics(tmp_path, 2, 5).close()
+    assert [record["step"] for record in metrics.read(tmp_path)] == [1, 2]
+    copies = [path.read_bytes() for path in tmp_path.glob("metrics.jsonl.unreadable*")]
+    assert copies == ([content] if damage else [])
+    assert ("1 lines cannot be read, as line 2; they are left out" in capsys.readouterr().err) == bool(damage)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from helpers import tiny
 
-from srpo_jax import checkpoint, config, convert, resume, train
+from srpo_jax import checkpoint, config, convert, record, resume, train
 from srpo_jax.errors import UserError
 
 EARLIER = pathlib.Path(__file__).parent / "earlier" / "workdir.zip"
@@ -27,7 +27,7 @@ def differences(here, there, models=None, models_there=None):
     [
         {"optim.accumulation": 4, "mesh.fsdp": 16},
         {"model.attention": "splash"},
-        {"data.prompts": "./prompts.txt", "data.column": "prompt"},
+        {"data.prompts": "./prompts.txt", "data.column": "prompt", "data.filter.unique": True},
         {"steps": 99, "checkpoint.every": 7, "rollout.unroll": True},
         {"reward.models.pickscore.path": "elsewhere"},  # it has no weight
     ],
@@ -77,6 +77,8 @@ def test_models_are_known_by_their_content_and_not_by_their_place(models, tmp_pa
     assert set(known) == {"model.path", "reward.models.clip.path"} and len(set(known.values())) == 2
     shutil.copytree(models / "pipeline", tmp_path / "moved")
     here.model.path = str(tmp_path / "moved")
+    for name in (".DS_Store", ".gitattributes"):
+        (tmp_path / "moved" / "tokenizer" / name).write_text("left by a desktop, or a download")
     assert differences(here, there, resume.fingerprints(here), known) == []
     tiny.save_random(tmp_path / "moved" / "vae", "autoencoder", tiny.VAE, 77)
     (message,) = differences(here, there, resume.fingerprints(here), known)
@@ -98,6 +100,17 @@ def test_another_reward_under_the_same_path_is_noticed(models, tmp_path):
     recipe.steps = 2
     with pytest.raises(UserError, match="reward.models.clip.path=.* holds another model than"):
         train.train(recipe, tmp_path / "run")
+
+
+def test_changes_on_purpose_are_added_to_whatever_is_there(tmp_path):
+    before, after = config.default(), config.default()
+    after.optim.b1 = 0.5
+    record.write(tmp_path, before, {})
+    (tmp_path / "changes.jsonl").write_bytes(b"\xff\n\nnull")
+    record.write(tmp_path, after, {}, ("optim",), 7)
+    *kept, line = (tmp_path / "changes.jsonl").read_bytes().splitlines()
+    assert kept == [b"\xff", b"", b"null"]
+    assert json.loads(line).items() >= {"after_update": 7, "key": "optim.b1", "from": 0.9, "to": 0.5}.items()
 
 
 # --- a workdir of an earlier version ----------------------------------------------------------------------------------

@@ -74,18 +74,14 @@ def test_an_image_set_of_tensorflow_datasets(tmp_path):
 @pytest.mark.parametrize(
     ("files", "column", "message"),
     [
-        ({}, None, r"holds no picture \(.png, .jpg"),
+        ({}, None, r"holds no picture \(.png, .apng, .jpg"),
         ({"a.png": b""}, None, "holds no picture with a caption: .*a.png has no caption"),
         ({"a.png": b"", "a.txt": b" \n"}, None, "a.png has no caption"),
         ({"a.png": b"", "a.txt": b"x\n\xff"}, None, r"a.txt is not UTF-8 \(line 2\)"),
         ({"a.png": b"", "a.txt": b"x"}, "text", "has no metadata.jsonl: .* leave out 'text'"),
         ({"metadata.jsonl": b'{"text": "x"}'}, None, "metadata.jsonl, line 1: expected an object with 'file_name'"),
         ({"metadata.jsonl": b'["a.png"]'}, None, "metadata.jsonl, line 1: expected an object with 'file_name'"),
-        (
-            {"metadata.jsonl": b'{"file_name": "a.png"}'},
-            None,
-            "jsonl: name the column of the prompts .* are none",
-        ),
+        ({"metadata.jsonl": b'{"file_name": "a.png"}'}, None, "name the column of the prompts .* there are none"),
         ({"metadata.jsonl": b'{"file_name": "a.png", "text": 3}'}, None, "line 1: the caption is not text"),
         ({"metadata.jsonl": b"{"}, None, "metadata.jsonl, line 1, is not JSON"),
     ],

@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import socket
 import sys
 
 import numpy as np
@@ -86,6 +87,30 @@ def test_nothing_is_left_of_a_folder_that_was_not_finished(tmp_path, failure):
     with pytest.raises(UserError, match="exists already"), new_folder(tmp_path / "sub" / "out"):
         pass
     assert (tmp_path / "sub" / "out" / "file").read_text() == "whole"
+
+
+@pytest.mark.parametrize("way", ["itself", "a link", "a fresh disk"])
+def test_an_empty_folder_is_filled_from_within(tmp_path, way, capsys):
+    """As a mount point has to be, which cannot be replaced, and whose disk is another one than its parent's."""
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "disk")
+    if way == "a fresh disk":
+        (tmp_path / "disk" / "lost+found").mkdir()
+    (tmp_path / "disk" / f".disk.{socket.gethostname()}-999999999.abc.partial").mkdir()  # a killed process's
+    before = os.stat(tmp_path / "disk").st_ino
+    target = tmp_path / ("link" if way == "a link" else "disk")
+    with pytest.raises(RuntimeError), new_folder(target) as out:
+        assert out.parent == tmp_path / "disk"
+        (out / "vae").mkdir()
+        raise RuntimeError
+    with new_folder(target) as out:
+        (out / "vae").mkdir()
+        (out / "vae" / "file").write_text("whole")
+    assert sorted(os.listdir(tmp_path / "disk")) == [*(["lost+found"] if way == "a fresh disk" else []), "vae"]
+    assert os.stat(tmp_path / "disk").st_ino == before and (target / "vae" / "file").read_text() == "whole"
+    assert "which a process that was killed has left" in capsys.readouterr().err
+    with pytest.raises(UserError, match="exists already; choose another target$"), new_folder(target):
+        pass
 
 
 def tiny_file(path):
