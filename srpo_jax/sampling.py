@@ -15,7 +15,7 @@ from flax import nnx
 from jax.sharding import Mesh
 from PIL import Image
 
-from srpo_jax import sharding, storage
+from srpo_jax import distributed, sharding, storage
 from srpo_jax.algorithm import flow
 from srpo_jax.algorithm.networks import to_unit_range
 from srpo_jax.algorithm.rollout import of_step
@@ -123,6 +123,7 @@ class Painter:
     def paint(self, transformer: Params, autoencoder: Params, chunks: Iterable[Chunk]) -> Iterable[np.ndarray]:
         """Yields the pictures of each chunk, uint8 [count, height, width, 3]."""
         for chunk in chunks:
+            distributed.meet("the first pictures")
             images = self._sample(transformer, autoencoder, chunk.condition, chunk.noise)
             yield jax.device_get(images)[: chunk.count]
 

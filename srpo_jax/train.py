@@ -143,6 +143,7 @@ def _train(config: ConfigDict, workdir: str | os.PathLike, changes: tuple[str, .
         # === Compile ==================================================================================================
         with terminal.doing("compiling the update"):
             update = built.lower().compile()
+        distributed.meet("the first update")
 
         # === Loop =====================================================================================================
         outlook = functools.partial(_outlook, checkpoints, built.state, report)
