@@ -9,7 +9,7 @@ PIP := $(VENV)/bin/pip --disable-pip-version-check --quiet
 # Others than glibc ignore the variable.
 MALLOC := GLIBC_TUNABLES=glibc.malloc.hugetlb=1:glibc.malloc.trim_threshold=100000000000:glibc.malloc.mmap_max=0:glibc.malloc.top_pad=268435456
 
-.PHONY: demo test lint compare clean
+.PHONY: demo test lint compare soak kills clean
 
 demo: $(VENV)/.installed
 	$(MALLOC) $(VENV)/bin/python -m srpo_jax.emoji.demo --out $(OUT)
@@ -20,6 +20,14 @@ test: $(VENV)/.installed-test
 # An update beside PyTorch's.
 compare: $(VENV)/.installed-test
 	$(MALLOC) $(VENV)/bin/python tests/compare/side_by_side.py
+
+# What takes too long for the test suite: 2,000 updates of a micro model, whose memory and time stay flat; and a job of
+# two processes that is killed ten times in a row and ends as if nothing had been.
+soak: $(VENV)/.installed-test
+	$(VENV)/bin/python tests/endurance/soak.py
+
+kills: $(VENV)/.installed-test
+	$(VENV)/bin/python tests/endurance/kills.py
 
 lint: $(VENV)/.installed-lint
 	$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check .

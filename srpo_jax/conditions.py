@@ -54,6 +54,7 @@ class PromptEncoder:
         """
         ids = self._encoders.tokens(prompts, self._length)
         placed = (sharding.place(self._mesh, batch_size, array) for array in ids)
+        distributed.meet("encoding texts")
         return distributed.in_turn(self._apply(self._encoders.params, *placed))
 
 

@@ -5,8 +5,10 @@ import glob
 import importlib.util
 import os
 import re
+import socket
 import sys
 import threading
+import time
 import traceback
 from collections.abc import Iterator
 from typing import Any
@@ -100,10 +102,32 @@ def start(coordinator: str | None = None, process_id: int | None = None, process
 
 def _initialize(*place: str | int) -> None:
     with _arrival():
-        jax.distributed.initialize(*place, heartbeat_timeout_seconds=2 * HEARTBEAT, initialization_timeout=2 * ARRIVAL)
+        if place and place[2] == 0:
+            _wait_for_port(place[0])
+        jax.distributed.initialize(
+            *place,
+            heartbeat_timeout_seconds=2 * HEARTBEAT,
+            initialization_timeout=2 * ARRIVAL,
+            shutdown_timeout_seconds=PATIENCE,  # one may still write what the others do not
+        )
     if between_cpus():
         # A program for CPUs that comes out of a cache runs collectives at once that do not depend on each other.
         jax.config.update("jax_enable_compilation_cache", False)
+
+
+def _wait_for_port(coordinator: str) -> None:
+    """Waits until the port of process 0 is free: at once after a job was killed, another process of it may still be
+    there. A second coordinator could listen on it too, and processes would meet the one or the other."""
+    _, _, port = coordinator.rpartition(":")
+    until = time.monotonic() + HEARTBEAT  # by then, what is left of a job has ended
+    while port.isdecimal():
+        with socket.socket() as probe:
+            if probe.connect_ex(("127.0.0.1", int(port))):
+                return
+        if time.monotonic() > until:
+            words = "another process of this machine listens on this port; end it, or take another one"
+            raise UserError(f"--coordinator={coordinator}: {words}")
+        time.sleep(0.5)
 
 
 @contextlib.contextmanager
@@ -161,6 +185,22 @@ def between_cpus() -> bool:
     return jax.process_count() > 1 and jax.default_backend() == "cpu"
 
 
+_met: set[str] = set()  # where all processes of this job have met
+
+
+def meet(where: str) -> None:
+    """Waits until all processes are there, the first time that it is asked for; every process has to ask.
+
+    Devices that exchange data for the first time are connected then: Gloo gives up after 30 s, but processes that read
+    files or compile come minutes apart on a busy machine, and the first one of a job may have to wait for its workdir.
+    """
+    if where in _met or jax.process_count() == 1:
+        return
+    with pulse.bounded(PATIENCE, f"waiting for all processes before {where}"):
+        internals.global_state.client.wait_at_barrier(f"srpo_jax/meet/{where}", timeout_in_ms=2000 * PATIENCE)
+    _met.add(where)
+
+
 def in_turn(made: Any) -> Any:
     """What a program with collectives made, a tree; between CPUs it is waited for.
 
@@ -176,6 +216,7 @@ def largest(value: int) -> int:
     """The largest value that any process of the job has; every process has to ask at the same point."""
     if jax.process_count() == 1:
         return value
+    meet("agreeing")
     # A few bytes a step, which the library moves in ways that a transfer guard would not let pass.
     with jax.transfer_guard("allow"), pulse.bounded(PATIENCE, "agreeing with the other processes"):
         return int(np.max(multihost_utils.process_allgather(np.int32(value))))
@@ -185,5 +226,6 @@ def of_first(array: np.ndarray) -> np.ndarray:
     """Process 0's array, of a shape and dtype that all processes know; every process has to ask at the same point."""
     if jax.process_count() == 1:
         return array
+    meet("agreeing")
     with pulse.bounded(PATIENCE, "hearing from the first process"):
         return np.asarray(multihost_utils.broadcast_one_to_all(array))

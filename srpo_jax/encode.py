@@ -145,6 +145,7 @@ class MissingShards:
         self._groups = sharding.row_groups(mesh, batch_size)
         here = jax.process_index()
         mine = stored.digest([manifest.digest, *sorted(manifest.encoders.values())])
+        distributed.meet("comparing")
         if np.unique(multihost_utils.process_allgather(np.uint32(int(mine[:8], 16)))).size > 1:
             raise UserError(f"the processes of this job differ in what they encode or by what; {out} is left alone")
         self._group = next(index for index, (processes, _) in enumerate(self._groups) if here in processes)

@@ -10,7 +10,7 @@ value from there on. --replay=STEP shows what was not finite in an update that w
 Ctrl-C or SIGTERM the update is finished and saved.
 
 Exit codes: 0 the run is complete; 128 + signal (143 for SIGTERM) it was stopped and saved; 134 another process of the
-job was lost: start all of them again; 1 a mistake, or a crash.
+job was lost: start all of them again; 74 storage did not take a checkpoint; 1 a mistake, or a crash.
 """
 
 import sys

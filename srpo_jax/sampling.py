@@ -15,7 +15,7 @@ from flax import nnx
 from jax.sharding import Mesh
 from PIL import Image
 
-from srpo_jax import seeds, sharding, storage
+from srpo_jax import distributed, seeds, sharding, storage
 from srpo_jax.algorithm import flow
 from srpo_jax.algorithm.networks import to_unit_range
 from srpo_jax.algorithm.rollout import of_step
@@ -131,6 +131,7 @@ class Painter:
         Raises NotFinite if one of them is no picture.
         """
         for chunk in chunks:
+            distributed.meet("the first pictures")
             images, finite = jax.device_get(self._sample(transformer, autoencoder, chunk.condition, chunk.noise))
             if not finite[: chunk.count].all():
                 raise NotFinite(

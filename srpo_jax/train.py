@@ -175,6 +175,7 @@ def _train(
         # === Compile ==================================================================================================
         with terminal.doing("compiling the update"):
             update = built.lower().compile()
+        distributed.meet("the first update")
 
         # === Loop =====================================================================================================
         outlook = functools.partial(_outlook, checkpoints, built.state, report)

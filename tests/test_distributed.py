@@ -3,6 +3,9 @@
 import json
 import re
 import signal
+import socket
+import threading
+import types
 
 import jax
 import numpy as np
@@ -128,3 +131,29 @@ def test_tasks_of_slurm_meet(monkeypatch):
     assert calls == [()]
     distributed.start("host:1", 0, 2)
     assert calls == [(), ("host:1", 2, 0)]
+
+
+def test_processes_meet_before_they_exchange_anything_for_the_first_time(monkeypatch):
+    """Gloo waits 30 s for those that it connects: a restart on a busy machine failed for it."""
+    told = []
+    client = types.SimpleNamespace(wait_at_barrier=lambda name, timeout_in_ms: told.append(name))
+    monkeypatch.setattr(distributed.internals.global_state, "client", client)
+    monkeypatch.setattr(distributed, "_met", set())
+    monkeypatch.setattr("jax.process_count", lambda: 2)
+    gather = lambda value: told.append("gather") or np.array([value, 9])  # noqa: E731
+    monkeypatch.setattr(distributed.multihost_utils, "process_allgather", gather)
+    assert distributed.largest(4) == distributed.largest(5) == 9
+    assert told == ["srpo_jax/meet/agreeing", "gather", "gather"]
+
+
+def test_a_port_that_is_still_taken_is_waited_for_and_then_refused(monkeypatch):
+    """Another coordinator could listen on it beside the one that is left of a killed job."""
+    monkeypatch.setattr(distributed, "HEARTBEAT", 1)
+    monkeypatch.setattr("jax.distributed.initialize", lambda *place, **_: None)
+    with socket.create_server(("127.0.0.1", 0), reuse_port=True) as left:
+        place = f"127.0.0.1:{left.getsockname()[1]}"
+        with pytest.raises(UserError, match=rf"--coordinator={place}: another process of this machine listens"):
+            distributed.start(place, 0, 2)
+        threading.Timer(0.3, left.close).start()
+        distributed.start(place, 0, 2)
+        assert left.fileno() == -1

@@ -14,9 +14,12 @@ def test_exit_codes(capsys):
     def fail():
         raise UserError("name the remedy")
 
+    def fill():
+        raise errors.StorageError("the disk is full")
+
     assert errors.run(lambda: None) == 0
-    assert errors.run(fail) == 1
-    assert capsys.readouterr().err == "error: name the remedy\n"
+    assert (errors.run(fail), errors.run(fill)) == (1, 74)
+    assert capsys.readouterr().err == "error: name the remedy\nerror: the disk is full\n"
 
 
 @pytest.mark.parametrize("unbuffered", ["", "1"])

@@ -68,7 +68,7 @@ def test_training_goes_on_where_it_is_to(recipe, tmp_path, monkeypatch, capsys):
 
 def test_training_stops_and_goes_on_when_there_is_room(recipe, tmp_path, monkeypatch, capsys):
     workdir, full = tmp_path / "run", contextlib.ExitStack()
-    config = recipe(steps=3, checkpoint__every=1, checkpoint__keep=3)
+    config = recipe(steps=3, checkpoint__every=100, checkpoint__minutes=1e-9, checkpoint__keep=3)  # after each update
     after(monkeypatch, {2: lambda: full.enter_context(no_room())})
     with full:
         code = errors.run(lambda: train.train(config, workdir))

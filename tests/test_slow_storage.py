@@ -42,16 +42,17 @@ def test_a_slow_save_is_not_called_a_lost_process(tmp_path, monkeypatch):
 
 def test_a_barrier_that_ran_out_of_time_is_slow_storage_too(tmp_path, monkeypatch):
     checkpoints = checkpoint.Checkpoints(tmp_path, keep=1)
+    manager = checkpoints._manager
     for error in (
         jax.errors.JaxRuntimeError("DEADLINE_EXCEEDED: Barrier timed out. Id: async_write_complete"),
         TimeoutError("Timed out while waiting for async_commit_complete barrier."),
     ):
-        monkeypatch.setattr(
-            checkpoints._manager, "wait_until_finished", lambda error=error: (_ for _ in ()).throw(error)
-        )
+        checkpoints._manager = manager
+        monkeypatch.setattr(manager, "wait_until_finished", lambda error=error: (_ for _ in ()).throw(error))
         with pytest.raises(UserError, match="the storage is too slow"):
             checkpoints.latest()
     lost = jax.errors.JaxRuntimeError("UNAVAILABLE: Task 1 heartbeat timeout.")
-    monkeypatch.setattr(checkpoints._manager, "wait_until_finished", lambda: (_ for _ in ()).throw(lost))
+    checkpoints._manager = manager
+    monkeypatch.setattr(manager, "wait_until_finished", lambda: (_ for _ in ()).throw(lost))
     with pytest.raises(jax.errors.JaxRuntimeError):
         checkpoints.latest()

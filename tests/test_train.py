@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import shutil
 import signal
 
@@ -191,7 +192,8 @@ def test_a_terminated_run_saves_and_goes_on(whole, recipe, models, tmp_path):
     changes = dict(steps=4, optim__ema_decay=0.5, sample__every=2, compilation_cache=recipe().compilation_cache)
     child = jobs.stop_after_three(models, workdir, changes)
     assert child.returncode == 128 + signal.SIGTERM, child.stderr
-    assert "stopped after update 3" in child.stderr
+    assert "SIGTERM: this update is finished (" in child.stderr
+    assert re.search(r"^stopped after update 3, \d+\.\d s after the signal; ", child.stderr, re.M)
     assert checkpoint.steps(workdir) == [2, 3]
     train.train(recipe(**changes), workdir)
     assert_same(arrays(whole, 4), arrays(workdir, 4))

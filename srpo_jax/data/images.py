@@ -10,6 +10,7 @@ Colours are brought from a picture's own profile into sRGB, in which networks we
 """
 
 import concurrent.futures
+import functools
 import hashlib
 import io
 import os

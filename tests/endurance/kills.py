@@ -20,18 +20,12 @@ import tempfile
 import time
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))  # the helpers
-from helpers import children, tiny
+import recipes
+from helpers import children
 from helpers.runs import arrays, assert_same, numbers
 
 from srpo_jax import pulse
 
-RECIPE = """import pathlib
-from helpers import tiny
-
-
-def get_config():
-    return tiny.config(pathlib.Path({models!r}), **{changes!r})
-"""
 BUSY = "while True: pass"
 LEAST, MOST = 1, 5  # updates between a start and what happens to it
 LIMIT = 240  # seconds in which a process has to end after the other one was struck, or to come to its updates
@@ -106,10 +100,8 @@ def main():
     random.seed(args.seed)
     with tempfile.TemporaryDirectory() as folder:
         out = (args.out or pathlib.Path(folder)).absolute()
-        models = tiny.write_all(out / "models")
-        changes = dict(steps=MOST * args.kills + 2, data__batch_size=2, checkpoint__every=2)
-        recipe = out / "recipe.py"
-        recipe.write_text(RECIPE.format(models=str(models), changes=changes))
+        steps = MOST * args.kills + 2
+        recipe = recipes.write(out, steps=steps, data__batch_size=2, checkpoint__every=2)
         logs = [out / "0.log", out / "1.log"]
         calm, struck, port, failures = out / "calm", out / "struck", children.free_port(), 0
         assert [child.wait() for child in start(recipe, calm, port, logs)] == [0, 0], [last(log) for log in logs]
@@ -128,7 +120,6 @@ def main():
             print(f"the last start failed: {codes}", *map(last, logs), sep="\n")
             sys.exit(1)
         assert numbers(struck) == numbers(calm)
-        steps = changes["steps"]
         assert_same(arrays(struck, steps), arrays(calm, steps))
         print(f"{args.kills} times struck, {failures} failures; the end is that of a calm run, bit for bit")
         sys.exit(bool(failures))
