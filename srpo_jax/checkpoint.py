@@ -280,7 +280,8 @@ class Checkpoints:
             self._check_room(size_of(arrays))
             if not self._manager.save(step, args=ocp.args.Composite(**args, run=run), force=True):
                 raise RuntimeError("Orbax has left it out")
-        self._sealer = Sealer(self._folder / str(step))
+        parts = tuple(name for name, tree in arrays.items() if jax.tree.leaves(tree))
+        self._sealer = Sealer(self._folder / str(step), parts)
 
     def _check_room(self, size: int) -> None:
         """Raises OSError, in all processes of a job, if the disk has no room for so many bytes."""
@@ -409,11 +410,11 @@ class _Kept(preservation.PreservationPolicy):
 
 
 class Sealer:
-    """Waits in a thread until a checkpoint is complete, sees then whether it opens (in process 0), and writes this
-    process's share of its checksums."""
+    """Waits in a thread until a checkpoint is complete, sees then whether those parts of it that hold arrays open (in
+    process 0), and writes this process's share of its checksums."""
 
-    def __init__(self, path: epath.Path):
-        self._path, self._told, self._trouble = path, threading.Event(), ""
+    def __init__(self, path: epath.Path, parts: Sequence[str]):
+        self._path, self._parts, self._told, self._trouble = path, parts, threading.Event(), ""
         self._every = 2.0 if storage.in_bucket(path) else 0.2  # seconds between two looks
         self._thread = threading.Thread(target=self._run, name="sealer", daemon=True)
         self._thread.start()
@@ -433,7 +434,7 @@ class Sealer:
         try:
             if done or complete(self._path):
                 if jax.process_index() == 0:
-                    self._trouble = opening.trouble(self._path, ARRAYS)
+                    self._trouble = opening.trouble(self._path, self._parts)
                 integrity.seal(self._path)
         except Exception as error:  # a checkpoint without them is one still
             terminal.warn(f"checksums of {self._path} cannot be written ({error})")
