@@ -35,8 +35,21 @@ class _Contents:
     """What ``SETTINGS`` holds."""
 
     settings: dict[str, Any]
-    models: dict[str, dict[str, str]]
-    scores: dict[str, dict[str, str]]
+    models: dict[str, Any]
+    scores: dict[str, Any]
+
+    def __post_init__(self):
+        for group in (self.models, self.scores):
+            for name, entry in group.items():
+                schema.read(_Named, entry, name)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Named:
+    """A model or a scorer there."""
+
+    source: str
+    content: str
 
 
 class Records:
