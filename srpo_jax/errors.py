@@ -1,5 +1,6 @@
 """One kind of error for everything a user can put right: bad files, keys, flags and prompts."""
 
+import contextlib
 import os
 import select
 import sys
@@ -23,6 +24,12 @@ class StorageError(UserError):
     code = 74  # EX_IOERR of sysexits.h
 
 
+def tell(text: str) -> None:
+    """Prints a line on stderr. That this is a log on a full disk, or closed, stops nobody from ending."""
+    with contextlib.suppress(OSError, ValueError):
+        print(text, file=sys.stderr, flush=True)
+
+
 def run(main: Callable[[], None]) -> int:
     """Calls ``main`` and returns a process exit code: 0, or a ``UserError``'s after printing it as one line on stderr.
 
@@ -34,7 +41,7 @@ def run(main: Callable[[], None]) -> int:
         main()
         sys.stdout.flush()
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        tell(f"error: {error}")
         return error.code
     except BrokenPipeError:
         if not _nobody_reads():

@@ -219,6 +219,7 @@ def _train(config: ConfigDict, workdir: str | os.PathLike, changes: tuple[str, .
             if not distributed.is_loss(sys.exception()):
                 checkpoints.close()
             report.close()
+            errands.wait()  # of processes that report nothing, too
 
 
 def _position(config: ConfigDict, source: loading.ExampleSource, data: Any, skipped: nonfinite.Row) -> dict[str, Any]:
