@@ -272,11 +272,11 @@ class Checkpoints:
         # Orbax copies to the host, and tells the processes apart, in ways that a transfer guard would not let pass on
         # accelerators.
         with jax.transfer_guard("allow"), self._told():
+            self._began, self._saving = time.monotonic(), (step, size_of(arrays))
             self._manager = self._manager or self._open()
             if step in self._manager.all_steps():
                 return
             self._leave_weights()
-            self._began, self._saving = time.monotonic(), (step, size_of(arrays))
             self._check_room(size_of(arrays))
             if not self._manager.save(step, args=ocp.args.Composite(**args, run=run), force=True):
                 raise RuntimeError("Orbax has left it out")

@@ -18,7 +18,7 @@ import numpy as np
 from jax._src import distributed as internals  # the service's client has no public name
 from jax.experimental import multihost_utils
 
-from srpo_jax import pulse
+from srpo_jax import errors, pulse
 from srpo_jax.errors import UserError, told
 
 # What SLURM's srun gives to each of its tasks; a shell inside an allocation has some of them.
@@ -56,15 +56,15 @@ def job(coordinator: str | None = None, process_id: int | None = None, process_c
         code = 1
         if isinstance(error, UserError):
             code = error.code
-            print(f"error: {error}", file=sys.stderr)
+            errors.tell(f"error: {error}")
         elif is_loss(error):
             return pulse.end(str(error).splitlines()[0])
         elif words := told(error):
-            print(f"error: {words}", file=sys.stderr)
+            errors.tell(f"error: {words}")
         else:
-            traceback.print_exc()
-        sys.stdout.flush()
-        sys.stderr.flush()
+            errors.tell(traceback.format_exc())
+        with contextlib.suppress(OSError, ValueError):
+            sys.stdout.flush()
         os._exit(code)
 
 
@@ -139,14 +139,11 @@ def _arrival() -> Iterator[None]:
     )
 
     def give_up() -> None:
-        print(f"error: not all processes of this job have come within {ARRIVAL} s; {remedy}", file=sys.stderr)
-        sys.stderr.flush()
+        errors.tell(f"error: not all processes of this job have come within {ARRIVAL} s; {remedy}")
         os._exit(pulse.LOST)
 
     timers = [
-        threading.Timer(
-            SAY_SO, print, (f"waiting for the other processes of this job: {remedy}",), {"file": sys.stderr}
-        ),
+        threading.Timer(SAY_SO, errors.tell, (f"waiting for the other processes of this job: {remedy}",)),
         threading.Timer(ARRIVAL, give_up),
     ]
     for timer in timers:

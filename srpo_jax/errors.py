@@ -3,6 +3,7 @@
 What the operating system and the libraries say of a disk, a right or a name is put into one line here, too.
 """
 
+import contextlib
 import errno
 import os
 import re
@@ -86,6 +87,12 @@ def told(error: BaseException) -> str | None:
     return None
 
 
+def tell(text: str) -> None:
+    """Prints a line on stderr. That this is a log on a full disk, or closed, stops nobody from ending."""
+    with contextlib.suppress(OSError, ValueError):
+        print(text, file=sys.stderr, flush=True)
+
+
 def run(main: Callable[[], None]) -> int:
     """Calls ``main`` and returns a process exit code: 0, or a ``UserError``'s after printing it, or 1 after printing
     what ``told`` makes of another error, as one line on stderr.
@@ -99,7 +106,7 @@ def run(main: Callable[[], None]) -> int:
         main()
         sys.stdout.flush()
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        tell(f"error: {error}")
         return error.code
     except BrokenPipeError:
         if not _nobody_reads():
@@ -110,7 +117,7 @@ def run(main: Callable[[], None]) -> int:
     except Exception as error:
         if (words := told(error)) is None:
             raise
-        print(f"error: {plain(words)}", file=sys.stderr)
+        tell(f"error: {plain(words)}")
         return 1
     return 0
 

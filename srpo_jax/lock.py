@@ -19,7 +19,6 @@ import os
 import pathlib
 import secrets
 import socket
-import sys
 import threading
 import time
 from typing import Any
@@ -27,7 +26,7 @@ from typing import Any
 import tensorstore as ts
 
 from srpo_jax import distributed, storage
-from srpo_jax.errors import StorageError, UserError
+from srpo_jax.errors import StorageError, UserError, tell
 
 NAME = "run.lock"
 BEAT, SILENCE, CERTAIN = 15.0, 120.0, 3600.0
@@ -141,13 +140,13 @@ class Lock:
         if content.get("machine") == self._me["machine"]:
             if _ticks(content.get("process")) == content.get("ticks") is not None:
                 raise self._refusal(content)
-            _say(f"{self._place} was left by {_who(content)}, which is gone; this run takes it over")
+            tell(f"{self._place} was left by {_who(content)}, which is gone; this run takes it over")
             return
         age = _age(content)
         if age is not None and age > CERTAIN:
-            _say(f"{self._place} was left by {_who(content)}, silent for {age / 3600:.1f} h; this run takes it over")
+            tell(f"{self._place} was left by {_who(content)}, silent for {age / 3600:.1f} h; this run takes it over")
             return
-        _say(f"{self._place} is held by {_who(content)}; watching for {SILENCE:.0f} s whether it gives a sign of life")
+        tell(f"{self._place} is held by {_who(content)}; watching for {SILENCE:.0f} s whether it gives a sign of life")
         until = time.monotonic() + SILENCE
         while time.monotonic() < until:
             time.sleep(LOOK)
@@ -156,7 +155,7 @@ class Lock:
                 return
             if current != generation:
                 raise self._refusal(now)
-        _say(f"{_who(content)} has given no sign of life for {SILENCE:.0f} s; this run takes {self._place} over")
+        tell(f"{_who(content)} has given no sign of life for {SILENCE:.0f} s; this run takes {self._place} over")
 
     def _refusal(self, content: dict[str, Any]) -> UserError:
         return UserError(
@@ -234,7 +233,3 @@ def _store(place: Any) -> ts.KvStore:
     folder = os.fspath(place.parent)
     spec = f"{folder}/" if storage.in_bucket(place) else {"driver": "file", "path": f"{folder}/"}
     return ts.KvStore.open(spec).result()
-
-
-def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)

@@ -13,6 +13,8 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from srpo_jax import errors
+
 # Exit code of a process that notices by itself that another one is lost: 128 + SIGABRT, since JAX aborts when it
 # notices. XPK starts a job again for codes from 127.
 LOST = 134
@@ -101,9 +103,9 @@ _current: list[Pulse] = []  # of this process's job
 
 def end(reason: str) -> None:
     """Ends this process at once: the usual end would wait for the process that is lost."""
-    print(f"error: another process of this job is lost ({reason}); its own log may say why. {AGAIN}", file=sys.stderr)
-    sys.stdout.flush()
-    sys.stderr.flush()
+    errors.tell(f"error: another process of this job is lost ({reason}); its own log may say why. {AGAIN}")
+    with contextlib.suppress(OSError, ValueError):
+        sys.stdout.flush()
     os._exit(LOST)
 
 

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import jax
 import tqdm
 
-from srpo_jax import distributed
+from srpo_jax import distributed, errors
 
 EVERY = 10.0  # seconds between two lines of one bar in a log
 PATIENCE = 2.0  # seconds of silence after which a log says what is being done
@@ -111,7 +111,7 @@ class Log:
         if now - self._told >= EVERY:
             self._told, elapsed = now, now - self._started
             line = tqdm.tqdm.format_meter(self._done, self._total, elapsed, initial=self._before, **self._words)
-            print(line, file=sys.stderr, flush=True)
+            errors.tell(line)
 
     def close(self) -> None:
         """Says nothing: the command itself says what it has made."""

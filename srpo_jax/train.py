@@ -281,6 +281,7 @@ def _train(
                 checkpoints.close()
             errands.do(run_page.PAGE, functools.partial(page.write, ended=True))
             report.close()
+            errands.wait()  # of processes that report nothing, too
 
 
 def _position(config: ConfigDict, source: loading.ExampleSource, data: Any, skipped: nonfinite.Row) -> dict[str, Any]:

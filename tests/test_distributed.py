@@ -24,7 +24,7 @@ def test_two_processes_lose_one_twice_resume_stop_and_one_goes_on(models, tmp_pa
     one process alone does the fifth update, with the numbers that one process has from the start: neither the data nor
     the checkpoint know how many there were."""
     changes = dict(
-        steps=5, data__batch_size=2, rollout__noise="per_sample", checkpoint__every=1,
+        method="direct_align", steps=5, data__batch_size=2, rollout__noise="per_sample", checkpoint__every=1,
         compilation_cache=str(tmp_path / "cache"),
     )  # fmt: skip
     calm, lost, alone = (tmp_path / name for name in ("calm", "lost", "alone"))

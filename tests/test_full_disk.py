@@ -10,7 +10,7 @@ import pytest
 from helpers.runs import scalars
 from helpers.states import make_state
 
-from srpo_jax import checkpoint, errands, errors, metrics, storage, terminal, train
+from srpo_jax import checkpoint, distributed, errands, errors, metrics, pulse, storage, terminal, train
 from srpo_jax.errors import StorageError
 
 
@@ -138,10 +138,18 @@ def test_half_a_line_is_not_left_by_a_full_disk(tmp_path):
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="this system has no /dev/full")
 def test_a_log_on_a_full_disk(monkeypatch):
+    """It stops no training, and keeps no process from ending that has lost another one."""
+    codes = []
+    monkeypatch.setattr("os._exit", codes.append)
+    monkeypatch.setattr("jax.distributed.is_initialized", lambda: True)
     with contextlib.suppress(OSError), open("/dev/full", "w", buffering=1) as full:
         monkeypatch.setattr("sys.stderr", full)
         terminal.say("a line")
         terminal.warn("another one")
+        pulse.end("a reason")
+        with distributed.job():
+            raise StorageError("full")
+        assert codes == [pulse.LOST, 74]
         with pytest.raises(OSError, match="No space left"):
             print("a line", file=full)
 
