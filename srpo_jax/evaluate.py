@@ -34,13 +34,16 @@ def _parser() -> command.Parser:
     words = "pipeline folder, drawn as it is; LABEL is its name on the page (default: the folder's)"
     add("--model", type=partial(Asked, "model"), metavar="[LABEL=]FOLDER", help=words, **many)
     words = "workdir of a run, whose transformer replaces that of the --model before it (default: its newest update)"
-    add("--checkpoint", type=partial(Asked, "checkpoint"), metavar="[LABEL=]WORKDIR[@STEP|@all]", help=words, **many)
+    shown = "[LABEL=]WORKDIR[@STEP|@best|@all]"
+    add("--checkpoint", type=partial(Asked, "checkpoint"), metavar=shown, help=words, **many)
+    words = "of each --checkpoint that names none: a number, best or all (default: the newest)"
+    add("--step", type=_step, metavar="STEP", help=words)
     words = "pictures that are there, with captions beside them or in metadata.jsonl"
     add("--pictures", type=partial(Asked, "pictures"), metavar="[LABEL=]FOLDER", help=words, **many)
     add("--ema", action="store_true", help="take the moving averages of checkpoints")
     words = "how a LoRA's base is stored: none (in --dtype), int8, nf4, or as it was trained (default: none)"
     add("--quantize", choices=(*QUANTIZE, "trained"), default="none", help=words)
-    words = "a reward model to score with, converted; may be repeated"
+    words = "a reward model to score with, converted; sgp_hps:PATH is of an HPS, diversity:PATH of a CLIP"
     add("--score", action="append", default=[], metavar="[NAME=]KIND:PATH", help=words)
     words = "a file, a pattern of files or tfds:NAME[:SPLIT] (default: 100 prompts that come with the package; of " \
             "pictures alone, their captions)"  # fmt: skip
@@ -58,23 +61,26 @@ def _parser() -> command.Parser:
     return parser
 
 
+def _step(text: str) -> int | str:
+    return text if text == candidates.ALL else command.update(text)
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Runs the command line. Raises UserError."""
     args = _parser().parse_args(arguments)
     logging.set_verbosity(logging.ERROR)
     if not args.asked:
         raise UserError("name what to evaluate: --model=FOLDER, and --checkpoint=WORKDIR of it, or --pictures=FOLDER")
-    if args.ema and not any(asked.kind == "checkpoint" for asked in args.asked):
-        raise UserError("--ema is of a --checkpoint; give one")
+    for flag in ("ema", "step"):
+        if getattr(args, flag) and not any(asked.kind == "checkpoint" for asked in args.asked):
+            raise UserError(f"--{flag} is of a --checkpoint; give one")
     with distributed.job(args.coordinator, args.process_id, args.process_count):
         _run(args)
 
 
 def _run(args: argparse.Namespace) -> None:
-    scores = [scoring.parse(text) for text in args.score]
-    if len({score.name for score in scores}) < len(scores):
-        raise UserError("two scores have one name; give them others: --score=NAME=KIND:PATH")
-    models = candidates.read(args.asked, args.ema, args.quantize)
+    scores = scoring.parse(args.score, "--score")
+    models = candidates.read(args.asked, args.ema, args.quantize, args.step)
     wanted = _prompts(args, models)
     places = None
     if args.writes:
@@ -122,6 +128,9 @@ def _tell(args: argparse.Namespace, found: run.Evaluation, told: summary.Summary
             against = row.against
             words = f"; {against.difference.value:+.4g}, higher in {against.wins.value:.0%} of pairs: {against.verdict}"
         print(f"{row.model.label}: {row.score} {mean}{words}")
+    for model in found.candidates:
+        signs = [f"{row.score} {row.mean.value:.4g}" for row in told.signals if row.model is model]
+        print(f"{model.label}: signs of collapse: {', '.join(signs)}")
     for note in told.notes:
         print(f"note: {note}")
     print("seconds: " + ", ".join(f"{part} {seconds:.1f}" for part, seconds in found.seconds.items()))

@@ -20,10 +20,7 @@ from srpo_jax.weights import fingerprint
 FREE = (
     *("steps", "checkpoint", "sample", "mesh", "remat", "compilation_cache", "model.scan_unroll", "model.attention"),
     *("optim.merge_terms", "optim.patience", "optim.offload", "optim.accumulation", "rollout.gather", "rollout.unroll"),
-    *(
-        "evaluate",
-        "wandb",
-    ),  # figures of evaluations that were made in another way are told apart, see evaluation.history
+    *("evaluate", "wandb"),  # evaluations that were made in another way are told apart, see evaluation.history
     *("data.prompts", "data.path", "data.column", "lora.init"),
 )
 TOKENIZER = "tokenizer"  # of a reward's folder

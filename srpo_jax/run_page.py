@@ -24,7 +24,7 @@ from etils import epath
 
 from srpo_jax import config as config_lib
 from srpo_jax import metrics, record, report, resume, run_pictures, storage, terminal
-from srpo_jax.evaluation import history, scoring, summary
+from srpo_jax.evaluation import cautions, history, scoring
 from srpo_jax.evaluation.history import Entry, Figure
 
 PAGE, WARNINGS = "report.html", "warnings.jsonl"
@@ -239,13 +239,11 @@ def _cautions(run: Run) -> tuple[str, ...]:
     """What misleads in the figures of this page, as far as it applies."""
     if not run.evaluations:
         return ()
-    notes = [summary.OTHER_PAGES]
-    kinds = {run.kind(name) for name in run.evaluations[-1].scores}
-    notes += [words for kind, words in summary.OF_KIND.items() if kind in kinds]
+    notes = cautions.of_kinds({run.kind(name) for name in run.evaluations[-1].scores}, "page")
     if trained := [name for name in run.evaluations[-1].scores if name in run.rewards]:
-        notes.append(summary.trained_with(", ".join(trained), "this run"))
+        notes.append(cautions.trained_with(", ".join(trained), "this run"))
     if len(run.evaluations) > 1:
-        notes.append(summary.BEST_OF_MANY)
+        notes.append(cautions.BEST_OF_MANY)
     if run.others:
         notes.append(
             f"{run.others} earlier evaluations are left out: of other prompts, noise, samplers or scores, they do not "

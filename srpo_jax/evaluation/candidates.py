@@ -16,6 +16,7 @@ from srpo_jax import architectures, checkpoint, record, storage
 from srpo_jax.config import reward_of
 from srpo_jax.data import images
 from srpo_jax.errors import UserError
+from srpo_jax.evaluation import history
 from srpo_jax.models.lora import Lora
 from srpo_jax.weights import fingerprint
 
@@ -103,14 +104,15 @@ class Asked(NamedTuple):
     text: str
 
 
-def read(asked: list[Asked], ema: bool, quantize: str) -> list[Candidate]:
+def read(asked: list[Asked], ema: bool, quantize: str, step: int | str | None = None) -> list[Candidate]:
     """The candidates that a command line asks for, in its order.
 
     Args:
-      asked: ``[LABEL=]FOLDER`` of a pipeline or of pictures, and ``[LABEL=]WORKDIR[@STEP|@all]`` of a run, whose
+      asked: ``[LABEL=]FOLDER`` of a pipeline or of pictures, and ``[LABEL=]WORKDIR[@STEP|@best|@all]`` of a run, whose
         pipeline is the one that is named last before it.
       ema: take the moving averages of checkpoints.
       quantize: how the frozen weights of a LoRA are stored, "trained" is as the run stored them.
+      step: of the runs that say none by ``@``: its number, ``ALL`` or ``history.BEST``; None takes the newest.
 
     Raises UserError for what is not there, a checkpoint before any pipeline, and two of one label.
     """
@@ -128,7 +130,7 @@ def read(asked: list[Asked], ema: bool, quantize: str) -> list[Candidate]:
                 f"--checkpoint={text}: name the pipeline that it was trained from before it, --model=FOLDER"
             )
         else:
-            found += _checkpoints(label, place, model, ema, quantize)
+            found += _checkpoints(label, place, model, ema, quantize, step)
     seen: dict[str, Candidate] = {}
     for candidate in found:
         if (other := seen.setdefault(candidate.folder, candidate)) is not candidate:
@@ -154,12 +156,15 @@ def _pipeline(label: str | None, path: str) -> Candidate:
     return Candidate(label or _name(path), path, fingerprint.joined(parts.values()), path)
 
 
-def _checkpoints(label: str | None, text: str, model: Candidate, ema: bool, quantize: str) -> list[Candidate]:
-    found = re.fullmatch(rf"(.+?)(?:@(\d+|{ALL}))?", text, re.DOTALL)
-    workdir, which = found[1], found[2]
-    checkpoint.load_params(workdir, int(which) if which and which != ALL else None, ema)  # what is wrong is told here
+def _checkpoints(
+    label: str | None, text: str, model: Candidate, ema: bool, quantize: str, step: int | str | None
+) -> list[Candidate]:
+    found = re.fullmatch(rf"(.+?)(?:@(\d+|{ALL}|{history.BEST}))?", text, re.DOTALL)
+    workdir, which = found[1], found[2] or step
+    chosen = history.best(workdir, int(which) if str(which).isdecimal() else which)
+    checkpoint.load_params(workdir, None if chosen == ALL else chosen, ema)  # what is wrong is told here
     there = checkpoint.steps(workdir)
-    steps = there if which == ALL else [int(which) if which else there[-1]]
+    steps = there if chosen == ALL else [chosen or there[-1]]
     lora, rewards = record.lora(workdir), _rewards(workdir)
     if lora is None and quantize != "none":
         raise UserError(f"--quantize={quantize} is for the base of a LoRA run; {workdir} is none")

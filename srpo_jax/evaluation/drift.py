@@ -5,7 +5,7 @@ there are kept, so that the base need not be: it may be trained, or give way to 
 """
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -53,25 +53,31 @@ class Drift:
     ):
         self._mesh, self._chunk = mesh, chunk
         sigmas = family.schedule(pipeline, STEPS, look.height, look.width)
+        indices, lengths = np.arange(STEPS), np.diff(sigmas).astype(np.float32)
 
-        def velocities(params: Params, condition: Condition, noise: jax.Array, states: jax.Array | None) -> Iterator:
-            """(state, velocity) at each step: of ``states``, or of the model's own trajectory where there are none."""
-            network, scale = bind(transformer, params), jnp.full((len(noise),), look.guidance, jnp.float32)
-            steps, x = family.prepare_steps(network, condition, jnp.asarray(sigmas[:-1]), scale), noise
-            for index in range(STEPS):
-                x = x if states is None else states[:, index]
+        def velocity_of(params: Params, condition: Condition, count: int) -> Callable[..., jax.Array]:
+            network, scale = bind(transformer, params), jnp.full((count,), look.guidance, jnp.float32)
+            steps = family.prepare_steps(network, condition, jnp.asarray(sigmas[:-1]), scale)
+
+            def velocity(x: jax.Array, index: jax.Array) -> jax.Array:
                 prepared = of_step(steps, index)
-                velocity = family.velocity(network, x, condition, prepared, look.height, look.width)
-                velocity = velocity.astype(jnp.float32)
-                yield x, velocity
-                x = x + float(sigmas[index + 1] - sigmas[index]) * velocity
+                return family.velocity(network, x, condition, prepared, look.height, look.width).astype(jnp.float32)
+
+            return velocity
 
         def trace(params: Params, condition: Condition, noise: jax.Array) -> tuple[jax.Array, jax.Array]:
-            states, found = zip(*velocities(params, condition, noise, None), strict=True)
-            return jnp.stack(states, 1), jnp.stack(found, 1)
+            velocity = velocity_of(params, condition, len(noise))
+
+            def step(x: jax.Array, at: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+                found = velocity(x, at[0])
+                return x + at[1] * found, (x, found)
+
+            states, found = jax.lax.scan(step, noise, (indices, lengths))[1]
+            return states.swapaxes(0, 1), found.swapaxes(0, 1)
 
         def drift(params: Params, condition: Condition, states: jax.Array, base: jax.Array) -> jax.Array:
-            found = jnp.stack([velocity for _, velocity in velocities(params, condition, states[:, 0], states)], 1)
+            velocity = velocity_of(params, condition, len(states))
+            found = jax.lax.map(lambda at: velocity(*at), (states.swapaxes(0, 1), indices)).swapaxes(0, 1)
             return signals.drift(found[: chunk.count], base[: chunk.count])
 
         everywhere = sharding.replicated(mesh)

@@ -93,7 +93,7 @@ def best(workdir: str | os.PathLike, step: int | str | None) -> int | None:
     found = known[-1].best if known else None
     if found is None:
         raise UserError(
-            f"{workdir} names no best update; a run does whose config has checkpoint.best and evaluate.every"
+            f"{workdir} names no best update; set checkpoint.best and evaluate.every in the config of a run"
         )
     if found == 0:
         raise UserError(f"the best update of {workdir} is 0, the model before training; leave the checkpoint out")

@@ -6,6 +6,8 @@ moving average of the weights is evaluated if there is one.
 """
 
 import concurrent.futures
+import contextlib
+import dataclasses
 import io
 import json
 import os
@@ -22,7 +24,7 @@ from srpo_jax.algorithm.networks import Frozen
 from srpo_jax.algorithm.step import TrainState
 from srpo_jax.architectures import used_rewards
 from srpo_jax.errors import UserError
-from srpo_jax.evaluation import history, prompts, scoring, signals, statistics, stopping
+from srpo_jax.evaluation import cautions, history, prompts, scoring, signals, statistics, stopping
 from srpo_jax.evaluation.candidates import Item
 from srpo_jax.evaluation.clock import Clock
 from srpo_jax.evaluation.drift import Drift, Trace
@@ -93,7 +95,8 @@ def plan(config: ConfigDict, models: dict[str, str]) -> Plan | None:
         raise UserError(f"config.checkpoint.best={config.checkpoint.best}: there is no such score; choose one of "
                         f"{', '.join(known)}, or name more in config.evaluate.scores")  # fmt: skip
     trained = [models[f"reward.models.{name}.path"] for name in own]
-    held_out = tuple(score.name for score in scores if score.content not in trained and score.kind != DIVERSITY)
+    judged = [score for score in scores if score.kind != DIVERSITY]
+    held_out = tuple(score.name for score in judged if score.content not in trained and not score.figure)
     told = [(item.prompt, item.image) for item in items], [(score.name, score.kind, score.content) for score in scores]
     look = config.data.height, config.data.width, asked.steps, asked.guidance, asked.seed
     how = fingerprint.joined([json.dumps([*told, look, sorted(models.items())])])
@@ -126,7 +129,7 @@ class Evaluator:
         workdir: str | os.PathLike,
     ):
         self._workdir, self._what, self._first = storage.path(workdir), what, jax.process_index() == 0
-        self._patience = config.evaluate.patience
+        self._patience, self._compiled = config.evaluate.patience, False
         self.entries: list[Entry] = []
         networks, asked = built.networks, config.evaluate
         look = sampling.Look(config.data.height, config.data.width, asked.steps, asked.guidance)
@@ -146,6 +149,8 @@ class Evaluator:
             name: Scorer(name, networks.rewards[name], networks.rewards[name].tokens(used.path), built.mesh, at_once)
             for name, used in used_rewards(config).items()
         }
+        kinds = {used.kind for used in used_rewards(config).values()} | {score.kind for score in what.scores}
+        self._cautions = cautions.of_kinds(kinds, "run")
         judges = Judges(built.mesh, at_once)
         # Read here, where nothing is lost yet if one cannot be.
         self._judges = {score.source: judges.judge(score) for score in what.scores if score.kind != DIVERSITY}
@@ -155,6 +160,8 @@ class Evaluator:
         """Takes up the history of a run that goes on from update ``done``: what is of later updates is dropped."""
         there = history.read(self._workdir)
         self.entries = [entry for entry in there if entry.step <= done]
+        for words in self._cautions:
+            terminal.say(f"note: {words}")
         if not self._what.held_out:
             terminal.say(
                 "config.evaluate.scores names no score but of what the run is trained with: over-optimisation of that "
@@ -187,9 +194,7 @@ class Evaluator:
         aim = self._what.aim
         return bool(aim and self.entries) and stopping.is_over(self.entries, aim, self._patience)
 
-    def evaluate(
-        self, step: int, state: TrainState, frozen: Frozen, stopped: Callable[[], bool] = lambda: False
-    ) -> Outcome | None:
+    def evaluate(self, step: int, state: TrainState, frozen: Frozen, stopped: Callable[[], int]) -> Outcome | None:
         """Draws, scores and writes. ``stopped`` is asked now and then, by all processes at once; None if it says so."""
         clock, items = Clock(), self._what.items
         params = join(state.params if state.ema is None else state.ema, frozen.base)
@@ -201,17 +206,19 @@ class Evaluator:
             for chunk in self._chunks:
                 if stopped():
                     return None
-                with clock.part("draw"):
+                part = clock.part if self._compiled else _compiling(clock)
+                with part("draw"):
                     images = next(painted)
                 texts = [item.prompt for item in items[first : first + chunk.count]]
                 if self._first:
                     files = [history.picture(self._workdir, step, first + row) for row in range(chunk.count)]
                     seen += [pool.submit(_keep, *pair) for pair in zip(images, files, strict=True)]
-                with clock.part("score"):
+                with part("score"):
                     self._judge(images, texts, frozen, found, features)
-                first += chunk.count
-            with clock.part("drift"):
-                drift = self._drift_of(step, params)
+                if chunk is self._chunks[0]:
+                    with part("drift"):
+                        drift = self._drift_of(step, params)
+                first, self._compiled = first + chunk.count, True
             with clock.part("save pictures"):
                 of_pictures = [future.result() for future in seen]
         with clock.part("statistics"):
@@ -279,17 +286,15 @@ class Evaluator:
         means |= {} if drift is None else {"drift": float(f"{drift:.7g}")}
         entry = Entry(step, self._what.how, scores, means, clock.seconds, [], None)
         entries, aim = [*self.entries, entry], self._what.aim
-        entry.warnings.extend(stopping.over_optimised(entries, self._what.own, self._what.held_out))
-        if aim:
-            chosen = stopping.best(entries, aim)
-            entry = Entry(**vars(entry) | {"best": chosen})
-            entries = [*self.entries, entry]
-            if stopping.is_over(entries, aim, self._patience):
-                entry.warnings.append(
-                    f"evaluate.patience: {self._patience} evaluations without a better {aim.score} than that of update "
-                    f"{chosen}; training ends here"
-                )
-        self.entries = entries
+        warnings = stopping.over_optimised(entries, self._what.own, self._what.held_out)
+        best = stopping.best(entries, aim) if aim else None
+        if aim and stopping.is_over(entries, aim, self._patience):
+            warnings.append(
+                f"evaluate.patience: {self._patience} evaluations without a better {aim.score} than that of update "
+                f"{best}; training ends here"
+            )
+        entry = dataclasses.replace(entry, warnings=warnings, best=best)
+        self.entries = [*self.entries, entry]
         return entry
 
     def _write(self, entry: Entry, values: dict[str, np.ndarray], shown: dict[str, list[float]]) -> None:
@@ -311,6 +316,11 @@ class Evaluator:
         terminal.say(f"evaluation of update {entry.step}: {', '.join(figures)}{best}; seconds: {parts}")
         for words in entry.warnings:
             terminal.warn(words)
+
+
+def _compiling(clock: Clock) -> Callable[[str], contextlib.AbstractContextManager[None]]:
+    """Parts whose programs are compiled first count as that."""
+    return lambda _: clock.part("compile")
 
 
 def _keep(picture: np.ndarray, file: os.PathLike) -> dict[str, float]:

@@ -10,7 +10,7 @@ from srpo_jax import report
 from srpo_jax.evaluation.candidates import Candidate, Item
 from srpo_jax.evaluation.run import Evaluation
 from srpo_jax.evaluation.statistics import Estimate
-from srpo_jax.evaluation.summary import Summary, common, gain
+from srpo_jax.evaluation.summary import Row, Summary, common, gain
 
 MOST = 1500  # small pictures on a page: some 20 MB
 EXTREMES = 4  # prompts among the best, and among the worst
@@ -23,6 +23,7 @@ def page(found: Evaluation, summary: Summary) -> report.Report:
     total = sum(map(len, found.items.values()))
     parts: list = [report.Notes("Before you read the figures", tuple(summary.notes))] if summary.notes else []
     parts += _tables(found, summary)
+    parts.append(_signals(found, summary))
     if curves := tuple(_curves(found, summary)):
         parts.append(report.Charts(curves))
     small = _Small(found)
@@ -95,6 +96,24 @@ def _tables(found: Evaluation, summary: Summary) -> Iterator[report.PageTable]:
             "Means. A category has few prompts: differences between two of these numbers are often chance.",
             folded=True,
         )
+
+
+def _signals(found: Evaluation, summary: Summary) -> report.PageTable:
+    names = list(dict.fromkeys(row.score for row in summary.signals))
+    of = {(row.model.folder, row.score): row for row in summary.signals}
+
+    def cell(row: Row) -> str:
+        moved = f"; {row.against.difference.value:+.3g}, {row.against.verdict}" if row.against else ""
+        return f"{row.mean.value:.4g}{moved}"
+
+    return report.PageTable(
+        "Signs of collapse",
+        ("model", *(name.replace("_", " ") for name in names)),
+        tuple((m.label, *(cell(of[m.folder, name]) for name in names)) for m in found.candidates),
+        "Means over the pictures, which no judge model is needed for, each against the first model by its own 95 % "
+        "interval. There is no good value: a model that learns a reward at the pictures' cost moves them far.",
+        folded=True,
+    )
 
 
 def _curves(found: Evaluation, summary: Summary) -> Iterator[report.Chart]:

@@ -1,7 +1,8 @@
 """The folder of an evaluation: what was scored, picture by picture, as it goes.
 
     OUT/evaluation.json   how pictures are drawn, and which models and scorers these are, by their contents
-       /scores.jsonl      a line a picture: {"model", "prompt", "image", "file", "scores": {name: value}}
+       /scores.jsonl      a line a picture: {"model", "prompt", "image", "file", "scores": {name: value}, "signals":
+                          {name: value}}
        /images/MODEL/     the pictures, WORDS-PROMPT-NUMBER.png, PROMPT being the start of its SHA-256
 
 Lines are added as pictures are scored. What is there is not made again; a score that is asked for later gets lines of
@@ -21,7 +22,7 @@ SETTINGS, SCORES = "evaluation.json", "scores.jsonl"
 
 
 class Records:
-    """The scores of an evaluation by (folder of the model, item), and their file.
+    """The scores and signals of an evaluation by (folder of the model, item), and their file.
 
     Args:
       out: folder of the evaluation, which need not exist.
@@ -30,6 +31,7 @@ class Records:
     def __init__(self, out: pathlib.Path):
         self._out = out
         self.scores: dict[tuple[str, Item], dict[str, float]] = {}
+        self.signals: dict[tuple[str, Item], dict[str, float]] = {}
         file = out / SCORES
         content = file.read_bytes() if file.exists() else b""
         whole = content[: content.rfind(b"\n") + 1]
@@ -37,10 +39,14 @@ class Records:
             try:
                 record = json.loads(line)
                 key = record["model"], Item(record["prompt"], record["image"])
-                self.scores.setdefault(key, {}).update(record["scores"])
+                self._note(key, record["scores"], record.get("signals", {}))
             except (ValueError, KeyError, TypeError) as error:
                 raise UserError(f"{file}, line {number}, cannot be read ({error}); choose another --out") from error
         self._cut = len(content) - len(whole)
+
+    def _note(self, key: tuple[str, Item], scores: dict[str, float], signals: dict[str, float]) -> None:
+        self.scores.setdefault(key, {}).update(scores)
+        self.signals.setdefault(key, {}).update(signals)
 
     def begin(
         self, settings: dict[str, Any], models: dict[str, dict[str, str]], scores: dict[str, dict[str, str]]
@@ -76,10 +82,11 @@ class Records:
                 lines.truncate(os.path.getsize(self._out / SCORES) - self._cut)
             self._cut = 0
 
-    def add(self, model: Candidate, item: Item, scores: dict[str, float]) -> None:
+    def add(self, model: Candidate, item: Item, scores: dict[str, float], signals: dict[str, float]) -> None:
         """Adds a line."""
-        self.scores.setdefault((model.folder, item), {}).update(scores)
+        self._note((model.folder, item), scores, signals)
         record = {"model": model.folder, "prompt": item.prompt, "image": item.image}
         record |= {"file": model.where(item), "scores": scores}
+        record |= {"signals": signals} if signals else {}
         with open(self._out / SCORES, "a", encoding="utf-8") as lines:
             lines.write(json.dumps(record, allow_nan=False, ensure_ascii=False) + "\n")

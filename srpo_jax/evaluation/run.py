@@ -4,7 +4,8 @@ import concurrent.futures
 import dataclasses
 import pathlib
 import sys
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
 
 import jax
 import numpy as np
@@ -15,13 +16,13 @@ from PIL import Image
 from srpo_jax import distributed, sampling, sharding
 from srpo_jax.data import images
 from srpo_jax.errors import UserError
-from srpo_jax.evaluation import drawing
+from srpo_jax.evaluation import drawing, signals
 from srpo_jax.evaluation.candidates import Candidate, Item
 from srpo_jax.evaluation.clock import Clock
 from srpo_jax.evaluation.drawing import Drawing
 from srpo_jax.evaluation.prompts import Prompt
 from srpo_jax.evaluation.records import Records
-from srpo_jax.evaluation.scoring import Score, Scorer
+from srpo_jax.evaluation.scoring import DIVERSITY, Judge, Judges, Score
 
 SAVERS = 4  # threads that write PNG files while the devices draw
 
@@ -36,7 +37,7 @@ class Evaluation:
       prompts, images: what is drawn, and how many pictures of each.
       scores: the names of the scores.
       settings: of drawing, by flag.
-      values: scores by the folder of a candidate and the item.
+      values, signals: scores, and signs of collapse (``signals``), by the folder of a candidate and the item.
       items: by the folder of a candidate, the pictures there are of it, in the order of the prompts.
       seconds: by part of the work.
     """
@@ -48,6 +49,7 @@ class Evaluation:
     scores: tuple[Score, ...]
     settings: dict
     values: dict[tuple[str, Item], dict[str, float]]
+    signals: dict[tuple[str, Item], dict[str, float]]
     items: dict[str, list[Item]]
     seconds: dict[str, float]
 
@@ -87,12 +89,12 @@ def evaluate(
         if candidate.pipeline is not None:
             studio.check(candidate)
     items = {candidate.folder: _items(candidate, prompts, count) for candidate in candidates}
+    if any(score.kind == DIVERSITY for score in scores):
+        _check_several(candidates, items)
     records = Records(out)
     if jax.process_index() == 0:
         models = {c.folder: {"source": c.source, "content": c.content} for c in candidates}
-        records.begin(
-            how.settings(), models, {s.name: {"source": s.source, "content": f"{s.kind} {s.content}"} for s in scores}
-        )
+        records.begin(how.settings(), models, {s.name: _told(s, count) for s in scores})
     clock = Clock()
     worker = _Worker(records, studio, tuple(scores), mesh, at_once, out, clock)
     for candidate in candidates:
@@ -105,9 +107,24 @@ def evaluate(
         tuple(scores),
         how.settings(),
         records.scores,
+        records.signals,
         items,
         clock.seconds,
     )
+
+
+def _told(score: Score, count: int) -> dict[str, str]:
+    """What a score is, for the records. Diversity is among so many pictures of a prompt."""
+    among = f" of {count}" if score.kind == DIVERSITY else ""
+    return {"source": score.source, "content": f"{score.kind} {score.content}{among}"}
+
+
+def _check_several(candidates: Sequence[Candidate], items: dict[str, list[Item]]) -> None:
+    for candidate in candidates:
+        counts = Counter(item.prompt for item in items[candidate.folder])
+        if alone := [prompt for prompt, count in counts.items() if count < 2]:
+            where = f"{candidate.source} has one of {alone[0]!r}" if candidate.pictures else "give --images=2 or more"
+            raise UserError(f"diversity compares the pictures of a prompt: {where}")
 
 
 def _items(candidate: Candidate, prompts: Sequence[Prompt], count: int) -> list[Item]:
@@ -140,10 +157,11 @@ class _Worker:
         out: pathlib.Path,
         clock: Clock,
     ):
-        self._records, self._studio, self._scores, self._mesh = records, studio, scores, mesh
+        self._records, self._studio, self._scores = records, studio, scores
         self._at_once, self._out, self._clock = at_once, out, clock
         self._first = jax.process_index() == 0
-        self._scorers: dict[str, Scorer] = {}
+        self._judges = Judges(mesh, at_once)
+        self._alone = np.array([score.kind != DIVERSITY for score in scores], bool)  # made picture by picture
 
     def work(self, candidate: Candidate, items: list[Item]) -> None:
         """Fills in what is missing of a candidate's pictures and scores."""
@@ -157,13 +175,10 @@ class _Worker:
             for start in range(0, len(items), self._at_once):
                 part, flags = items[start : start + self._at_once], done[start : start + self._at_once]
                 bar.update(len(part))
-                if flags.all():
+                if flags[:, :3].all() and flags[:, 3:][:, self._alone].all():
                     continue
-                saving = []
-                if candidate.pictures:
-                    with self._clock.part("read pictures"):
-                        pictures = [drawing.read(candidate.there[item]) for item in part]
-                elif flags[:, 0].all():
+                saving, seen = [], {}
+                if candidate.pictures or flags[:, 0].all():
                     with self._clock.part("read pictures"):
                         pictures = self._read(candidate, part)
                 else:
@@ -176,19 +191,28 @@ class _Worker:
                         if self._first and not is_there:
                             file = self._out / candidate.file(item)
                             saving.append(pool.submit(sampling.save_image, Image.fromarray(picture), file))
-                found = self._score(pictures, part, flags[:, 2:])
+                for row in np.flatnonzero(~flags[:, 2]) if self._first else ():
+                    seen[row] = pool.submit(signals.of_picture, pictures[row])
+                found = self._score(pictures, part, flags[:, 3:])
                 # A line is written when its picture is on the disk, which takes as long as the next ones are drawn.
                 self._write(candidate, *waiting)
-                waiting = [part, flags, found, saving]
+                waiting = [part, flags, found, saving, seen]
             self._write(candidate, *waiting)
+        for number, score in enumerate(self._scores):
+            if score.kind == DIVERSITY and not done[:, 3 + number].all():
+                self._compare(candidate, items, score, done[:, 3 + number])
 
     def _done(self, candidate: Candidate, item: Item) -> list[bool]:
-        """Whether a picture is there, has a line, and has each score."""
-        known = self._records.scores.get((candidate.folder, item))
+        """Whether a picture is there, has a line, has its signals, and has each score."""
+        key = candidate.folder, item
+        known = self._records.scores.get(key)
         is_there = bool(candidate.pictures) or (self._out / candidate.file(item)).exists()
-        return [is_there, known is not None, *(score.name in (known or {}) for score in self._scores)]
+        signs = bool(self._records.signals.get(key))
+        return [is_there, known is not None, signs, *(score.name in (known or {}) for score in self._scores)]
 
     def _read(self, candidate: Candidate, part: list[Item]) -> list[np.ndarray]:
+        if candidate.pictures:
+            return [drawing.read(candidate.there[item]) for item in part]
         look = self._studio.drawing.look
         pixels = np.zeros((len(part), look.height, look.width, 3), np.uint8)
         if self._first:
@@ -197,22 +221,35 @@ class _Worker:
 
     def _score(self, pictures: list[np.ndarray], part: list[Item], known: np.ndarray) -> dict[str, np.ndarray]:
         """The scores that some of these pictures lack, of all of them."""
-        found = {}
-        for score, has in zip(self._scores, known.T, strict=True):
-            if has.all():
+        found, made = {}, {}
+        for score, has, alone in zip(self._scores, known.T, self._alone, strict=True):
+            if has.all() or not alone:
                 continue
-            if score.name not in self._scorers:
+            if score.source not in made:
                 with self._clock.part("read weights"):
-                    self._scorers[score.name] = Scorer(score, self._mesh, self._at_once)
-            values = np.zeros(len(part), np.float32)
-            with self._clock.part("score"):
-                # Pictures of one size pass together: those of a folder may have many.
-                for shape in dict.fromkeys(picture.shape for picture in pictures):
-                    rows = [row for row, picture in enumerate(pictures) if picture.shape == shape]
-                    same = np.stack([pictures[row] for row in rows])
-                    values[rows] = self._scorers[score.name](same, [part[row].prompt for row in rows])
-            found[score.name] = values
+                    judge = self._judges.judge(score)
+                with self._clock.part("score"):
+                    made[score.source] = _by_size(pictures, _under(judge, part))
+            found[score.name] = made[score.source][:, score.figure]
         return found
+
+    def _compare(self, candidate: Candidate, items: list[Item], score: Score, has: np.ndarray) -> None:
+        """Adds a score of kind ``DIVERSITY``, which is of all pictures of a prompt, to those that lack it."""
+        with self._clock.part("read weights"):
+            look = self._judges.features(score)
+        features, rows = [], {}
+        for start in range(0, len(items), self._at_once):
+            with self._clock.part("read pictures"):
+                pictures = self._read(candidate, items[start : start + self._at_once])
+            with self._clock.part("score"):
+                features.append(_by_size(pictures, lambda same, _: look(same)))
+        for row, item in enumerate(items):
+            rows.setdefault(item.prompt, []).append(row)
+        values, seen = np.zeros(len(items)), np.concatenate(features)
+        for of in rows.values():
+            values[of] = signals.unlikeness(seen[of])
+        for row in np.flatnonzero(~has) if self._first else ():
+            self._records.add(candidate, items[row], {score.name: float(f"{values[row]:.7g}")}, {})
 
     def _write(
         self,
@@ -221,13 +258,30 @@ class _Worker:
         flags: np.ndarray | None = None,
         found: dict[str, np.ndarray] | None = None,
         saving: Sequence[concurrent.futures.Future] = (),
+        seen: dict[int, concurrent.futures.Future] | None = None,
     ) -> None:
         with self._clock.part("save pictures"):
             for future in saving:
                 future.result()
-        for row, item in enumerate(part):
-            lacking = [s.name for s, has in zip(self._scores, flags[row, 2:], strict=True) if not has]
-            # Seven digits are what float32 has.
-            scores = {name: float(f"{found[name][row]:.7g}") for name in lacking}
-            if self._first and (scores or not flags[row, 1]):
-                self._records.add(candidate, item, scores)
+            signs = {row: future.result() for row, future in (seen or {}).items()}
+        for row, item in enumerate(part if self._first else ()):
+            lacking = [score.name for score, has in zip(self._scores, flags[row, 3:], strict=True) if not has]
+            # Seven digits are what float32 has. What is of all pictures of a prompt comes later.
+            scores = {name: float(f"{found[name][row]:.7g}") for name in lacking if name in found}
+            if scores or row in signs or not flags[row, 1]:
+                self._records.add(candidate, item, scores, signs.get(row, {}))
+
+
+def _under(judge: Judge, part: Sequence[Item]) -> Callable[[np.ndarray, list[int]], np.ndarray]:
+    """All figures [B, F] of pictures [B, H, W, 3] in places of a part."""
+    return lambda same, rows: np.stack(judge(same, [part[row].prompt for row in rows]), 1)
+
+
+def _by_size(pictures: Sequence[np.ndarray], function: Callable[[np.ndarray, list[int]], np.ndarray]) -> np.ndarray:
+    """What a function of pictures [B, H, W, 3] and their places makes of pictures of any sizes: those of one size pass
+    together, and a folder may have many."""
+    found: dict[int, np.ndarray] = {}
+    for shape in dict.fromkeys(picture.shape for picture in pictures):
+        rows = [row for row, picture in enumerate(pictures) if picture.shape == shape]
+        found |= zip(rows, function(np.stack([pictures[row] for row in rows]), rows), strict=True)
+    return np.stack([found[row] for row in range(len(pictures))])

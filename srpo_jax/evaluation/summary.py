@@ -1,7 +1,7 @@
 """What the scores of an evaluation say: means with their intervals, each model against the first one, and cautions.
 
 OUT/summary.json   all of it
-   /summary.csv    a line a model and score
+   /summary.csv    a line a model and score, and a model and signal
 """
 
 import csv
@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from srpo_jax import storage
-from srpo_jax.evaluation import statistics
+from srpo_jax.evaluation import cautions, signals, statistics
 from srpo_jax.evaluation.candidates import Candidate, Item
 from srpo_jax.evaluation.run import Evaluation
 from srpo_jax.evaluation.statistics import Comparison, Estimate
@@ -24,34 +24,6 @@ COLUMNS = (
     *("model", "score", "pictures", "prompts", "mean", "mean_low", "mean_high", "difference", "difference_low"),
     *("difference_high", "strict_low", "strict_high", "wins", "wins_low", "wins_high", "pairs", "verdict"),
 )
-
-# What misleads in figures such as these.
-OTHER_PAGES = (
-    "Compare figures of one page only. Other prompts, sizes and steps give other means: FLUX.1-dev as it is reads "
-    ".289, .302 and .308 under HPS-v2.1 in three papers."
-)
-HPS = (
-    "HPS-v2.1 does not show what SRPO does: in its paper the model reads .289 before and .289 after, while people call "
-    "38.9 % of its pictures excellent in realism, and 8.2 % of FLUX.1-dev's. No reward in that table predicts what "
-    "people said. A fall is a warning, no rise is no failure: look at the pictures."
-)
-SGP = (
-    "SGP-HPS compares on this page alone: how the paper scales its .463 of FLUX.1-dev and .505 of SRPO, and how it "
-    "joins prefix and caption, is not published."
-)
-OF_KIND = {"hps": HPS, "sgp_hps": SGP}
-BEST_OF_MANY = (
-    "Checkpoints of one run are alike, and the best of many looks better than it is: fix the rule by which one is "
-    "chosen beforehand, or judge the chosen one on other prompts."
-)
-
-
-def trained_with(score: str, who: str) -> str:
-    """The caution of a score that a model, or a run, was trained with."""
-    return (
-        f"{score} is what {who} trained with: it may rise while pictures get worse. Scores that nothing was trained "
-        "with decide."
-    )
 
 
 class Row(NamedTuple):
@@ -67,9 +39,11 @@ class Row(NamedTuple):
 
 
 class Summary(NamedTuple):
-    """All rows, the means of categories by (model's folder, score), how many comparisons there are, and cautions."""
+    """All rows, those of signs of collapse apart, the means of categories by (model's folder, score), how many
+    comparisons of scores there are, and cautions."""
 
     rows: list[Row]
+    signals: list[Row]
     categories: dict[str, dict[tuple[str, str], float]]
     comparisons: int
     notes: list[str]
@@ -82,22 +56,21 @@ class Summary(NamedTuple):
 def summarize(found: Evaluation) -> Summary:
     """Works out everything from the scores."""
     place = {prompt.text: number for number, prompt in enumerate(found.prompts)}
-    base, others = found.candidates[0], found.candidates[1:]
-    comparisons = max(1, len(others) * len(found.scores))
-    rows = []
-    for model in found.candidates:
-        items = found.items[model.folder]
+    base = found.candidates[0]
+    comparisons = max(1, len(found.candidates[1:]) * len(found.scores))
+
+    def row(model: Candidate, name: str, values: dict[tuple[str, Item], dict[str, float]], count: int) -> Row:
+        items, against = found.items[model.folder], None
         prompts = np.array([place[item.prompt] for item in items])
-        both = [] if model is base else common(found, model)
-        for score in found.scores:
-            values = np.array([found.values[model.folder, item][score.name] for item in items])
-            against = None
-            if both:
-                gains = np.array([gain(found, model, score.name, item) for item in both])
-                against = statistics.compare(gains, np.array([place[item.prompt] for item in both]), comparisons)
-            mean = statistics.mean(values, prompts)
-            rows.append(Row(model, score.name, len(items), len(set(prompts)), mean, against))
-    return Summary(rows, _categories(found), comparisons, cautions(found, comparisons))
+        if both := [] if model is base else common(found, model):
+            gains = np.array([values[model.folder, item][name] - values[base.folder, item][name] for item in both])
+            against = statistics.compare(gains, np.array([place[item.prompt] for item in both]), count)
+        mean = statistics.mean(np.array([values[model.folder, item][name] for item in items]), prompts)
+        return Row(model, name, len(items), len(set(prompts)), mean, against)
+
+    rows = [row(m, score.name, found.values, comparisons) for m in found.candidates for score in found.scores]
+    signs = [row(m, name, found.signals, 1) for m in found.candidates for name in signals.OF_PICTURES]
+    return Summary(rows, signs, _categories(found), comparisons, _cautions(found, comparisons))
 
 
 def common(found: Evaluation, model: Candidate) -> list[Item]:
@@ -124,15 +97,12 @@ def _categories(found: Evaluation) -> dict[str, dict[tuple[str, str], float]]:
     return means
 
 
-def cautions(found: Evaluation, comparisons: int) -> list[str]:
+def _cautions(found: Evaluation, comparisons: int) -> list[str]:
     """What misleads in figures such as these, as far as it applies."""
-    notes, kinds = [], {score.kind for score in found.scores}
-    if kinds:
-        notes.append(OTHER_PAGES)
-    notes += [words for kind, words in OF_KIND.items() if kind in kinds]
+    notes = cautions.of_kinds({score.kind for score in found.scores}, "page")
     for score in found.scores:
         if trained := [model.label for model in found.candidates if score.content in model.trained_with]:
-            notes.append(trained_with(score.name, ", ".join(trained)))
+            notes.append(cautions.trained_with(score.name, ", ".join(trained)))
     if comparisons > 1 and len(found.candidates) > 1:
         notes.append(
             f"{comparisons} comparisons are made here. Where nothing differs, one in twenty 95 % intervals misses 0 "
@@ -141,7 +111,7 @@ def cautions(found: Evaluation, comparisons: int) -> list[str]:
         )
     runs = [model.workdir for model in found.candidates if model.workdir]
     if len(runs) > len(set(runs)):
-        notes.append(BEST_OF_MANY)
+        notes.append(cautions.BEST_OF_MANY)
     if found.scores and len(found.prompts) < FEW:
         notes.append(f"Intervals from {len(found.prompts)} prompts are too narrow; {FEW} and more make them honest.")
     missing = [m.label for m in found.candidates if len(found.items[m.folder]) < len(found.prompts) * found.images]
@@ -165,6 +135,7 @@ def write(found: Evaluation, summary: Summary) -> None:
         "scores": {score.name: score.source for score in found.scores},
         "models": {model.folder: _model(model) for model in found.candidates},
         "rows": [_record(row) for row in summary.rows],
+        "signals": [_record(row) for row in summary.signals],
         "categories": {
             category: [{"model": model, "score": score, "mean": _short(mean)} for (model, score), mean in means.items()]
             for category, means in summary.categories.items()
@@ -176,7 +147,7 @@ def write(found: Evaluation, summary: Summary) -> None:
     lines = io.StringIO()
     table = csv.DictWriter(lines, COLUMNS, lineterminator="\n")
     table.writeheader()
-    table.writerows(_record(row) for row in summary.rows)
+    table.writerows(_record(row) for row in (*summary.rows, *summary.signals))
     storage.write(storage.path(found.out / CSV), lines.getvalue().encode())
 
 

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 
 import jax
 import numpy as np
@@ -15,10 +16,10 @@ import pytest
 from helpers import children
 from PIL import Image
 
-from srpo_jax import checkpoint, evaluate, generate
+from srpo_jax import checkpoint, evaluate, generate, sharding
 from srpo_jax.algorithm.step import TrainState
 from srpo_jax.errors import UserError
-from srpo_jax.evaluation import scoring
+from srpo_jax.evaluation import scoring, signals
 from srpo_jax.evaluation.candidates import Item
 from srpo_jax.weights import folder
 
@@ -181,10 +182,10 @@ def test_pictures_of_others_are_scored_under_their_captions(models, model, tmp_p
         ("black dog", 0), ("black dog", 1), ("white bird", 0), ("no such", 0),
     ]  # fmt: skip
     # The scorer itself says the same of them, one by one.
-    scorer = scoring.Scorer(scoring.parse(f"hps:{models / 'hps'}"), _mesh(), 1)
+    scorer = _judge(f"hps:{models / 'hps'}", 1)
     for line, number in zip(alone, (0, 2, 1, 3), strict=True):
         own = scorer(np.asarray(Image.open(theirs / f"{number}.png"))[None], [line["prompt"]])
-        assert line["scores"]["hps"] == pytest.approx(float(own[0]), abs=1e-5)
+        assert line["scores"]["hps"] == pytest.approx(float(own[0][0]), abs=1e-5)
     assert not (tmp_path / "alone/images").exists()
     # Beside a model, on prompts that both have.
     evaluate.main(words(models, tmp_path / "both", f"--model=m={model}", f"--pictures={theirs}", score))
@@ -193,19 +194,63 @@ def test_pictures_of_others_are_scored_under_their_captions(models, model, tmp_p
     assert rows[1]["pairs"] == 2
 
 
-def _mesh():
-    from types import SimpleNamespace
+def _judges(at_once):
+    return scoring.Judges(sharding.make_mesh(types.SimpleNamespace(data=1, fsdp=-1, tensor=1)), at_once)
 
-    from srpo_jax import sharding
 
-    return sharding.make_mesh(SimpleNamespace(data=1, fsdp=-1, tensor=1))
+def _judge(text, at_once):
+    return _judges(at_once).judge(scoring.parse([text], "--score")[0])
+
+
+def test_sgp_hps_diversity_and_signs_of_collapse(models, tmp_path, capsys):
+    """Of pictures that are there: nothing is drawn."""
+    theirs, out, generator = tmp_path / "theirs", tmp_path / "out", np.random.default_rng(0)
+    theirs.mkdir()
+    pictures = generator.integers(0, 256, (4, 32, 32, 3), np.uint8)
+    captions = ["black dog", "black dog", "white bird", "white bird"]
+    for number, (picture, caption) in enumerate(zip(pictures, captions, strict=True)):
+        Image.fromarray(picture).save(theirs / f"{number}.png")
+        (theirs / f"{number}.txt").write_text(caption)
+    hps, clip = models / "hps", models / "clip"
+    flags = [f"--pictures={theirs}", "--images=2", f"--score=sgp_hps:{hps}", f"--score=look=diversity:{clip}"]
+    evaluate.main([f"--out={out}", *flags])
+    first, last = lines(out)[:4], lines(out)[4:]
+    judge = _judge(f"hps:{hps}", 4)
+    d = judge(pictures, [f"Realistic photo {c}" for c in captions])[0].astype(np.float64)
+    d -= judge(pictures, [f"CG Render {c}" for c in captions])[0]
+    for name, expected in (("sgp_hps", d), ("sgp_hps_win", d > 0), ("sgp_hps_sigmoid", 1 / (1 + np.exp(-100 * d)))):
+        np.testing.assert_allclose([line["scores"][name] for line in first], expected, atol=2e-4)
+    # The number of a picture is that of its caption: two prompts, two pictures each, of unit features.
+    seen = _judges(4).features(scoring.parse([f"diversity:{clip}"], "--score")[0])(pictures).reshape(2, 2, -1)
+    of_prompts = np.array([line["scores"]["look"] for line in last]).reshape(2, 2).mean(1)
+    np.testing.assert_allclose(of_prompts, signals.diversity(seen), atol=1e-5)
+    assert [line["signals"] for line in first] == [signals.of_picture(picture) for picture in pictures]
+    summary = json.loads((out / "summary.json").read_text())
+    assert [row["score"] for row in summary["rows"]] == ["sgp_hps", "sgp_hps_win", "sgp_hps_sigmoid", "look"]
+    means = {row["score"]: row["mean"] for row in summary["signals"]}
+    assert means == {
+        name: pytest.approx(np.mean([line["signals"][name] for line in first]), rel=1e-6)
+        for name in signals.OF_PICTURES
+    }
+    assert "Signs of collapse" in (out / "report.html").read_text()
+    assert "SGP-HPS as the paper prints it" in capsys.readouterr().out
+    before = (out / "scores.jsonl").read_bytes()
+    evaluate.main([f"--out={out}", *flags])
+    assert (out / "scores.jsonl").read_bytes() == before
+    # What an earlier version has written lacks the signals: they are added, and nothing else.
+    old = [{key: value for key, value in line.items() if key != "signals"} for line in lines(out)]
+    (out / "scores.jsonl").write_text("".join(json.dumps(line) + "\n" for line in old))
+    evaluate.main([f"--out={out}", *flags])
+    added = lines(out)[8:]
+    assert [line["signals"] for line in added] == [line["signals"] for line in first]
+    assert all(line["scores"] == {} for line in added)
 
 
 def test_scores_are_on_the_scale_of_their_publications(models):
     """PickScore and CLIP are printed as exp(logit_scale) cos, not as the loss has them; HPS as the cosine."""
     images = np.random.default_rng(0).integers(0, 256, (2, 32, 32, 3), np.uint8)
-    plain = scoring.Scorer(scoring.parse(f"hps:{models / 'clip'}"), _mesh(), 2)(images, ["black dog"] * 2)
-    published = scoring.Scorer(scoring.parse(f"pickscore:{models / 'clip'}"), _mesh(), 2)(images, ["black dog"] * 2)
+    (plain,) = _judge(f"hps:{models / 'clip'}", 2)(images, ["black dog"] * 2)
+    (published,) = _judge(f"pickscore:{models / 'clip'}", 2)(images, ["black dog"] * 2)
     _, _, params = folder.load(models / "clip", "clip")
     assert np.abs(plain).max() <= 1
     tokens = np.exp(np.float32(params["logit_scale"]))
@@ -234,6 +279,10 @@ def test_prompts_are_shown_as_text(models, model, tmp_path):
         (["--model={m}", "--score=taste:x"], "'taste' is no kind of score; choose one of hps"),
         (["--model={m}", "--score=hps:{m}/vae"], "holds a autoencoder network; expected clip"),
         (["--model={m}", "--score=hps:{hps}", "--score=hps:{hps}"], "two scores have one name"),
+        (["--model={m}", "--score=diversity:{hps}"], "compares the pictures of a prompt: give --images=2 or more"),
+        (["--model={m}", "--step=best"], "--step is of a --checkpoint; give one"),
+        (["--model={m}", "--checkpoint={run}@best"], "names no best update; set checkpoint.best"),
+        (["--model={m}", "--checkpoint={run}", "--step=best"], "names no best update; set checkpoint.best"),
         (["--model={m}", "--height=40"], "--height=40: must be a positive multiple of 16"),
         (["--model={m}", "--writes=geneval", "--images=4"], "expected an object|is not JSON"),
         (["--model={m}", "--writes=dpg"], "--images=1: dpg judges 4 pictures of each prompt"),
