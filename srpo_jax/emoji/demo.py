@@ -8,8 +8,8 @@ concepts, which neither the reward model nor SRPO has seen, are judged by a CLIP
 it 3D, and is it still a fox? A second run without the inversion branch shows what that branch guards against.
 Everything goes the way of a real run: convert, train, read checkpoints.
 
-OUT gets report.html, metrics.json, before_after.png, the converted models, the prompts and both runs. The same command
-again goes on where it was broken off.
+OUT gets report.html, metrics.json, before_after.png, the converted models, the prompts and both runs, each with a page
+of its own. The same command again goes on where it was broken off.
 """
 
 import argparse
@@ -18,12 +18,11 @@ import pathlib
 import sys
 import time
 
-import jax
-import numpy as np
 from absl import logging
 from ml_collections import ConfigDict
 
-from srpo_jax import checkpoint, command, convert, errors, metrics, report, train
+from srpo_jax import command, convert, errors, metrics, record, report, train
+from srpo_jax import config as config_lib
 from srpo_jax.emoji import judge, measure, results, world
 from srpo_jax.emoji.results import CONTRAST, GUARDED
 from srpo_jax.errors import UserError
@@ -78,12 +77,13 @@ def demonstrate(
         laps.append((part, now - started))
         started = now
 
+    plain = config_lib.flatten(config)
     prepare(out, config)
     lap("convert pipeline, reward and judge")
     critic = judge.Judge(out / "models" / "judge")
     prompts = [world.prompt(concept) for concept in concepts]
-    easel = measure.Easel(config.model.path, prompts, config, seeds)
-    before = measure.measure(easel(easel.base), concepts, critic)
+    easel, (base,) = measure.Easel(prompts, config, seeds), measure.models(config.model.path)
+    before = measure.measure(easel(base), concepts, critic)
     print(f"before: {before}", flush=True)
     lap("draw and judge before training")
 
@@ -92,14 +92,13 @@ def demonstrate(
         own = config.copy_and_resolve_references()  # ConfigDict(config) would share what is nested
         own.align.branches = branches
         workdir = out / "runs" / name
-        if train.train(own, workdir) is not None:
+        if train.train(own, workdir, recipe=record.Recipe(f"configs/{RECIPE.name}", plain)) is not None:
             raise UserError(f"training was interrupted; the same command goes on from the checkpoint in {workdir}")
         lap(f"train: {run}, {own.steps} updates")
         curves[run] = {0: before}
-        for step in checkpoint.steps(workdir):
-            params = jax.tree.map(np.asarray, checkpoint.load_params(workdir, step))
-            curves[run][step] = measure.measure(easel(params), concepts, critic)
-            print(f"{run}, update {step}: {curves[run][step]}", flush=True)
+        for model in measure.models(config.model.path, workdir)[1:]:
+            curves[run][model.step] = measure.measure(easel(model), concepts, critic)
+            print(f"{run}, update {model.step}: {curves[run][model.step]}", flush=True)
         records[run] = metrics.read(workdir)
         lap(f"draw and judge along: {run}")
 

@@ -32,20 +32,20 @@ class Judgement:
     styles: np.ndarray
     concepts: np.ndarray
 
-    def style_shares(self) -> dict[str, float]:
-        """The share of the pictures that are most of all in each style."""
+    def in_style(self) -> dict[str, np.ndarray]:
+        """Whether each picture is most of all in a style, bool ``[N]`` by style."""
         chosen = self.styles.argmax(-1)
-        return {style: float(np.mean(chosen == index)) for index, style in enumerate(world.STYLES)}
+        return {style: chosen == index for index, style in enumerate(world.STYLES)}
 
-    def accuracy(self, captions: Sequence[str]) -> float:
-        """The share of the pictures whose most probable concept, among all of the world, is the one of ``captions``.
+    def right(self, captions: Sequence[str]) -> np.ndarray:
+        """Whether each picture's most probable concept, among all of the world, is the one of ``captions``, bool [N].
 
         Raises ValueError if there is not one caption a picture, or one that is no concept of the world.
         """
         if len(captions) != len(self.concepts):
             raise ValueError(f"{len(captions)} captions for {len(self.concepts)} pictures")
         known = [concept.caption for concept in world.world()]
-        return float(np.mean(self.concepts.argmax(-1) == [known.index(caption) for caption in captions]))
+        return self.concepts.argmax(-1) == [known.index(caption) for caption in captions]
 
     def note(self, index: int) -> str:
         """One picture's judgement as text: "judged 3D 92 %, red apple 88 %"."""

@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib.metadata
+import math
 import os
 import platform
 import textwrap
@@ -15,7 +16,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from srpo_jax import config as config_lib
 from srpo_jax import report
-from srpo_jax.emoji import world
+from srpo_jax.emoji import measure, world
 from srpo_jax.emoji.measure import WANTED, Measured
 
 SHARE_WANTED, FALL_ALLOWED = 0.80, 0.03
@@ -87,7 +88,12 @@ class Results:
             "concepts": [concept.caption for concept in self.concepts],
             "pictures": len(self.curves[GUARDED][0].judgement.styles),
             "judged": {
-                run: [{"step": step} | measured.figures for step, measured in sorted(curve.items())]
+                run: [
+                    {"step": step}
+                    | measured.figures
+                    | {"intervals": {name: _ends(measured, name) for name in measured.values}}
+                    for step, measured in sorted(curve.items())
+                ]
                 for run, curve in self.curves.items()
             },
             "training": self.records,
@@ -107,6 +113,12 @@ def environment() -> dict[str, str]:
         "python": platform.python_version(),
         **{package: importlib.metadata.version(package) for package in packages},
     }
+
+
+def _ends(measured: Measured, name: str) -> list[float] | None:
+    """The 95 % interval of a figure; None of a single concept."""
+    _, *ends = measured.estimate(name)
+    return ends if all(map(math.isfinite, ends)) else None
 
 
 # --- the page ---------------------------------------------------------------------------------------------------------
@@ -144,6 +156,11 @@ def page(results: Results) -> report.Report:
         ),
         parts=(
             report.Verdicts(tuple(verdicts)),
+            report.PageTable(
+                "Before and after",
+                *figures(results),
+                "Of the same pictures, drawn from the same noise; with 95 % intervals that draw concepts again.",
+            ),
             shown,
             report.Charts(tuple(charts(results))),
             *others,
@@ -161,6 +178,13 @@ def page(results: Results) -> report.Report:
             ),
         ),
     )
+
+
+def figures(results: Results) -> tuple[tuple[str, ...], tuple[tuple[str, ...], ...]]:
+    """The table of the figures before and after, as a header and rows."""
+    moments = {"before": results.curves[GUARDED][0]} | {run: results.end(run) for run in results.curves}
+    header, *rows = measure.table(moments)
+    return header, tuple(rows)
 
 
 def galleries(results: Results) -> Iterator[report.Gallery]:
@@ -226,14 +250,19 @@ def charts(results: Results) -> Iterator[report.Chart]:
     def judged(run: str, figure: str) -> list[tuple[float, float]]:
         return [(step, measured.figures[figure]) for step, measured in sorted(results.curves[run].items())]
 
+    def ends(run: str, figure: str) -> list[tuple[float, float]]:
+        found = [measured.estimate(figure) for _, measured in sorted(results.curves[run].items())]
+        return [(estimate.low, estimate.high) for estimate in found]
+
     def trained(run: str, metric: str) -> list[tuple[float, float]]:
         return [(record["step"], record[metric]) for record in results.records[run]]
 
     runs = results.curves
     yield report.Chart(
         "Style",
-        "What the judge takes the held-out pictures for, with SRPO.",
+        "What the judge takes the held-out pictures for, with SRPO; 95 % intervals over concepts.",
         {style: judged(GUARDED, style) for style in world.STYLES},
+        intervals={style: ends(GUARDED, style) for style in world.STYLES},
         limits=(0, 1),
         percent=True,
     )
@@ -241,12 +270,14 @@ def charts(results: Results) -> Iterator[report.Chart]:
         "Concept",
         "The share of held-out pictures in which the judge finds the right concept, among all of the world.",
         {run: judged(run, "accuracy") for run in runs},
+        intervals={run: ends(run, "accuracy") for run in runs},
         percent=True,
     )
     yield report.Chart(
         f"Distance to the artist's {WANTED} picture",
         "Root mean squared difference of pixels, of 1; lower is nearer.",
         {run: judged(run, "distance") for run in runs},
+        intervals={run: ends(run, "distance") for run in runs},
     )
     yield report.Chart(
         "Relative reward",

@@ -22,13 +22,12 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-import jax
 import numpy as np
 from absl import logging
 from ml_collections import ConfigDict
 from PIL import Image
 
-from srpo_jax import architectures, checkpoint, command, encode, errors, metrics, train
+from srpo_jax import architectures, command, encode, errors, metrics, train
 from srpo_jax.costs import work
 from srpo_jax.data import folders
 from srpo_jax.emoji import demo, judge, measure, pictures, results, world
@@ -105,13 +104,13 @@ def compare(
     demo.prepare(out, config)
     critic = judge.Judge(out / "models" / "judge")
     prompts = [world.prompt(concept) for concept in concepts]
-    easel = measure.Easel(config.model.path, prompts, config, seeds)
-    moments = {"before": measure.measure(easel(easel.base), concepts, critic)}
+    easel, (base,) = measure.Easel(prompts, config, seeds), measure.models(config.model.path)
+    moments = {"before": measure.measure(easel(base), concepts, critic)}
     rows: list[dict[str, Any]] = [{"case": "before"} | moments["before"].figures]
     for case in cases:
         own, workdir = run(out, config, case)
-        params = jax.tree.map(np.asarray, checkpoint.load_params(workdir, own.steps))
-        moments[case] = measure.measure(easel(params), concepts, critic)
+        _, trained = measure.models(config.model.path, workdir, own.steps)
+        moments[case] = measure.measure(easel(trained), concepts, critic)
         print(f"{case}, {own.steps} updates: {moments[case]}", flush=True)
         spent = work.update(own, architectures.read(own))
         # The mean, since only every n-th update of "reuse n" makes a rollout.

@@ -7,7 +7,7 @@ batches, processes or the update of a checkpoint.
 import functools
 import pathlib
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from jax.sharding import Mesh
@@ -15,11 +15,22 @@ from jax.sharding import Mesh
 from srpo_jax import architectures, checkpoint, generate, sampling
 from srpo_jax.data import images
 from srpo_jax.errors import UserError
-from srpo_jax.evaluation.candidates import Candidate, Item
+from srpo_jax.evaluation.candidates import Candidate
 from srpo_jax.families.base import TRANSFORMER
 from srpo_jax.models.lora import Lora
 
-Draw = Callable[[Sequence[Item]], np.ndarray]
+
+class Drawn(Protocol):
+    """What is drawn: ``Item``, or whatever else has a prompt, and a name that its noise depends on, uint32 [K]."""
+
+    @property
+    def prompt(self) -> str: ...
+
+    @property
+    def name(self) -> np.ndarray: ...
+
+
+Draw = Callable[[Sequence[Drawn]], np.ndarray]
 
 
 class Drawing(NamedTuple):
@@ -87,7 +98,7 @@ class Studio:
             )}  # fmt: skip
         painter = self._painters[key]
 
-        def draw(items: Sequence[Item]) -> np.ndarray:
+        def draw(items: Sequence[Drawn]) -> np.ndarray:
             names = np.stack([item.name for item in items])
             prompts = [item.prompt for item in items]
             chunks = painter.prepare(tools.encode, prompts, seed=self.drawing.seed, names=names)

@@ -15,8 +15,9 @@ from srpo_jax.errors import UserError
 
 def moment(share: float, accuracy: float) -> Measured:
     figures = {"3D": share, "Flat": 1 - share, "Mono": 0.0, "accuracy": accuracy, "distance": 0.2}
+    values = {name: np.full((1, 2), value) for name, value in figures.items()}
     judgement = Judgement(np.full((2, 3), 1 / 3), np.full((2, len(world.world())), 1 / len(world.world())))
-    return Measured(np.zeros((1, 2, 8, 8, 3), np.uint8), judgement, figures)
+    return Measured(np.zeros((1, 2, 8, 8, 3), np.uint8), judgement, values)
 
 
 @pytest.mark.parametrize(
@@ -95,7 +96,7 @@ def test_page_shows_every_picture_once():
     many = Measured(
         np.zeros((30, 1, 8, 8, 3), np.uint8),
         Judgement(np.full((30, 3), 1 / 3), np.full((30, len(world.world())), 1 / len(world.world()))),
-        moment(0.5, 0.5).figures,
+        {name: np.repeat(values[:, :1], 30, 0) for name, values in moment(0.5, 0.5).values.items()},
     )
     record = {
         "step": 1,

@@ -68,11 +68,12 @@ def test_shares_accuracy_and_notes():
     concepts[[0, 1, 2, 3], [0, 1, 2, 0]] = 0.9
     judgement = Judgement(np.array([[0.8, 0.1, 0.1], [0.2, 0.5, 0.3], [0.6, 0.4, 0.0], [0.4, 0.0, 0.6]]), concepts)
     captions = [concept.caption for concept in world.world()[:4]]
-    assert judgement.style_shares() == {"3D": 0.5, "Flat": 0.25, "Mono": 0.25}
-    assert judgement.accuracy(captions) == 0.75
+    shares = {style: found.mean() for style, found in judgement.in_style().items()}
+    assert shares == {"3D": 0.5, "Flat": 0.25, "Mono": 0.25}
+    assert judgement.right(captions).tolist() == [True, True, True, False]
     assert judgement.note(1) == f"judged Flat 50%, {captions[1]} 90%"
     with pytest.raises(ValueError, match="3 captions for 4 pictures"):
-        judgement.accuracy(captions[:3])
+        judgement.right(captions[:3])
 
 
 def test_shipped_judge_knows_every_picture_of_the_world(tmp_path):
@@ -82,5 +83,5 @@ def test_shipped_judge_knows_every_picture_of_the_world(tmp_path):
     captions = [concept.caption for concept in world.world()]
     for style in world.STYLES:
         judgement = judge(draw(style, len(captions)))
-        assert judgement.style_shares()[style] >= 0.97
-        assert judgement.accuracy(captions) >= 0.97
+        assert judgement.in_style()[style].mean() >= 0.97
+        assert judgement.right(captions).mean() >= 0.97
