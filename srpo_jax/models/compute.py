@@ -33,6 +33,7 @@ class Compute:
         sinusoidal embeddings and losses are float32 whatever this says.
       param_dtype: of the stored parameters, but for those of norms and scales of frozen networks, which are float32.
       attention: backend name, see ``attention.attention``.
+      rotary: how rotary embeddings are computed, see ``rotary``.
       remat: which intermediate values of a repeated block are kept for the backward pass: "none" keeps all, "full"
         keeps only the block's input, "dots" keeps the results of matrix products.
       scan_unroll: how many repeated blocks one iteration of the scan holds.
@@ -45,6 +46,7 @@ class Compute:
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
     attention: str = "xla"
+    rotary: str = "pairs"
     remat: str = "none"
     scan_unroll: int = 1
     mesh: jax.sharding.Mesh | None = None

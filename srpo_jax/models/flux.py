@@ -26,10 +26,9 @@ from srpo_jax.models.flux_layers import (
     add_gated,
     modulate,
     parts_of,
-    rotary_table,
-    rotate,
     sinusoid,
 )
+from srpo_jax.models.rotary import rotary_table, rotate
 from srpo_jax.models.stack import map_part, scan_blocks, stack, without
 
 
@@ -149,11 +148,10 @@ class StreamAttention(nnx.Module):
 
 
 def joint_attention(query, key, value, table, compute: Compute) -> jax.Array:
-    """Rotary attention over one sequence: three times [B, T, H, Dh] -> [B, T, D]."""
-    query, key = (rotate(x, table).astype(compute.dtype) for x in (query, key))
+    """Rotary attention over one sequence: three times [B, T, H, Dh] -> the same."""
+    query, key = (rotate(x, table, compute.rotary) for x in (query, key))
     query, key, value = (compute.constrain(x, "heads") for x in (query, key, value))
-    out = compute.constrain(attention(query, key, value, backend=compute.attention, mesh=compute.mesh), "heads")
-    return out.reshape(*out.shape[:2], -1)
+    return compute.constrain(attention(query, key, value, backend=compute.attention, mesh=compute.mesh), "heads")
 
 
 class DoubleBlock(nnx.Module):
@@ -210,7 +208,7 @@ class SingleBlock(nnx.Module):
         query, key, value = parts_of(self.qkv(normed))
         attended = joint_attention(self.query_norm(query), self.key_norm(key), value, table, self.compute)
         hidden = gelu(self.mlp_in(normed))
-        return add_gated(x, gate, self.out(jnp.concatenate([attended, hidden], axis=-1)))
+        return add_gated(x, gate, self.out(attended, hidden))
 
 
 # --- the network ---
@@ -335,7 +333,8 @@ class Flux(nnx.Module):
         """Image tokens [B, N, D], text tokens [B, T, D], and the rotary table of the joint sequence."""
         img = self.compute.constrain(self.img_in(latents), "tokens")
         txt = self.compute.constrain(self.txt_in(text), "tokens")
-        return img, txt, rotary_table(jnp.concatenate([text_ids, image_ids]), self.config.axes_dims_rope)
+        ids = jnp.concatenate([text_ids, image_ids])
+        return img, txt, rotary_table(ids, self.config.axes_dims_rope, self.compute.rotary)
 
     def double(
         self, img: jax.Array, txt: jax.Array, modulations: Modulations, table: Any, some: range | None = None
