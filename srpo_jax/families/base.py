@@ -283,11 +283,6 @@ class Family(abc.ABC):
         """The config with other numbers of blocks. Raises UserError if there is no such transformer."""
         raise UserError(f"{self.name} has no blocks to choose from; got {','.join(map(str, blocks))}")
 
-    def attention_entries(self, transformer: Any, tokens: int) -> int:
-        """Entries of all attention matrices of a pass, over so many text and image tokens together."""
-        del transformer, tokens
-        return 0
-
     def factors(self, transformer: Any, lora: Lora, image_tokens: int, text_tokens: int) -> Factors:
         """Numbers and FLOPs of the low-rank factors."""
         raise UserError(f"config.lora.rank: {self.name} has no layers to adapt; set it to 0")
