@@ -62,10 +62,12 @@ def computes(config: ConfigDict, mesh: Mesh) -> Computes:
         mesh=mesh,
         constrain=sharding.constraint(mesh),
     )
+    # What "auto" stands for is known once the update was compiled: see costs.keeping.
+    remat = "full" if config.remat.transformer == "auto" else config.remat.transformer
     # With LoRA the factors are trained, which are float32 always.
     stored = frozen.param_dtype if config.lora.rank else jnp.dtype(config.optim.weights)
     return Computes(
-        transformer=dataclasses.replace(frozen, param_dtype=stored, remat=config.remat.transformer),
+        transformer=dataclasses.replace(frozen, param_dtype=stored, remat=remat),
         autoencoder=dataclasses.replace(frozen, remat=config.remat.autoencoder),
         # Rewards read 257 patches or 77 words: too few for a kernel to save memory, with heads (80 wide in ViT-H-14)
         # that kernels do not take. T5 adds a bias to its logits, which not every backend can.

@@ -41,6 +41,7 @@ from srpo_jax import (
 from srpo_jax import config as config_lib
 from srpo_jax.algorithm.networks import Frozen
 from srpo_jax.algorithm.step import TrainState
+from srpo_jax.costs import keeping
 from srpo_jax.data import loading, sources
 from srpo_jax.errors import UserError
 from srpo_jax.evaluation import prompts
@@ -90,7 +91,9 @@ def _train(config: ConfigDict, workdir: str | os.PathLike, changes: tuple[str, .
 
     # === Mesh and program =============================================================================================
     mesh = sharding.make_mesh(config.mesh)
-    built = program.build(config, mesh, architecture)
+    built, settled = keeping.build(config, mesh, architecture)
+    if config.remat.transformer == "auto":
+        terminal.say(f"remat.transformer=auto stands for {settled.remat.transformer} here")
     for words in _describe(config, built):
         terminal.say(words)
     terminal.say(space.check(workdir, config, built.state, newest or 0))

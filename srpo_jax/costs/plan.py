@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 from srpo_jax import checkpoint, program, sharding
 from srpo_jax import config as config_lib
 from srpo_jax.architectures import Architecture
-from srpo_jax.costs import hlo, host_memory, roofline, topologies, traffic, work
+from srpo_jax.costs import hlo, host_memory, keeping, roofline, topologies, traffic, work
 from srpo_jax.costs.hardware import GIB
 from srpo_jax.costs.topologies import Target
 from srpo_jax.errors import UserError
@@ -81,6 +81,24 @@ def _encoders(config: ConfigDict, architecture: Architecture, built: Program) ->
         params = folder.abstract(network, sizes, built.computes.text)[1]
         found[part] = program.with_sharding(params, sharding.of_tree(built.mesh, network, params))
     return found
+
+
+def settle(candidate: Candidate) -> tuple[Candidate, dict[str, Any]]:
+    """As ``check``, with the candidate that was checked: of ``remat.transformer=auto``, one that keeps as much as
+    fits."""
+    report = check(candidate)
+    if candidate.config.remat.transformer != "auto":
+        return candidate, report
+    config, built = candidate.config, candidate.built
+    remat = keeping.choose(config, candidate.architecture, built.mesh, report["memory"]["headroom"])
+    while True:
+        config = config.copy_and_resolve_references()
+        config.remat.transformer = remat
+        chosen = candidate._replace(config=config, built=program.build(config, built.mesh, candidate.architecture))
+        report = check(chosen)
+        if report["fits"] or remat == "full":
+            return chosen, report
+        remat = keeping.fewer(remat)
 
 
 def check(candidate: Candidate) -> dict[str, Any]:

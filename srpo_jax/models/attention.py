@@ -173,6 +173,7 @@ def _splash(query, key, value, scale, causal, mesh=None, key_mask=None, interpre
             ),
             head_shards=1,
             q_seq_shards=1,
+            residual_checkpoint_name="attention",  # see compute.KEPT
             interpret=interpret,
         )
         # Padding, and keys that are not seen, are a segment of their own, so that no token attends to them.

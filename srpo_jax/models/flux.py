@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec as P
 
 from srpo_jax.models.activation import gelu
 from srpo_jax.models.attention import attention
-from srpo_jax.models.compute import Compute
+from srpo_jax.models.compute import Compute, keep
 from srpo_jax.models.flux_layers import (
     MLP_RATIO,
     TIME_CHANNELS,
@@ -143,7 +143,7 @@ class StreamAttention(nnx.Module):
 
     def queries_keys_values(self, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         """[B, T, D] -> three times [B, T, H, Dh]; queries and keys are normalised."""
-        query, key, value = parts_of(self.qkv(x))
+        query, key, value = parts_of(keep(self.qkv(x), "qkv"))
         return self.query_norm(query), self.key_norm(key), value
 
 
@@ -151,7 +151,8 @@ def joint_attention(query, key, value, table, compute: Compute) -> jax.Array:
     """Rotary attention over one sequence: three times [B, T, H, Dh] -> the same."""
     query, key = (rotate(x, table, compute.rotary) for x in (query, key))
     query, key, value = (compute.constrain(x, "heads") for x in (query, key, value))
-    return compute.constrain(attention(query, key, value, backend=compute.attention, mesh=compute.mesh), "heads")
+    out = attention(query, key, value, backend=compute.attention, mesh=compute.mesh)
+    return keep(compute.constrain(out, "heads"), "attention")
 
 
 class DoubleBlock(nnx.Module):
@@ -181,9 +182,9 @@ class DoubleBlock(nnx.Module):
         out = joint_attention(*joint, table, self.compute)
         txt_out, img_out = jnp.split(out, [txt.shape[1]], axis=1)
 
-        img = add_gated(img, img_gate1, self.img_attn.proj(img_out))
+        img = add_gated(img, img_gate1, keep(self.img_attn.proj(img_out), "out"))
         img = add_gated(img, img_gate2, self.img_mlp(modulate(img, img_shift2, img_scale2)))
-        txt = add_gated(txt, txt_gate1, self.txt_attn.proj(txt_out))
+        txt = add_gated(txt, txt_gate1, keep(self.txt_attn.proj(txt_out), "out"))
         txt = add_gated(txt, txt_gate2, self.txt_mlp(modulate(txt, txt_shift2, txt_scale2)))
         return img, txt
 
@@ -205,10 +206,10 @@ class SingleBlock(nnx.Module):
         """The sequence [B, T + N, D] under a modulation [B, 3 D], which ``mod`` made before."""
         shift, scale, gate = split_modulation(mod, 3, self.compute)
         normed = modulate(x, shift, scale)
-        query, key, value = parts_of(self.qkv(normed))
+        query, key, value = parts_of(keep(self.qkv(normed), "qkv"))
         attended = joint_attention(self.query_norm(query), self.key_norm(key), value, table, self.compute)
-        hidden = gelu(self.mlp_in(normed))
-        return add_gated(x, gate, self.out(attended, hidden))
+        hidden = gelu(keep(self.mlp_in(normed), "mlp"))
+        return add_gated(x, gate, keep(self.out(attended, hidden), "out"))
 
 
 # --- the network ---

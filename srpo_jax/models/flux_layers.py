@@ -12,7 +12,7 @@ import numpy as np
 from flax import nnx
 
 from srpo_jax.models.activation import gelu
-from srpo_jax.models.compute import Compute
+from srpo_jax.models.compute import Compute, keep
 from srpo_jax.models.eight_bit import EightBitKernel
 
 TIME_CHANNELS = 256  # of the sinusoids of time and guidance
@@ -123,7 +123,7 @@ class Mlp(nnx.Module):
         self.out_layer = Linear(MLP_RATIO * width, width, compute, rngs=rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        return self.out_layer(gelu(self.in_layer(x)))
+        return keep(self.out_layer(gelu(keep(self.in_layer(x), "mlp"))), "out")
 
 
 class HeadNorm(nnx.Module):

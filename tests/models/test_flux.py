@@ -117,7 +117,9 @@ def test_sinusoid_is_diffusers():
 
 
 @pytest.mark.parametrize(
-    "options", [{"remat": "full"}, {"remat": "dots"}, {"scan_unroll": 3}, {"rotary": "product"}], ids=str
+    "options",
+    [{"remat": "full"}, {"remat": "dots"}, {"remat": "out+attention"}, {"scan_unroll": 3}, {"rotary": "product"}],
+    ids=str,
 )
 def test_execution_options_change_nothing(options):
     arrays = make_inputs(True)
