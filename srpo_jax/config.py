@@ -82,7 +82,8 @@ def default() -> ConfigDict:
     c.lora.quantize = "none"
 
     # What a block keeps for the backward pass: none (everything) | dots (matrix products) | full (its input alone).
-    # "none" is fastest and takes the most memory.
+    # "none" is fastest and takes the most memory. Of the transformer also names joined by +, of out | attention | qkv |
+    # mlp, as out+attention (docs/memory.md), or auto: as many of them as the device has room for.
     c.remat = ConfigDict()
     c.remat.transformer = "full"
     c.remat.autoencoder = "full"

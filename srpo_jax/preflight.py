@@ -70,7 +70,7 @@ def main(arguments: list[str] | None = None) -> None:
         storage.check_writable(values.json, "--json", folder=False)
     reports = []
     for candidate in candidates:
-        report = plan.check(candidate)
+        candidate, report = plan.settle(candidate)  # noqa: PLW2901
         report["advice"] = advice.advise(candidate, report)
         reports.append(report)
         print(verdict.describe(candidate, report), flush=True)

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import logging
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
 from srpo_jax import optim, seeds, sharding
@@ -29,7 +29,7 @@ from srpo_jax.algorithm.step import TrainState
 from srpo_jax.architectures import Architecture, used_rewards
 from srpo_jax.errors import UserError
 from srpo_jax.families.base import AUTOENCODER, TRANSFORMER
-from srpo_jax.models import attention, lora
+from srpo_jax.models import attention, lora, rotary
 from srpo_jax.models.compute import Compute, Params
 from srpo_jax.models.lora import Lora
 from srpo_jax.optim import Optimizer
@@ -57,14 +57,17 @@ def computes(config: ConfigDict, mesh: Mesh) -> Computes:
         dtype=jnp.dtype(config.model.dtype),
         param_dtype=jnp.dtype(config.model.dtype),
         attention=attention_of(config, mesh),
+        rotary=rotary.choose(mesh.devices.flat[0]),
         scan_unroll=config.model.scan_unroll,
         mesh=mesh,
         constrain=sharding.constraint(mesh),
     )
+    # What "auto" stands for is known once the update was compiled: see costs.keeping.
+    remat = "full" if config.remat.transformer == "auto" else config.remat.transformer
     # With LoRA the factors are trained, which are float32 always.
     stored = frozen.param_dtype if config.lora.rank else jnp.dtype(config.optim.weights)
     return Computes(
-        transformer=dataclasses.replace(frozen, param_dtype=stored, remat=config.remat.transformer),
+        transformer=dataclasses.replace(frozen, param_dtype=stored, remat=remat),
         autoencoder=dataclasses.replace(frozen, remat=config.remat.autoencoder),
         # Rewards read 50 to 729 patches or 77 words: too few for a kernel to save memory, with heads (80 wide in
         # ViT-H-14) that kernels do not take. T5 adds a bias to its logits, which not every backend can.
@@ -81,18 +84,33 @@ GPU_OPTIONS = {"xla_gpu_enable_triton_gemm": False}
 CPU_OPTIONS = {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_REDUCE"}
 
 
+# On TPUs, weights that are split are gathered whole, beside the work before they are needed. Left to itself, XLA
+# multiplies each part as it arrives, and reads, writes and rounds the sum so far in bfloat16 every time
+# (docs/performance.md).
+TPU_OPTIONS = {
+    "xla_jf_spmd_threshold_for_windowed_einsum_mib": "1000000",
+    "xla_enable_async_all_gather": "true",
+    "xla_tpu_enable_async_collective_fusion": "true",
+    "xla_tpu_enable_async_collective_fusion_fuse_all_gather": "true",
+}
+OPTIONS = {"gpu": GPU_OPTIONS, "cuda": GPU_OPTIONS, "cpu": CPU_OPTIONS, "tpu": TPU_OPTIONS}
+
+
 def compiler_options(mesh: Mesh) -> dict[str, Any]:
-    """What XLA is told for a mesh's devices, unless the environment's XLA_FLAGS says otherwise."""
-    options = {"gpu": GPU_OPTIONS, "cuda": GPU_OPTIONS, "cpu": CPU_OPTIONS}.get(mesh.devices.flat[0].platform, {})
-    told = os.environ.get("XLA_FLAGS", "")
-    return {name: value for name, value in options.items() if name not in told and _is_known(name, value)}
+    """What XLA is told for a mesh's devices, unless the environment's XLA_FLAGS, or libtpu's, say otherwise."""
+    device = mesh.local_devices[0]
+    told = os.environ.get("XLA_FLAGS", "") + os.environ.get("LIBTPU_INIT_ARGS", "")
+    options = OPTIONS.get(device.platform, {})
+    return {name: value for name, value in options.items() if name not in told and _is_known(device, name, value)}
 
 
 @functools.cache
-def _is_known(name: str, value: Any) -> bool:
-    """Whether the XLA of the default backend takes a compiler option: experimental ones come and go."""
+def _is_known(device: jax.Device, name: str, value: Any) -> bool:
+    """Whether the XLA of a device, which may be one that is not here, takes a compiler option: experimental ones come
+    and go."""
+    where = NamedSharding(Mesh([device], "x"), PartitionSpec())
     try:
-        jax.jit(lambda: 0, compiler_options={name: value}).lower().compile()
+        jax.jit(lambda: 0, out_shardings=where, compiler_options={name: value}).lower().compile()
     except jax.errors.JaxRuntimeError as error:
         logging.warning("XLA does not take the option %s=%s: %s", name, value, error)
         return False

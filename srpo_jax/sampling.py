@@ -22,6 +22,7 @@ from srpo_jax.algorithm.rollout import of_step
 from srpo_jax.conditions import PromptEncoder
 from srpo_jax.errors import UserError
 from srpo_jax.families.base import AUTOENCODER, Condition, Family
+from srpo_jax.models import rotary
 from srpo_jax.models.attention import choose
 from srpo_jax.models.compute import Compute, Params, bind
 from srpo_jax.weights import folder
@@ -48,7 +49,8 @@ def computes(mesh: Mesh, dtype: str, attention: str) -> tuple[Compute, Compute]:
     """
     kind = jnp.dtype(dtype)
     frozen = Compute(dtype=kind, param_dtype=kind, mesh=mesh, constrain=sharding.constraint(mesh))
-    return dataclasses.replace(frozen, attention=choose(attention, mesh.devices.flat[0], kind)), frozen
+    device = mesh.devices.flat[0]
+    return dataclasses.replace(frozen, attention=choose(attention, device, kind), rotary=rotary.choose(device)), frozen
 
 
 class Chunk(NamedTuple):

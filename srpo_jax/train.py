@@ -44,6 +44,7 @@ from srpo_jax import (
 from srpo_jax import config as config_lib
 from srpo_jax.algorithm.networks import Frozen
 from srpo_jax.algorithm.step import TrainState
+from srpo_jax.costs import keeping
 from srpo_jax.data import loading, sources
 from srpo_jax.errands import Errands
 from srpo_jax.errors import UserError
@@ -119,7 +120,9 @@ def _train(
 
     # === Mesh and program =============================================================================================
     mesh = sharding.make_mesh(config.mesh)
-    built = program.build(config, mesh, architecture)
+    built, settled = keeping.build(config, mesh, architecture)
+    if config.remat.transformer == "auto":
+        terminal.say(f"remat.transformer=auto stands for {settled.remat.transformer} here")
     for words in _describe(config, built):
         terminal.say(words)
     terminal.say(space.check(workdir, config, built.state, newest or 0))

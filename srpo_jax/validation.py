@@ -31,6 +31,7 @@ from srpo_jax.config import (
 )
 from srpo_jax.errors import UserError
 from srpo_jax.evaluation import scoring, stopping
+from srpo_jax.models.compute import KEPT, kept
 from srpo_jax.patterns import Pattern
 from srpo_jax.rewards import REWARDS
 
@@ -54,7 +55,6 @@ def validate(config: ConfigDict, paths: bool = True) -> None:
         ("data.encode", ENCODE),
         ("data.images", IMAGES),
         ("model.attention", ATTENTION),
-        ("remat.transformer", REMAT),
         ("remat.autoencoder", REMAT),
         ("remat.reward", REMAT),
         ("lora.quantize", QUANTIZE),
@@ -70,6 +70,10 @@ def validate(config: ConfigDict, paths: bool = True) -> None:
         ("wandb.mode", WANDB),
     ):
         require(key, flat[key] in choices, f"choose one of {', '.join(choices)}")
+    remat = flat["remat.transformer"]
+    names = f"names of {', '.join(KEPT)} joined by +, as out+attention"
+    require("remat.transformer", remat in (*REMAT, "auto") or kept(remat),
+            f"choose one of {', '.join(REMAT)}, auto, or {names}")  # fmt: skip
     if paths:
         _check_paths(flat)
     require("optim.weights", DTYPES.index(flat["optim.weights"]) >= DTYPES.index(flat["model.dtype"]),

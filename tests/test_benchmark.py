@@ -3,7 +3,7 @@
 import json
 import types
 
-import numpy as np
+import jax
 import pytest
 
 from srpo_jax import benchmark, errors, program
@@ -56,13 +56,17 @@ def test_the_command(capsys, tmp_path):
 
 
 def test_options_of_compilers(monkeypatch):
-    """GPUs and CPUs have some; what the environment's flags name is left to them, and what XLA lacks is left out."""
+    """Every kind of device has some; what the environment's flags name is left to them, and what the device's XLA lacks
+    is left out: here, a CPU's XLA is asked for all."""
+    ask = program._is_known
 
     def options(platform):
-        devices = np.array([types.SimpleNamespace(platform=platform)])
-        return program.compiler_options(types.SimpleNamespace(devices=devices))
+        device = types.SimpleNamespace(platform=platform)
+        return program.compiler_options(types.SimpleNamespace(local_devices=[device]))
 
+    monkeypatch.setattr(program, "_is_known", lambda device, name, value: ask(jax.devices()[0], name, value))
     monkeypatch.delenv("XLA_FLAGS", raising=False)
+    monkeypatch.delenv("LIBTPU_INIT_ARGS", raising=False)
     assert options("gpu") == {"xla_gpu_enable_triton_gemm": False}
     assert options("cpu") == program.CPU_OPTIONS
     assert options("tpu") == {}
@@ -70,3 +74,6 @@ def test_options_of_compilers(monkeypatch):
     assert "xla_cpu_no_such_option" not in options("cpu")
     monkeypatch.setenv("XLA_FLAGS", "--xla_gpu_enable_triton_gemm=true")
     assert options("gpu") == {}
+    monkeypatch.setattr(program, "_is_known", lambda *_: True)
+    monkeypatch.setenv("LIBTPU_INIT_ARGS", "--xla_enable_async_all_gather=false")
+    assert options("tpu").keys() == program.TPU_OPTIONS.keys() - {"xla_enable_async_all_gather"}

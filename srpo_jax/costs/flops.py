@@ -20,6 +20,7 @@ from typing import NamedTuple
 from srpo_jax.models.autoencoder import AutoencoderConfig
 from srpo_jax.models.blip import BlipConfig, BlipVisionConfig
 from srpo_jax.models.clip import ClipConfig, ClipTextConfig, ClipVisionConfig
+from srpo_jax.models.compute import kept
 from srpo_jax.models.siglip import SiglipVisionConfig
 from srpo_jax.models.t5 import T5Config
 
@@ -50,6 +51,7 @@ class Forward:
       again: of ``products``, those that rematerialising each block computes a second time, by the remat option. (A
         block's last product is spared where nothing in the backward pass reads it.)
       again_attention: of ``attention``, the same.
+      spared: of ``again["full"]``, what keeping a value of a block spares, by its name (``models.compute.KEPT``).
     """
 
     products: float
@@ -57,6 +59,7 @@ class Forward:
     attention: float
     again: dict[str, float]
     again_attention: dict[str, float]
+    spared: dict[str, float] = dataclasses.field(default_factory=dict)
 
     @property
     def total(self) -> float:
@@ -79,10 +82,24 @@ class Forward:
         # Every product has two operands and as many gradients; constants and frozen weights need none.
         backward = (2 * self.products + self.first if trained else self.products + self.first) + 2 * self.attention
         model = self.total + backward
-        again = self.again[remat] + self.again_attention[remat]
+        again = self.recomputed(remat) + self.recomputed_attention(remat, attention)
         if attention in FUSED_ATTENTION:
             again += self.attention / 2
         return Work(model, model + again)
+
+    def recomputed(self, remat: str) -> float:
+        """Of ``products``, what the backward pass computes again."""
+        if names := kept(remat):
+            return self.again["full"] - sum(self.spared.get(name, 0.0) for name in names)
+        return self.again[remat]
+
+    def recomputed_attention(self, remat: str, attention: str) -> float:
+        """Of ``attention``, the same. Where its output is kept, "xla" still makes the logits again; "cudnn" all, for
+        what its backward pass reads beside the output has no name."""
+        if not (names := kept(remat)):
+            return self.again_attention[remat]
+        share = {"splash": 1.0, "xla": 0.5}.get(attention, 0.0) if "attention" in names else 0.0
+        return (1 - share) * self.again_attention["full"]
 
 
 class Factors(NamedTuple):

@@ -7,6 +7,9 @@ noted it (CPU, GPU), else from the loop's counter (TPU): its start, its step, an
 Between TPU slices there are none: libtpu writes what goes there as a transfer to the host and back, to be summed or
 passed on by a runtime of its own (Megascale). That is a collective of one chip of every slice here.
 
+A gather that libtpu fuses with the work beside it (async collective fusion) is written where it starts, in all that it
+runs beside, be it in a loop, and where it ends: a chain, of one number. It counts where it starts.
+
 Written against the text that jaxlib 0.10.2, its CUDA plugin and libtpu 0.0.42 print.
 """
 
@@ -64,21 +67,24 @@ def collectives(text: str, devices: int) -> Collectives:
 
     Raises ValueError for text without an entry computation, and for replica groups that are not understood.
     """
-    module = _parse(text)
-    found, unknown = [], []
+    module = parse(text)
+    found, unknown, chains = [], [], set()
 
     def walk(computation: str, runs: int) -> bool:
         """Notes what a computation holds; returns whether there was something."""
         before = len(found)
         body = module.computations[computation]
         for instruction in body.values():
-            kind = instruction.opcode.removesuffix("-start")
-            if kind in KINDS:
-                found.append(_collective(kind, instruction, body, devices, runs))
+            if is_collective(instruction):
+                kind = instruction.opcode.removesuffix("-start")
+                chain = _chain(instruction)
+                if chain is None or chain not in chains:
+                    found.append(_collective(kind, instruction, body, devices, runs))
+                chains.add(chain)
             elif instruction.opcode == "send" and "_xla_megascale_transfer_type" in instruction.attributes:
                 found.append(_between_slices(instruction, body, devices, runs))
             elif instruction.opcode == "while":
-                turns = _trip_count(module, body, instruction)
+                turns = trip_count(module, body, instruction)
                 inside = walk(instruction.called("body"), runs * (1 if turns is None else turns))
                 if inside and turns is None:
                     unknown.append(instruction.name)
@@ -96,6 +102,11 @@ def collectives(text: str, devices: int) -> Collectives:
     return Collectives(tuple(found), tuple(unknown))
 
 
+def is_collective(instruction: "Instruction") -> bool:
+    """Whether an instruction is one of ``KINDS``, or where one starts."""
+    return instruction.opcode.removesuffix("-start") in KINDS
+
+
 def _dearest(found: list[Collective], branches: list) -> None:
     """Of a conditional's branches, keeps the one that moves most."""
     start, best = len(found), []
@@ -106,9 +117,9 @@ def _dearest(found: list[Collective], branches: list) -> None:
     found.extend(best)
 
 
-def _scattered(item: Collective, fusion: "_Instruction") -> Collective:
+def _scattered(item: Collective, fusion: "Instruction") -> Collective:
     """TPU's fused reduce-scatter is an all-reduce of which the fusion lets out a part."""
-    if item.kind == "all-reduce" and sum(_sizes(fusion.type)) < item.bytes:
+    if item.kind == "all-reduce" and sum(sizes(fusion.type)) < item.bytes:
         return item._replace(kind="reduce-scatter")
     return item
 
@@ -116,7 +127,9 @@ def _scattered(item: Collective, fusion: "_Instruction") -> Collective:
 # --- the text ---------------------------------------------------------------------------------------------------------
 
 
-class _Instruction(NamedTuple):
+class Instruction(NamedTuple):
+    """A line: of a constant, ``operands`` is its value, of a parameter its number."""
+
     name: str
     type: str
     opcode: str
@@ -136,12 +149,12 @@ class _Instruction(NamedTuple):
         return [self.called("true_computation"), self.called("false_computation")]
 
 
-_Computation = dict[str, _Instruction]
+Computation = dict[str, Instruction]
 
 
-class _Module(NamedTuple):
+class Module(NamedTuple):
     entry: str
-    computations: dict[str, _Computation]
+    computations: dict[str, Computation]
 
 
 _HEAD = re.compile(r"^(ENTRY )?%?([\w.-]+) \(.*\{\s*$")
@@ -149,7 +162,8 @@ _HEAD = re.compile(r"^(ENTRY )?%?([\w.-]+) \(.*\{\s*$")
 _LINE = re.compile(r"^\s+(ROOT )?%?([\w.-]+) = (.*?) ([a-z][a-z0-9-]*)\((.*)$")
 
 
-def _parse(text: str) -> _Module:
+def parse(text: str) -> Module:
+    """Reads a program's text. Raises ValueError for text without an entry computation."""
     computations, entry, current = {}, None, None
     for line in re.sub(r"/\*.*?\*/", "", text).splitlines():
         if not line.startswith(" "):
@@ -159,16 +173,15 @@ def _parse(text: str) -> _Module:
         elif current is not None and (match := _LINE.match(line)):
             root, name, kind, opcode, rest = match.groups()
             inside = _until_closed(rest)
-            operands = ()
-            if opcode not in ("constant", "parameter"):
+            if opcode in ("constant", "parameter"):
+                operands = (inside,)
+            else:
                 # An operand may be written with its type before it: its name comes last.
                 operands = tuple(part.split()[-1].lstrip("%") for part in _split(inside))
-            elif opcode == "constant":
-                operands = (inside,)
-            current[name] = _Instruction(name, kind, opcode, operands, rest[len(inside) + 1 :], bool(root))
+            current[name] = Instruction(name, kind, opcode, operands, rest[len(inside) + 1 :], bool(root))
     if entry is None:
         raise ValueError("HLO: the text has no ENTRY computation")
-    return _Module(entry, computations)
+    return Module(entry, computations)
 
 
 def _until_closed(rest: str) -> str:
@@ -192,21 +205,27 @@ def _split(text: str) -> Iterator[str]:
         yield text[start:]
 
 
-def _sizes(kind: str) -> list[int]:
-    """Bytes of every array in a type, layouts and padding apart."""
-    sizes = []
-    for name, dims in re.findall(r"\b([a-z][a-z0-9]*)\[([\d,<=]*)\]", kind):
+def sizes(kind: str, memory: bool = False) -> list[int]:
+    """Bytes of every array in a type, padding apart; with ``memory``, 0 of those that lie in a TPU's vector memory."""
+    found = []
+    for name, dims, layout in re.findall(r"\b([a-z][a-z0-9]*)\[([\d,<=]*)\](\{[^}]*\})?", kind):
         digits = re.search(r"\d+", name)  # f32, bf16, s4, f8e4m3fn; pred; token, which is nothing
         bits = 8 if name == "pred" else int(digits[0]) if digits else 0
-        sizes.append(math.prod(int(size.lstrip("<=")) for size in dims.split(",") if size) * bits // 8)
-    return sizes
+        there = not memory or re.search(r"S\([1-9]\)", layout) is None
+        found.append(there * math.prod(int(size.lstrip("<=")) for size in dims.split(",") if size) * bits // 8)
+    return found
+
+
+def size(instruction: Instruction, memory: bool = False) -> int:
+    """Bytes of an instruction's result, as ``sizes`` counts them."""
+    return sum(sizes(instruction.type, memory))
 
 
 # --- collectives ------------------------------------------------------------------------------------------------------
 
 
-def _collective(kind: str, instruction: _Instruction, body: _Computation, devices: int, runs: int) -> Collective:
-    size = sum(sum(_sizes(body[name].type)) for name in instruction.operands)
+def _collective(kind: str, instruction: Instruction, body: Computation, devices: int, runs: int) -> Collective:
+    size = sum(sum(sizes(body[name].type)) for name in instruction.operands)
     text = instruction.attributes
     if kind == "collective-permute":
         pairs = re.search(r"source_target_pairs=\{((?:\{\d+,\d+\},?)*)\}", text)
@@ -216,7 +235,13 @@ def _collective(kind: str, instruction: _Instruction, body: _Computation, device
     return Collective(kind, instruction.name, size, groups, runs)
 
 
-def _between_slices(instruction: _Instruction, body: _Computation, devices: int, runs: int) -> Collective:
+def _chain(instruction: Instruction) -> tuple[str, ...] | None:
+    """What the parts of a fused asynchronous collective have in common; None for one that stands alone."""
+    numbers = [re.search(rf'\b{name}="?(\d+)', instruction.attributes) for name in ("chain_id", "channel_id")]
+    return None if numbers[0] is None else tuple(match and match[1] for match in numbers)
+
+
+def _between_slices(instruction: Instruction, body: Computation, devices: int, runs: int) -> Collective:
     """Of ``{1,2}x{0:3}``, the slices and the numbers of chips in each, every chip with those of its number."""
     text = instruction.attributes
     kind = re.search(r'_xla_megascale_transfer_type="(\w+)"', text)[1].lower().replace("_", "-")
@@ -226,7 +251,7 @@ def _between_slices(instruction: _Instruction, body: _Computation, devices: int,
     slices, chips = (_numbers(part) for part in match.groups())
     each = devices // len(slices)
     groups = tuple(tuple(each * place + chip for place in range(len(slices))) for chip in chips)
-    return Collective(kind, instruction.name, sum(_sizes(body[instruction.operands[0]].type)), groups, runs)
+    return Collective(kind, instruction.name, sum(sizes(body[instruction.operands[0]].type)), groups, runs)
 
 
 def _numbers(text: str) -> list[int]:
@@ -293,7 +318,7 @@ def _chunks(ids: list[int], count: int, size: int) -> tuple[tuple[int, ...], ...
 # --- loops ------------------------------------------------------------------------------------------------------------
 
 
-def _trip_count(module: _Module, body: _Computation, loop: _Instruction) -> int | None:
+def trip_count(module: Module, body: Computation, loop: Instruction) -> int | None:
     """How often a loop turns, None if that cannot be read."""
     if match := re.search(r'"known_trip_count":\{"n":"?(\d+)"?\}', loop.attributes):
         return int(match[1])
@@ -310,7 +335,7 @@ def _trip_count(module: _Module, body: _Computation, loop: _Instruction) -> int 
     return None if start is None or not step else max(0, -(-(limit - start) // step))
 
 
-def _constant(body: _Computation, name: str) -> int | None:
+def _constant(body: Computation, name: str) -> int | None:
     instruction = body.get(name)
     while instruction is not None and instruction.opcode in ("copy", "bitcast", "convert", "reshape"):
         instruction = body.get(instruction.operands[0])
@@ -319,12 +344,12 @@ def _constant(body: _Computation, name: str) -> int | None:
     return int(instruction.operands[0]) if re.fullmatch(r"-?\d+", instruction.operands[0]) else None
 
 
-def _start(body: _Computation, loop: _Instruction, index: int) -> int | None:
+def _start(body: Computation, loop: Instruction, index: int) -> int | None:
     carried = body[loop.operands[0]]
     return _constant(body, carried.operands[index]) if carried.opcode == "tuple" else None
 
 
-def _step(body: _Computation, index: int) -> int | None:
+def _step(body: Computation, index: int) -> int | None:
     root = next(instruction for instruction in body.values() if instruction.root)
     if root.opcode != "tuple":
         return None

@@ -1,7 +1,7 @@
 """What a recipe takes on devices that need not be there: the update, compiled ahead of time and read.
 
-Memory is the compiler's plan, arithmetic is counted from sizes (``work``), collectives are read from the program
-(``hlo``), and time is a roofline (``roofline``).
+Memory is the compiler's plan, arithmetic is counted from sizes (``work``), collectives and what passes through a
+device's memory are read from the program (``hlo``, ``traffic``), and time is a roofline (``roofline``).
 """
 
 import dataclasses
@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 from srpo_jax import checkpoint, program, sharding
 from srpo_jax import config as config_lib
 from srpo_jax.architectures import Architecture
-from srpo_jax.costs import hlo, host_memory, roofline, topologies, work
+from srpo_jax.costs import hlo, host_memory, keeping, roofline, topologies, traffic, work
 from srpo_jax.costs.hardware import GIB
 from srpo_jax.costs.topologies import Target
 from srpo_jax.errors import UserError
@@ -83,6 +83,24 @@ def _encoders(config: ConfigDict, architecture: Architecture, built: Program) ->
     return found
 
 
+def settle(candidate: Candidate) -> tuple[Candidate, dict[str, Any]]:
+    """As ``check``, with the candidate that was checked: of ``remat.transformer=auto``, one that keeps as much as
+    fits."""
+    report = check(candidate)
+    if candidate.config.remat.transformer != "auto":
+        return candidate, report
+    config, built = candidate.config, candidate.built
+    remat = keeping.choose(config, candidate.architecture, built.mesh, report["memory"]["headroom"])
+    while True:
+        config = config.copy_and_resolve_references()
+        config.remat.transformer = remat
+        chosen = candidate._replace(config=config, built=program.build(config, built.mesh, candidate.architecture))
+        report = check(chosen)
+        if report["fits"] or remat == "full":
+            return chosen, report
+        remat = keeping.fewer(remat)
+
+
 def check(candidate: Candidate) -> dict[str, Any]:
     """Compiles the update and returns all there is to know, for JSON; see ``verdict.describe`` for its meaning."""
     config, target, built = candidate.config, candidate.target, candidate.built
@@ -99,11 +117,13 @@ def check(candidate: Candidate) -> dict[str, Any]:
         raise UserError(f"{target.name}: {error} {topologies.INSTALL[target.platform]}") from error
     seconds = time.perf_counter() - started
     memory = _memory(candidate, compiled, refused)
-    found = hlo.Collectives((), ()) if compiled is None else hlo.collectives(compiled.as_text(), len(devices))
+    found, moved = hlo.Collectives((), ()), traffic.Traffic(0.0, 0.0)
+    if compiled is not None:
+        text = compiled.as_text()
+        found, moved = hlo.collectives(text, len(devices)), traffic.of(text)
     places = [topologies.place(target, device) for device in devices] if found.found else []
-    moved = roofline.optimizer_traffic(built.state.params, built.state.opt_state)
     away = roofline.shard_bytes(built.state.opt_state, host=True)
-    time_of = roofline.estimate(config, candidate.architecture, parts, moved, away, found.found, target, places)
+    time_of = roofline.estimate(parts, moved, away, found.found, target, places)
     return {
         "topology": target.name,
         "device": target.chip.name,
@@ -119,6 +139,7 @@ def check(candidate: Candidate) -> dict[str, Any]:
         "host_memory": _save(candidate)._asdict(),
         "model_flops": {name: part.model for name, part in parts.items()},
         "hardware_flops": {name: part.hardware for name, part in parts.items()},
+        "traffic": moved._asdict(),
         "collectives": _traffic(found.found, target, places),
         "loops_of_unknown_length": list(found.unknown),
         "seconds": {

@@ -2,17 +2,15 @@
 
     compute        hardware FLOPs of every part (costs/flops.py: with what rematerialisation computes again) at the
                    peak of bfloat16 matrix products, those of 8-bit rollouts (rollout.dtype) too, shared by all devices
-    memory         what no matrix product hides: the optimiser, which reads the gradients twice (for their norm, and to
-                   use them) and reads and writes weights and state; and, where attention is not fused, its matrix,
-                   which passes through memory between the products on both sides of it; and moments that stay in the
-                   hosts' memory (optim.offload), which come and go through the device's link to its host
+    products       what products and attention's kernels read and write, beside their arithmetic: the slower one counts
+    memory         what no product hides, by the compiled program's text (costs/traffic.py): norms, activations, what is
+                   laid out anew, the optimiser; and moments that stay in the hosts' memory (optim.offload), which come
+                   and go through the device's link to its host
     interconnect   the collectives of the compiled program, each on the links between the devices of its groups; what
                    goes between TPU slices or hosts of GPUs, on their share of the data-centre network
 
-Compute and memory follow each other, the interconnect may work beside both. Elementwise work, the reading of weights
-and the activations of convolutions count as hidden behind products: FLUX's, of 2,537 tokens and more, are bound by
-arithmetic. So ``best`` is what no run beats. No product reaches a data sheet's peak either: ``expected`` takes a
-share of it.
+Products and the rest follow each other, the interconnect may work beside both. So ``best`` is what no run of this
+program beats. No product reaches a data sheet's peak either: ``expected`` takes a share of it.
 """
 
 import math
@@ -20,14 +18,12 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
-from ml_collections import ConfigDict
 
-from srpo_jax.architectures import Architecture
-from srpo_jax.costs import flops, topologies, work
+from srpo_jax.costs import topologies
 from srpo_jax.costs.flops import Work
 from srpo_jax.costs.hlo import Collective
 from srpo_jax.costs.topologies import Target
-from srpo_jax.program import in_float32
+from srpo_jax.costs.traffic import Traffic
 
 # The share of the peak that large products, with all that comes between them, are taken to reach: an assumption.
 UTILISATION = 0.6
@@ -36,16 +32,13 @@ UTILISATION = 0.6
 HOST_LINK = 32e9
 HOST_MEMORY = "pinned_host"  # the kind of memory that such arrays lie in
 
-# Bytes for each entry of an attention matrix that is not fused: forward, logits are written and read in float32,
-# probabilities in bfloat16; backward, the gradients of both likewise and the probabilities once more.
-MATRIX_FORWARD, MATRIX_BACKWARD = 2 * 4 + 2 * 2, 2 * 4 + 3 * 2
-
 
 class Estimate(NamedTuple):
-    """Seconds of one update on every device at the published peaks: ``compute`` by part, ``memory`` by what for,
-    ``interconnect`` by kind of collective."""
+    """Seconds of one update on every device at the published peaks: ``compute`` by part, ``products`` for what those
+    read and write, ``memory`` by what for, ``interconnect`` by kind of collective."""
 
     compute: dict[str, float]
+    products: float
     memory: dict[str, float]
     interconnect: dict[str, float]
 
@@ -61,21 +54,20 @@ class Estimate(NamedTuple):
 
     def seconds(self, utilisation: float) -> float:
         """Matrix products at this share of their peak."""
-        busy = sum(self.compute.values()) / utilisation + sum(self.memory.values())
+        busy = max(sum(self.compute.values()) / utilisation, self.products) + sum(self.memory.values())
         return max(busy, sum(self.interconnect.values()))
 
     @property
     def bound(self) -> str:
         """What takes longest at the peaks: "compute", "memory" or "interconnect"."""
-        totals = {name: sum(values.values()) for name, values in self._asdict().items()}
+        totals = {name: sum(getattr(self, name).values()) for name in ("compute", "memory", "interconnect")}
+        totals["memory"] += self.products
         return max(totals, key=totals.get)
 
 
 def estimate(
-    config: ConfigDict,
-    architecture: Architecture,
     parts: dict[str, Work],
-    optimizer_bytes: float,
+    moved: Traffic,
     host_bytes: float,
     collectives: Sequence[Collective],
     target: Target,
@@ -84,11 +76,9 @@ def estimate(
     """Estimates an update.
 
     Args:
-      config: its configuration.
-      architecture: sizes.
       parts: the work of the whole batch, by part (``work.update``).
-      optimizer_bytes: that the optimiser moves on a device (``optimizer_traffic``).
-      host_bytes: of its state that lie in the host's memory, for a device.
+      moved: by the compiled update (``traffic.of``).
+      host_bytes: of the optimiser's state that lie in the host's memory, for a device.
       collectives: of the compiled update.
       target: what it was compiled for.
       places: of its devices, in the program's order (``topologies.place``); not read without collectives.
@@ -96,17 +86,15 @@ def estimate(
     chip, count = target.chip, target.count
     # The optimiser's few FLOPs are not of matrix products.
     compute = {name: part.hardware / count / chip.flops for name, part in parts.items() if name != "optimizer"}
-    memory = {"optimizer": optimizer_bytes / chip.bandwidth}
+    memory = {"between": moved.between / chip.bandwidth}
     if host_bytes:
         memory["host"] = host_bytes / HOST_LINK  # in and out at once
-    if config.model.attention not in flops.FUSED_ATTENTION:
-        memory["attention"] = attention_traffic(config, architecture) / count / chip.bandwidth
     interconnect: dict[str, float] = {}
     for item in collectives:
         seconds = item.runs * duration(item, target, places)
         name = kind(item, target, places)
         interconnect[name] = interconnect.get(name, 0.0) + seconds
-    return Estimate(compute, memory, interconnect)
+    return Estimate(compute, moved.products / chip.bandwidth, memory, interconnect)
 
 
 def kind(item: Collective, target: Target, places: Sequence[tuple[int, ...]]) -> str:
@@ -150,25 +138,6 @@ def _exchange(item: Collective, target: Target, places: Sequence[tuple[int, ...]
         "collective-broadcast": (item.bytes * (width > 1), item.bytes * (apart > 1)),
     }[item.kind]
     return max(within and within / topologies.bandwidth(target, near), between / target.network)
-
-
-def attention_traffic(config: ConfigDict, architecture: Architecture) -> float:
-    """Bytes of attention matrices that an update writes and reads where attention is not fused."""
-    family, tokens = architecture.family, sum(work.tokens(config, architecture.family))
-    gradient = MATRIX_FORWARD * (1 + (config.remat.transformer != "none")) + MATRIX_BACKWARD
-    moved = gradient * work.counts(config, family).passes * family.attention_entries(architecture.transformer, tokens)
-    for sizes, passes in work.rollout_passes(config, architecture):
-        moved += MATRIX_FORWARD * passes * family.attention_entries(sizes, tokens)
-    return config.data.batch_size * moved
-
-
-def optimizer_traffic(params: Any, opt_state: Any) -> float:
-    """Bytes that AdamW moves on a device: trees of ``ShapeDtypeStruct`` with shardings.
-
-    Gradients are float32 whatever the weights are, and are read twice.
-    """
-    gradients = shard_bytes(in_float32(params))
-    return 2 * gradients + 2 * (shard_bytes(params) + shard_bytes(opt_state))
 
 
 def shard_bytes(tree: Any, host: bool = False) -> int:

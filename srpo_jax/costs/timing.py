@@ -11,8 +11,8 @@ import jax
 from ml_collections import ConfigDict
 
 from srpo_jax import config as config_lib
-from srpo_jax import program, sharding
-from srpo_jax.costs import flops, hardware, parts, work
+from srpo_jax import sharding
+from srpo_jax.costs import flops, hardware, keeping, parts, work
 from srpo_jax.costs.hardware import GIB
 from srpo_jax.errors import UserError
 from srpo_jax.program import Architecture
@@ -126,7 +126,7 @@ def benchmark(
     ``trace`` is a folder for profiles, one folder a part.
     """
     mesh = sharding.make_mesh(config.mesh)
-    built = program.build(config, mesh, architecture)
+    built, config = keeping.build(config, mesh, architecture)
     best, source = peak(list(mesh.devices.flat))
     device = mesh.devices.flat[0]
     say(f"{mesh.devices.size} x {device.device_kind}, peak {_tera(best)} ({source})")

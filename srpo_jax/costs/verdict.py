@@ -42,7 +42,10 @@ def describe(candidate: Candidate, report: dict[str, Any]) -> str:
         lines.append(f"  {kind:<{width}} {row['bytes'] / 1e9:9.2f} GB a device in {row['runs']} runs")
     if report["loops_of_unknown_length"]:
         lines.append(f"  counted once, for their length is unknown: {', '.join(report['loops_of_unknown_length'])}")
-    parts = ", ".join(f"{name} {sum(seconds[name].values()):.3g}" for name in ("compute", "memory", "interconnect"))
+    sums = {name: sum(seconds[name].values()) for name in ("compute", "memory", "interconnect")}
+    parts = ", ".join(f"{name} {total:.3g}" for name, total in sums.items())
+    if seconds["products"] > sums["compute"]:
+        parts += f", products' own memory {seconds['products']:.3g}"
     if report["compiled"]:
         lines.append(f"  seconds       {seconds['best']:.3g} at best ({parts}), {seconds['expected']:.3g} expected")
         mfu = model / report["devices"] / candidate.target.chip.flops / seconds["expected"]

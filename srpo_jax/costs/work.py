@@ -85,7 +85,9 @@ def sample(config: ConfigDict, architecture: Architecture) -> dict[str, Work]:
     size, lora = tokens(config, family), Lora.from_config(config.lora)
     settings = Settings.from_config(config, family)
     count, followed = methods.cost(settings), methods.follows(settings)
-    options = dict(remat=remat.transformer, attention=config.model.attention)
+    # Before a plan, "auto" keeps nothing.
+    transformer = "full" if remat.transformer == "auto" else remat.transformer
+    options = dict(remat=transformer, attention=config.model.attention)
     if lora is None:
         trained = family.forward(architecture.transformer, *size).gradient(trained=True, **options)
     else:

@@ -288,10 +288,10 @@ class Family(abc.ABC):
         """The config with other numbers of blocks. Raises UserError if there is no such transformer."""
         raise UserError(f"{self.name} has no blocks to choose from; got {','.join(map(str, blocks))}")
 
-    def attention_entries(self, transformer: Any, tokens: int) -> int:
-        """Entries of all attention matrices of a pass, over so many text and image tokens together."""
-        del transformer, tokens
-        return 0
+    def kept(self, transformer: Any, image_tokens: int, text_tokens: int) -> dict[str, int]:
+        """Numbers that all blocks keep of one sample for the backward pass, by name (``models.compute.KEPT``)."""
+        del transformer, image_tokens, text_tokens
+        return {}
 
     def factors(self, transformer: Any, lora: Lora, image_tokens: int, text_tokens: int) -> Factors:
         """Numbers and FLOPs of the low-rank factors."""

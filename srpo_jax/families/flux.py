@@ -222,9 +222,9 @@ class FluxFamily(Family):
             raise UserError(f"{self.name} has two kinds of block, double and single; got {','.join(map(str, blocks))}")
         return transformer.with_blocks(*blocks)
 
-    def attention_entries(self, transformer: FluxConfig, tokens: int) -> int:
-        """Every block attends over the joint sequence."""
-        return sum(self.blocks(transformer)) * transformer.num_attention_heads * tokens**2
+    def kept(self, transformer: FluxConfig, image_tokens: int, text_tokens: int) -> dict[str, int]:
+        """See ``flux_costs.kept``."""
+        return flux_costs.kept(transformer, image_tokens, text_tokens)
 
     def factors(self, transformer: FluxConfig, lora: Lora, image_tokens: int, text_tokens: int) -> Factors:
         """Numbers and FLOPs of the low-rank factors."""

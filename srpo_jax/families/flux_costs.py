@@ -8,6 +8,9 @@ from srpo_jax.models.flux_layers import MLP_RATIO, TIME_CHANNELS
 from srpo_jax.models.lora import Lora, chosen, factor_shapes
 from srpo_jax.weights import folder
 
+# Products of a block by what is kept of them, in widths squared for a token.
+WIDTHS_SQUARED = {"out": 1 + MLP_RATIO, "qkv": 3, "mlp": MLP_RATIO}
+
 
 def transformer(config: FluxConfig, image_tokens: int, text_tokens: int) -> Forward:
     """One sample's pass, embedders and modulations included."""
@@ -26,7 +29,19 @@ def transformer(config: FluxConfig, image_tokens: int, text_tokens: int) -> Forw
         # The gates' gradients read each block's last products, so none is spared.
         again={"none": 0, "dots": 0, "full": products},
         again_attention={"none": 0, "dots": attention, "full": attention},
+        spared={name: share * blocks * 2 * width**2 * tokens for name, share in WIDTHS_SQUARED.items()},
     )
+
+
+def kept(config: FluxConfig, image_tokens: int, text_tokens: int) -> dict[str, int]:
+    """Numbers that all blocks keep of one sample, by name (``models.compute.KEPT``); of attention also its sums, one
+    number of float32 for each head and token."""
+    tokens, single = image_tokens + text_tokens, config.num_single_layers
+    blocks, heads = config.num_layers + single, config.num_attention_heads
+    # Both halves of a double block end in such a product.
+    out = (2 * config.num_layers + single) * tokens * config.width
+    each = blocks * tokens * config.width
+    return {"out": out, "attention": each + 2 * blocks * tokens * heads, "qkv": 3 * each, "mlp": MLP_RATIO * each}
 
 
 def modulations(config: FluxConfig) -> float:
@@ -65,16 +80,17 @@ def adapted(config: FluxConfig, lora: Lora, image_tokens: int, text_tokens: int,
     width, tokens, names = config.width, image_tokens + text_tokens, _adapted(config, lora)
     through = _block_products(config, tokens) + 2 * width * config.out_channels * image_tokens
     model = flux.total + low.products + through + 2 * flux.attention + 2 * low.products
-    again = flux.again_attention[remat]
-    if remat == "full":
-        again += flux.again["full"] + low.products
+    again = flux.recomputed_attention(remat, attention)
+    if remat not in ("none", "dots"):
+        again += flux.recomputed(remat) + low.products
         # A block's last products are read by the gradient of their gate alone.
         for mod, layers, wide, count in (
             ("double_blocks.img_mod", config.num_layers, MLP_RATIO, image_tokens),
             ("double_blocks.txt_mod", config.num_layers, MLP_RATIO, text_tokens),
             ("single_blocks.mod", config.num_single_layers, 1 + MLP_RATIO, tokens),
         ):
-            again -= 0 if mod in names else layers * wide * 2 * width**2 * count
+            needless = mod not in names and "out" not in remat.split("+")
+            again -= layers * wide * 2 * width**2 * count if needless else 0
     if attention in FUSED_ATTENTION:
         again += flux.attention / 2
     return Work(model, model + again)

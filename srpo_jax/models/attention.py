@@ -16,7 +16,10 @@ from jax.sharding import PartitionSpec
 
 CUDNN_MULTIPLE = 64
 SPLASH_MULTIPLE = 128
-SPLASH_BLOCKS = (512, 256, 128)
+# Blocks of splash: (tokens of a block, keys that are computed at a time). Keys and values are read again for every
+# block of queries: 1,120 tokens do for each byte what a TPU v6e computes while it reads one. From 2 MB of logits at a
+# time on, a kernel runs out of the chip's vector memory.
+SPLASH_BLOCKS = ((1536, 512), (1280, 640), (1152, 384), (1024, 512), (896, 896), (768, 768), (640, 640), (512, 512))
 # The one mesh axis that divides heads; every other axis of a mesh divides the batch.
 HEAD_AXIS = "tensor"
 CUDNN_LEAST = 8.0  # compute capability: Ampere's
@@ -136,6 +139,15 @@ def _pad_length(x: jax.Array, amount: int) -> jax.Array:
 # --- splash ---
 
 
+def splash_blocks(length: int) -> tuple[int, int, int]:
+    """(padded length, tokens of a block, keys that are computed at a time) for so many tokens: the least padding, then
+    the largest block."""
+    if length <= SPLASH_BLOCKS[-1][0]:
+        padded = length + -length % SPLASH_MULTIPLE
+        return padded, padded, padded
+    return min(((length + -length % block, block, keys) for block, keys in SPLASH_BLOCKS), key=lambda t: (t[0], -t[1]))
+
+
 def _splash(query, key, value, scale, causal, mesh=None, key_mask=None, interpret=False):
     """The TPU kernel; on a mesh, on each device's own samples and heads."""
     # The import initialises Pallas for TPU, which other platforms need not have.
@@ -145,18 +157,23 @@ def _splash(query, key, value, scale, causal, mesh=None, key_mask=None, interpre
     if query.shape[1] != key.shape[1]:
         raise ValueError(f"attention backend 'splash' needs equal lengths, got {query.shape[1]} and {key.shape[1]}")
     length = query.shape[1]
-    pad = -length % SPLASH_MULTIPLE
-    padded = length + pad
-    block = next(size for size in SPLASH_BLOCKS if padded % size == 0)
+    padded, block, keys_at_once = splash_blocks(length)
+    pad = padded - length
     mask = (masks.CausalMask if causal else masks.FullMask)((padded, padded))
     given = () if key_mask is None else (key_mask,)
 
     def local(query, key, value, *seen):
         kernel = kernels.make_splash_mha(
             masks.MultiHeadMask([mask] * query.shape[2]),
-            block_sizes=kernels.BlockSizes(*[block] * 8),
+            # One kernel for all gradients makes logits and probabilities once, not once for queries and once for keys.
+            block_sizes=kernels.BlockSizes(
+                *(block, block, keys_at_once),
+                *(block, block, keys_at_once),
+                use_fused_bwd_kernel=True,
+            ),
             head_shards=1,
             q_seq_shards=1,
+            residual_checkpoint_name="attention",  # see compute.KEPT
             interpret=interpret,
         )
         # Padding, and keys that are not seen, are a segment of their own, so that no token attends to them.

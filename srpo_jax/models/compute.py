@@ -11,10 +11,14 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.ad_checkpoint
 import jax.numpy as jnp
 from flax import nnx
 
 Params = dict[str, Any]
+# What a block may keep for its backward pass, by name: first what spares most work for its bytes. "out" are products
+# that a gate scales, "qkv" queries, keys and values before their norms, "mlp" what the activation reads.
+KEPT = ("out", "attention", "qkv", "mlp")
 LORA_FACTORS = ("lora_a", "lora_b")  # names of the low-rank factors beside a kernel, see lora
 
 
@@ -33,8 +37,10 @@ class Compute:
         sinusoidal embeddings and losses are float32 whatever this says.
       param_dtype: of the stored parameters, but for those of norms and scales of frozen networks, which are float32.
       attention: backend name, see ``attention.attention``.
+      rotary: how rotary embeddings are computed, see ``rotary``.
       remat: which intermediate values of a repeated block are kept for the backward pass: "none" keeps all, "full"
-        keeps only the block's input, "dots" keeps the results of matrix products.
+        keeps only the block's input, "dots" keeps the results of matrix products, names of ``KEPT`` joined by "+" keep
+        the block's input and those.
       scan_unroll: how many repeated blocks one iteration of the scan holds.
       mesh: the devices that activations are split over, for what XLA cannot split by itself; None for one device.
       constrain: called as ``constrain(x, name)`` on activations at block borders, with the names "tokens" [B, T, D],
@@ -45,6 +51,7 @@ class Compute:
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
     attention: str = "xla"
+    rotary: str = "pairs"
     remat: str = "none"
     scan_unroll: int = 1
     mesh: jax.sharding.Mesh | None = None
@@ -55,10 +62,24 @@ class Compute:
         if self.remat == "none":
             return function
         policies = {"full": None, "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable}
+        if names := kept(self.remat):
+            policies[self.remat] = jax.checkpoint_policies.save_only_these_names(*names)
         if self.remat not in policies:
-            raise ValueError(f"remat={self.remat!r} is unknown; choose one of none, {', '.join(policies)}")
+            known = f"none, {', '.join(policies)}, or names of {', '.join(KEPT)} joined by +"
+            raise ValueError(f"remat={self.remat!r} is unknown; choose one of {known}")
         # Inside a scan the loop itself keeps the compiler from merging the recomputation with the forward pass.
         return jax.checkpoint(function, policy=policies[self.remat], prevent_cse=False)
+
+
+def kept(remat: str) -> tuple[str, ...]:
+    """The names of ``KEPT`` that a ``remat`` option joins; none of another option."""
+    names = tuple(remat.split("+"))
+    return names if set(names) <= set(KEPT) and len(set(names)) == len(names) else ()
+
+
+def keep(x: jax.Array, name: str) -> jax.Array:
+    """Names a value of a block, of ``KEPT``."""
+    return jax.ad_checkpoint.checkpoint_name(x, name)
 
 
 def build(constructor: Callable[[nnx.Rngs], nnx.Module], seed: int = 0) -> tuple[nnx.GraphDef, Params]:

@@ -16,7 +16,7 @@ from jax.sharding import PartitionSpec as P
 from srpo_jax import schema
 from srpo_jax.models.activation import gelu
 from srpo_jax.models.attention import attention
-from srpo_jax.models.compute import Compute
+from srpo_jax.models.compute import Compute, keep
 from srpo_jax.models.flux_layers import (
     MLP_RATIO,
     TIME_CHANNELS,
@@ -27,10 +27,9 @@ from srpo_jax.models.flux_layers import (
     add_gated,
     modulate,
     parts_of,
-    rotary_table,
-    rotate,
     sinusoid,
 )
+from srpo_jax.models.rotary import rotary_table, rotate
 from srpo_jax.models.stack import map_part, scan_blocks, stack, without
 from srpo_jax.schema import LARGEST_SIZE, Range, Size
 
@@ -150,16 +149,16 @@ class StreamAttention(nnx.Module):
 
     def queries_keys_values(self, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         """[B, T, D] -> three times [B, T, H, Dh]; queries and keys are normalised."""
-        query, key, value = parts_of(self.qkv(x))
+        query, key, value = parts_of(keep(self.qkv(x), "qkv"))
         return self.query_norm(query), self.key_norm(key), value
 
 
 def joint_attention(query, key, value, table, compute: Compute) -> jax.Array:
-    """Rotary attention over one sequence: three times [B, T, H, Dh] -> [B, T, D]."""
-    query, key = (rotate(x, table).astype(compute.dtype) for x in (query, key))
+    """Rotary attention over one sequence: three times [B, T, H, Dh] -> the same."""
+    query, key = (rotate(x, table, compute.rotary) for x in (query, key))
     query, key, value = (compute.constrain(x, "heads") for x in (query, key, value))
-    out = compute.constrain(attention(query, key, value, backend=compute.attention, mesh=compute.mesh), "heads")
-    return out.reshape(*out.shape[:2], -1)
+    out = attention(query, key, value, backend=compute.attention, mesh=compute.mesh)
+    return keep(compute.constrain(out, "heads"), "attention")
 
 
 class DoubleBlock(nnx.Module):
@@ -189,9 +188,9 @@ class DoubleBlock(nnx.Module):
         out = joint_attention(*joint, table, self.compute)
         txt_out, img_out = jnp.split(out, [txt.shape[1]], axis=1)
 
-        img = add_gated(img, img_gate1, self.img_attn.proj(img_out))
+        img = add_gated(img, img_gate1, keep(self.img_attn.proj(img_out), "out"))
         img = add_gated(img, img_gate2, self.img_mlp(modulate(img, img_shift2, img_scale2)))
-        txt = add_gated(txt, txt_gate1, self.txt_attn.proj(txt_out))
+        txt = add_gated(txt, txt_gate1, keep(self.txt_attn.proj(txt_out), "out"))
         txt = add_gated(txt, txt_gate2, self.txt_mlp(modulate(txt, txt_shift2, txt_scale2)))
         return img, txt
 
@@ -213,10 +212,10 @@ class SingleBlock(nnx.Module):
         """The sequence [B, T + N, D] under a modulation [B, 3 D], which ``mod`` made before."""
         shift, scale, gate = split_modulation(mod, 3, self.compute)
         normed = modulate(x, shift, scale)
-        query, key, value = parts_of(self.qkv(normed))
+        query, key, value = parts_of(keep(self.qkv(normed), "qkv"))
         attended = joint_attention(self.query_norm(query), self.key_norm(key), value, table, self.compute)
-        hidden = gelu(self.mlp_in(normed))
-        return add_gated(x, gate, self.out(jnp.concatenate([attended, hidden], axis=-1)))
+        hidden = gelu(keep(self.mlp_in(normed), "mlp"))
+        return add_gated(x, gate, keep(self.out(attended, hidden), "out"))
 
 
 # --- the network ---
@@ -341,7 +340,8 @@ class Flux(nnx.Module):
         """Image tokens [B, N, D], text tokens [B, T, D], and the rotary table of the joint sequence."""
         img = self.compute.constrain(self.img_in(latents), "tokens")
         txt = self.compute.constrain(self.txt_in(text), "tokens")
-        return img, txt, rotary_table(jnp.concatenate([text_ids, image_ids]), self.config.axes_dims_rope)
+        ids = jnp.concatenate([text_ids, image_ids])
+        return img, txt, rotary_table(ids, self.config.axes_dims_rope, self.compute.rotary)
 
     def double(
         self, img: jax.Array, txt: jax.Array, modulations: Modulations, table: Any, some: range | None = None

@@ -1,9 +1,10 @@
-"""What FLUX's blocks are made of: linear layers, embedders, norms, sinusoidal and rotary embeddings.
+"""What FLUX's blocks are made of: linear layers, embedders, norms, sinusoids of time and guidance.
 
 Widths in comments as in ``flux``: B batch, T tokens, D model width, H heads of width Dh.
 """
 
 import math
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -11,12 +12,12 @@ import numpy as np
 from flax import nnx
 
 from srpo_jax.models.activation import gelu
-from srpo_jax.models.compute import Compute
+from srpo_jax.models.compute import Compute, keep
 from srpo_jax.models.eight_bit import EightBitKernel
 
 TIME_CHANNELS = 256  # of the sinusoids of time and guidance
 TIME_FACTOR = 1000.0  # the network was trained with times and guidances in thousandths
-THETA = 10_000  # base of the frequencies, rotary and sinusoidal
+THETA = 10_000  # base of their frequencies
 EPSILON = 1e-6  # of every norm
 MLP_RATIO = 4
 
@@ -76,12 +77,31 @@ class Linear(nnx.Module):
         self.bias = nnx.Param(jnp.zeros(shape, compute.param_dtype))
         self.dtype = compute.dtype
 
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, *parts: jax.Array) -> jax.Array:
+        """Of several arrays, y is that of all their features side by side. Those of tokens may lie in heads: [B, D],
+        [B, T, D] or [B, T, H, Dh]."""
         if isinstance(self.kernel, EightBitKernel):
-            y = self.kernel.product(x, self.dtype)
+            # A token has one scale for all of its features.
+            flat = [x.reshape(*x.shape[:2], -1) if x.ndim > 3 else x for x in parts]
+            y = self.kernel.product(jnp.concatenate(flat, axis=-1), self.dtype)
         else:
-            y = jnp.tensordot(x.astype(self.dtype), self.kernel[...].astype(self.dtype), axes=1)
+            y = product_of_parts([x.astype(self.dtype) for x in parts], self.kernel[...].astype(self.dtype))
         return add_bias(y, self.bias[...])
+
+
+def product_of_parts(parts: Sequence[jax.Array], kernel: jax.Array) -> jax.Array:
+    """The product of arrays as ``Linear`` takes them, side by side, with a kernel [in, *features_out].
+
+    A product for each, of its rows of the kernel: side by side they would be written and read once more. A sum over
+    heads and their channels likewise leaves them where attention wrote them.
+    """
+    sums, start = [], 0
+    for x in parts:
+        features = x.shape[min(x.ndim - 1, 2) :]
+        rows = kernel[start : start + math.prod(features)].reshape(*features, *kernel.shape[1:])
+        sums.append(jnp.tensordot(x, rows, axes=len(features)))
+        start += math.prod(features)
+    return sum(sums[1:], start=sums[0])
 
 
 class Embedder(nnx.Module):
@@ -103,7 +123,7 @@ class Mlp(nnx.Module):
         self.out_layer = Linear(MLP_RATIO * width, width, compute, rngs=rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        return self.out_layer(gelu(self.in_layer(x)))
+        return keep(self.out_layer(gelu(keep(self.in_layer(x), "mlp"))), "out")
 
 
 class HeadNorm(nnx.Module):
@@ -128,24 +148,6 @@ def sinusoid(values: jax.Array) -> jax.Array:
     frequencies = np.exp(exponents.astype(np.float64)).astype(np.float32)
     angles = TIME_FACTOR * values.astype(jnp.float32)[:, None] * frequencies
     return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
-
-
-def rotary_table(ids: jax.Array, axes_dims: tuple[int, ...]) -> tuple[jax.Array, jax.Array]:
-    """Cosines and sines [T, Dh / 2] float32 of positions ``ids`` [T, axes] (Su et al., arXiv 2104.09864, per axis)."""
-    angles = []
-    for axis, dim in enumerate(axes_dims):
-        frequencies = (1.0 / THETA ** (np.arange(0, dim, 2) / dim)).astype(np.float32)
-        angles.append(ids[:, axis, None].astype(jnp.float32) * frequencies)
-    angles = jnp.concatenate(angles, axis=-1)
-    return jnp.cos(angles), jnp.sin(angles)
-
-
-def rotate(x: jax.Array, table: tuple[jax.Array, jax.Array]) -> jax.Array:
-    """Rotates neighbouring channel pairs of [B, T, H, Dh] by their token's angles; the result is float32."""
-    x = x.astype(jnp.float32)
-    cos, sin = (part[None, :, None, :] for part in table)
-    even, odd = x[..., 0::2], x[..., 1::2]
-    return jnp.stack([even * cos - odd * sin, even * sin + odd * cos], axis=-1).reshape(x.shape)
 
 
 def parts_of(qkv: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:

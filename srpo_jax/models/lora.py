@@ -24,7 +24,7 @@ from srpo_jax import seeds
 from srpo_jax.models import compute as models_compute
 from srpo_jax.models import quantize
 from srpo_jax.models.compute import LORA_FACTORS, Params, path_name
-from srpo_jax.models.flux_layers import Linear
+from srpo_jax.models.flux_layers import Linear, product_of_parts
 from srpo_jax.patterns import Pattern
 
 
@@ -73,12 +73,12 @@ class LoraLinear(Linear):
         self.lora_a, self.lora_b = nnx.Param(lora_a), nnx.Param(lora_b)
         self.scale = scale
 
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, *parts: jax.Array) -> jax.Array:
         a, b = self.lora_a[...].astype(self.dtype), self.lora_b[...].astype(self.dtype)
-        low = self.scale * jnp.tensordot(x.astype(self.dtype), a, axes=1)
+        low = self.scale * product_of_parts([x.astype(self.dtype) for x in parts], a)
         if a.ndim == 3:
-            return super().__call__(x) + jnp.einsum("...pr,prhd->...phd", low, b)
-        return super().__call__(x) + jnp.tensordot(low, b, axes=1)
+            return super().__call__(*parts) + jnp.einsum("...pr,prhd->...phd", low, b)
+        return super().__call__(*parts) + jnp.tensordot(low, b, axes=1)
 
 
 def factor_shapes(kernel: tuple[int, ...], rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:

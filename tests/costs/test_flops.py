@@ -24,7 +24,7 @@ def test_transformer():
     assert folder.parameters("flux", FLUX) == sum(leaf.size for leaf in jax.tree.leaves(params))
 
 
-@pytest.mark.parametrize("remat", ["none", "dots", "full"])
+@pytest.mark.parametrize("remat", ["none", "dots", "full", "out", "out+attention", "out+attention+qkv+mlp"])
 def test_transformer_gradient(remat):
     graphdef, params = network("flux", FLUX, remat=remat)
     run, inputs = run_flux(graphdef)
@@ -35,7 +35,7 @@ def test_transformer_gradient(remat):
 
 
 @pytest.mark.parametrize("targets", [tuple(default().lora.targets), (".*",)], ids=["default", "all"])
-@pytest.mark.parametrize("remat", ["none", "dots", "full"])
+@pytest.mark.parametrize("remat", ["none", "dots", "full", "out+attention"])
 def test_transformer_gradient_of_factors(remat, targets):
     """The frozen kernels' gradients, two thirds of a backward pass's weights, are not in the program."""
     settings = lora.Lora(16, 16.0, targets)

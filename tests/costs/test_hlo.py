@@ -173,6 +173,65 @@ def test_transfers_between_slices():
             hlo.collectives(SLICES.replace(*wrong), 8)
 
 
+# What libtpu 0.0.42 writes of a gather beside other work: it starts, goes on in a product of a loop, and ends.
+CHAIN = """HloModule jit_f, is_scheduled=true
+
+%start (p: bf16[4,8]) -> (bf16[4,8], bf16[32,8]) {
+  %p = bf16[4,8]{1,0} parameter(0)
+  %all-gather.1 = bf16[32,8]{1,0} all-gather(%p), channel_id=7, replica_groups=[1,8]<=[8], dimensions={0}, frontend_attributes={chain_id="3"}
+  ROOT %custom-call.1 = (bf16[4,8]{1,0}, bf16[32,8]{1,0}) custom-call(%p, %all-gather.1), custom_call_target="AsyncCollectiveStart"
+}
+
+%beside (q: (bf16[4,8], bf16[32,8])) -> (bf16[4,8], bf16[32,8]) {
+  %q = (bf16[4,8]{1,0}, bf16[32,8]{1,0}) parameter(0)
+  %part = bf16[4,8]{1,0} get-tuple-element(%q), index=0
+  %all-gather.2 = bf16[32,8]{1,0} all-gather(%part), channel_id=7, replica_groups=[1,8]<=[8], dimensions={0}, frontend_attributes={chain_id="3"}
+  ROOT %tuple.1 = (bf16[4,8]{1,0}, bf16[32,8]{1,0}) tuple(%part, %all-gather.2)
+}
+
+%body (l: (s32[], (bf16[4,8], bf16[32,8]))) -> (s32[], (bf16[4,8], bf16[32,8])) {
+  %l = (s32[], (bf16[4,8]{1,0}, bf16[32,8]{1,0})) parameter(0)
+  %i = s32[] get-tuple-element(%l), index=0
+  %gathering = (bf16[4,8]{1,0}, bf16[32,8]{1,0}) get-tuple-element(%l), index=1
+  %fusion.2 = (bf16[4,8]{1,0}, bf16[32,8]{1,0}) fusion(%gathering), kind=kOutput, calls=%beside
+  ROOT %tuple.2 = (s32[], (bf16[4,8]{1,0}, bf16[32,8]{1,0})) tuple(%i, %fusion.2)
+}
+
+%condition (m: (s32[], (bf16[4,8], bf16[32,8]))) -> pred[] {
+  %m = (s32[], (bf16[4,8]{1,0}, bf16[32,8]{1,0})) parameter(0)
+  ROOT %yes = pred[] constant(true)
+}
+
+%end (r: (bf16[4,8], bf16[32,8])) -> bf16[32,8] {
+  %r = (bf16[4,8]{1,0}, bf16[32,8]{1,0}) parameter(0)
+  %part.1 = bf16[4,8]{1,0} get-tuple-element(%r), index=0
+  ROOT %all-gather.3 = bf16[32,8]{1,0} all-gather(%part.1), channel_id=7, replica_groups=[1,8]<=[8], dimensions={0}, frontend_attributes={chain_id="3"}
+}
+
+ENTRY %main (x: bf16[4,8], n: s32[]) -> bf16[32,8] {
+  %x = bf16[4,8]{1,0} parameter(0)
+  %n = s32[] parameter(1)
+  %fusion.1 = (bf16[4,8]{1,0}, bf16[32,8]{1,0}) fusion(%x), kind=kCustom, calls=%start
+  %tuple.3 = (s32[], (bf16[4,8]{1,0}, bf16[32,8]{1,0})) tuple(%n, %fusion.1)
+  %while.1 = (s32[], (bf16[4,8]{1,0}, bf16[32,8]{1,0})) while(%tuple.3), condition=%condition, body=%body, backend_config={"known_trip_count":{"n":"19"}}
+  %gathered = (bf16[4,8]{1,0}, bf16[32,8]{1,0}) get-tuple-element(%while.1), index=1
+  %all-gather.4 = bf16[32,8]{1,0} all-gather(%x), channel_id=8, replica_groups=[1,8]<=[8], dimensions={0}, frontend_attributes={chain_id="4"}
+  ROOT %fusion.3 = bf16[32,8]{1,0} fusion(%gathered), kind=kCustom, calls=%end
+}
+"""  # noqa: E501
+
+
+def test_a_gather_beside_other_work_counts_once():
+    found, unknown = hlo.collectives(CHAIN, 8)
+    everyone = (tuple(range(8)),)
+    assert not unknown and found == (
+        hlo.Collective("all-gather", "all-gather.1", 4 * 8 * 2, everyone, 1),
+        hlo.Collective("all-gather", "all-gather.4", 4 * 8 * 2, everyone, 1),
+    )
+    alone = hlo.collectives(CHAIN.replace("chain_id", "other"), 8).found
+    assert [item.runs for item in alone] == [1, 19, 1, 1]
+
+
 def test_a_loop_of_unknown_length_is_named():
     text = DIALECTS.replace("%limit = s32[]{:T(128)} constant(11)", "%limit = s32[]{:T(128)} parameter(1)")
     found, unknown = hlo.collectives(text, 8)

@@ -46,7 +46,7 @@ def report(candidate: plan.Candidate) -> dict:
         "model_flops": {"rollout": 6e12}, "hardware_flops": {"rollout": 8e12}, "loops_of_unknown_length": [],
         "collectives": {"all-gather": {"instructions": 2, "runs": 40, "bytes": 5e9}},
         "seconds": {
-            "compute": {"rollout": 1.0}, "memory": {"optimizer": 0.25}, "interconnect": {"all-gather": 0.5},
-            "best": 1.25, "expected": 2.0, "bound": "compute",
+            "compute": {"rollout": 1.0}, "products": 0.5, "memory": {"between": 0.25},
+            "interconnect": {"all-gather": 0.5}, "best": 1.25, "expected": 2.0, "bound": "compute",
         },
     }  # fmt: skip

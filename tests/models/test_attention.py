@@ -100,11 +100,26 @@ def test_cudnn_gets_multiples_of_64(monkeypatch):
 
 
 @pytest.mark.parametrize("causal", [False, True])
-def test_splash_interpreted_is_xla(causal):
+def test_splash_interpreted_is_xla(causal, monkeypatch):
+    """Two blocks of 128, the second of them padded."""
+    monkeypatch.setattr(module, "SPLASH_BLOCKS", ((256, 128), (128, 128)))
+    assert module.splash_blocks(350) == (384, 128, 128) and module.splash_blocks(150) == (256, 256, 128)
+    monkeypatch.setattr(module, "SPLASH_BLOCKS", ((128, 128),))
     arrays = inputs(batch=1, length=150, source=150, heads=2, dim=16)
     splash = functools.partial(module._splash, scale=0.25, causal=causal, interpret=True)
     reference = functools.partial(attention, backend="xla", scale=0.25, causal=causal)
     assert_same_with_gradients(splash, reference, arrays, 1e-5)
+
+
+def test_blocks_of_splash():
+    """FLUX at 1024x1024 and 720x720 with 512 words, and at 512x512; other lengths; what is shorter than a block."""
+    chosen = {4608: (4608, 1536, 512), 2537: (2560, 1280, 640), 1536: (1536, 1536, 512), 3584: (3584, 896, 896)}
+    assert {length: module.splash_blocks(length) for length in chosen} == chosen
+    assert module.splash_blocks(77) == (128, 128, 128) and module.splash_blocks(257) == (384, 384, 384)
+    for length in range(1, 9000, 97):
+        padded, block, keys = module.splash_blocks(length)
+        assert padded >= length and not padded % block and not block % keys and not keys % 128
+        assert padded - length < 128 or (block >= 512 and padded < 1.2 * length)
 
 
 SHARDED = """

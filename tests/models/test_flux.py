@@ -116,7 +116,11 @@ def test_sinusoid_is_diffusers():
     np.testing.assert_allclose(sinusoid(values[:2]), theirs.numpy()[:2], atol=2e-7)
 
 
-@pytest.mark.parametrize("options", [{"remat": "full"}, {"remat": "dots"}, {"scan_unroll": 3}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [{"remat": "full"}, {"remat": "dots"}, {"remat": "out+attention"}, {"scan_unroll": 3}, {"rotary": "product"}],
+    ids=str,
+)
 def test_execution_options_change_nothing(options):
     arrays = make_inputs(True)
 
