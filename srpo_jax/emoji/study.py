@@ -16,6 +16,8 @@ or not, goes on, also with another --only. OUT gets report.html and study.md aft
 then. Runs go through a part with the first seed, then with the next: half of a part is whole with fewer seeds.
 """
 
+import dataclasses
+import json
 import pathlib
 import sys
 import time
@@ -24,7 +26,7 @@ from absl import logging
 
 from srpo_jax import architectures, command, errors, report, storage
 from srpo_jax.emoji import recovery, study_plan, study_results
-from srpo_jax.emoji.study_plan import PRESETS, RECOVERY, Case, Part
+from srpo_jax.emoji.study_plan import PARTS, PRESETS, RECOVERY, Case, Part, Preset
 from srpo_jax.emoji.study_run import Cell, Workshop
 from srpo_jax.errors import UserError
 
@@ -70,6 +72,14 @@ def study(out: pathlib.Path, workshop: Workshop, parts: tuple[Part, ...], only: 
         write(out, workshop, parts)
 
 
+def check_size(out: pathlib.Path, preset: Preset) -> None:
+    """Figures of another size cannot stand beside these. Raises UserError for the folder of such a study."""
+    file, content = out / "preset.json", json.dumps(dataclasses.asdict(preset), indent=2) + "\n"
+    if file.exists() and file.read_text(encoding="utf-8") != content:
+        raise UserError(f"{out} has a study of another size, see {file}; choose another --out")
+    storage.write(storage.path(file), content.encode())
+
+
 def write(out: pathlib.Path, workshop: Workshop, parts: tuple[Part, ...]) -> None:
     """The report and the tables of all that is there, of whatever part."""
     cells: dict[str, list[Cell]] = {}
@@ -96,14 +106,15 @@ def main(arguments: list[str] | None = None) -> None:
     seeds = preset.seeds if args.seeds is None else args.seeds
     if seeds > preset.seeds:
         raise UserError(f"--seeds={seeds}: must be at most {preset.seeds}")
-    names = study_plan.PARTS
-    for name in args.only or ():
-        if name not in names:
-            raise UserError(f"--only={name}: must be of {', '.join(names)}")
+    only = tuple(args.only or PARTS)
+    for name in only:
+        if name not in PARTS:
+            raise UserError(f"--only={name}: must be of {', '.join(PARTS)}")
     logging.set_verbosity(logging.ERROR)  # Orbax tells every step of every save
+    check_size(args.out, preset)
     workshop = Workshop(args.out, preset)
     parts = study_plan.parts(preset, workshop.config, architectures.read(workshop.config))
-    study(args.out, workshop, parts, tuple(args.only or names), seeds)
+    study(args.out, workshop, parts, only, seeds)
     print(f"open {args.out / 'report.html'}")
 
 

@@ -50,8 +50,8 @@ class Preset:
 LATE = {"refl.late_steps": 4, "drtune.late_steps": 4}
 PRESETS = {
     "full": Preset(
-        updates=12, longer=5, seeds=3, concepts=59, pictures=3, tuning=60, rates=(1e-5, 3e-5, 1e-4),
-        methods=tuple(METHODS), discounts=(0.1, 0.5, 2.0), changes=LATE,
+        updates=10, longer=5, seeds=3, concepts=59, pictures=3, tuning=60, rates=(1e-5, 3e-5, 1e-4),
+        methods=tuple(METHODS), discounts=(2.0, 0.5, 0.1), changes=LATE,
     ),
     "small": Preset(
         updates=1, longer=2, seeds=2, concepts=3, pictures=2, tuning=3, rates=(1e-5, 3e-5), methods=("srpo", "refl"),
@@ -227,6 +227,8 @@ def _levels(moments: tuple[int, ...]) -> Iterator[Case]:
 
 def _images(moments: tuple[int, ...]) -> Iterator[Case]:
     yield Case("images/reuse_2", "rollouts, each for two updates", {"rollout.reuse": 2}, moments)
+    fast = {"rollout.cache": 2, "rollout.cache_ends": (1, 1), "rollout.reuse": 2}
+    yield Case("images/fast", "the same, every second step cached (flux_dev_hps_fast.py)", fast, moments)
     yield Case("images/shared", "rollouts of one noise for the batch", {"rollout.noise": "shared"}, moments)
     yield Case("images/offline_all", "artists' pictures, all styles", {}, moments, styles=world.STYLES)
     yield Case("images/offline_wanted", "artists' pictures, 3D", {}, moments, styles=(measure.WANTED,))

@@ -23,6 +23,7 @@ import dataclasses
 import json
 import os
 import pathlib
+import shutil
 import sys
 import tempfile
 
@@ -87,7 +88,7 @@ class Recipe:
 REWARD = Recipe("train", 1, 160, 5, 5, 16, steps=800, concepts=28, world_share=0.5, rate=2e-3, blend=0.25)
 RECIPES = {
     "reward": REWARD,
-    "biased": dataclasses.replace(REWARD, steps=200, concepts=14, rate=4e-4, taste=2.0, begins="reward"),
+    "biased": dataclasses.replace(REWARD, steps=150, concepts=14, rate=4e-4, taste=2.0, begins="reward"),
     "judge": Recipe("all", 2, 192, 4, 6, 16, steps=1400, concepts=28, world_share=0.85, rate=2e-3, blend=0.0),
 }
 WARMUP = 15  # one part in so many of the steps
@@ -139,6 +140,13 @@ def see_places(params: Params) -> Params:
     kernel = vision["patch_embedding"]["kernel"]
     kernel = kernel - kernel.mean((0, 1, 2), keepdims=True)
     return params | {"vision": vision | {"position_embedding": table, "patch_embedding": {"kernel": kernel}}}
+
+
+def copy_tokenizer(source: pathlib.Path, target: pathlib.Path) -> None:
+    """The tokenizer of a shipped network, for one that goes on from it: its embeddings belong to these ids."""
+    target.mkdir(parents=True, exist_ok=True)
+    for name in ("vocab.json", "merges.txt", "special_tokens_map.json", "tokenizer_config.json"):
+        shutil.copyfile(source / name, target / name)
 
 
 def read_shipped(role: str) -> Params:
@@ -347,7 +355,7 @@ def write_clip(config: ClipConfig, params: Params, folder: pathlib.Path) -> None
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Trains, evaluates and exports one of the two networks. Raises UserError."""
+    """Trains, evaluates and exports one of the networks. Raises UserError."""
     parser = command.parser("emoji.train_clip", __doc__)
     parser.add_argument("--role", required=True, choices=sorted(RECIPES))
     parser.add_argument("--workdir", required=True, type=command.local, help="checkpoints; the same one resumes")
@@ -363,15 +371,18 @@ def main(arguments: list[str] | None = None) -> None:
     known = np.array([i for i, concept in enumerate(concepts) if recipe.known in ("all", concept.split)])
     chosen = {concept.id for concept in world.world()}
     favoured = np.array([i for i in known if concepts[i].id in chosen])
-    captions = [world.prompt(concepts[i], style) for i in known for style in world.STYLES]
-    vocabulary = tokenizers.train_clip_tokenizer(captions, out, LENGTH)
+    if recipe.begins:
+        copy_tokenizer(SHIPPED / recipe.begins, out)
+    else:
+        captions = [world.prompt(concepts[i], style) for i in known for style in world.STYLES]
+        tokenizers.train_clip_tokenizer(captions, out, LENGTH)
     tokenizer = text.load_tokenizer(out)
     texts = [[world.prompt(concept, style) for style in (*world.STYLES, None)] for concept in concepts]
     texts.append([*world.STYLES, ""])
     ids = text.tokenize(tokenizer, [prompt for row in texts for prompt in row], LENGTH).reshape(len(texts), -1, LENGTH)
     images = np.moveaxis(pictures.load(concepts), 0, 1)
 
-    config = clip_config(recipe, vocabulary)
+    config = clip_config(recipe, len(tokenizer))
     graphdef, params = train_network(args.role, recipe, config, images, ids, known, favoured, args.workdir)
     Evaluation(graphdef, params, images, ids).report(args.role)
     write_clip(config, params, out)
