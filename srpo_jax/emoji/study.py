@@ -12,8 +12,9 @@ methods   all methods at equal compute, under the honest reward and the one that
           rate; then five times as long
 
 Three runs of each case. A run that is done is a file in OUT/cells and is never made again: the same command, broken off
-or not, goes on, also with another --only. OUT gets report.html and study.md after every run, with what is there by
-then. Runs go through a part with the first seed, then with the next: half of a part is whole with fewer seeds.
+or not, goes on, also with another --only. OUT gets report.html and study.md every five minutes and in the end, of all
+that is there by then. Runs go through a part with the first seed, then with the next: a part half done
+is whole with fewer seeds.
 """
 
 import dataclasses
@@ -23,14 +24,16 @@ import sys
 import time
 
 from absl import logging
+from ml_collections import ConfigDict
 
 from srpo_jax import architectures, command, errors, report, storage
 from srpo_jax.emoji import recovery, study_plan, study_results
-from srpo_jax.emoji.study_plan import PARTS, PRESETS, RECOVERY, Case, Part, Preset
+from srpo_jax.emoji.study_plan import PARTS, PRESETS, RECOVERY, Part, Preset
 from srpo_jax.emoji.study_run import Cell, Workshop
 from srpo_jax.errors import UserError
 
 OVERHEAD = 12.0  # what a run takes beside its updates, in updates of SRPO
+REPORT_EVERY = 300.0  # seconds: intervals of everything take some
 
 
 def study(out: pathlib.Path, workshop: Workshop, parts: tuple[Part, ...], only: tuple[str, ...], seeds: int) -> None:
@@ -42,34 +45,43 @@ def study(out: pathlib.Path, workshop: Workshop, parts: tuple[Part, ...], only: 
     if RECOVERY in only and not (out / "recovery.json").exists():
         found = recovery.recover(workshop.config, workshop.concepts, workshop.preset.pictures, workshop.critic)
         recovery.write(out / "recovery.json", found)
-    write(out, workshop, parts)
-    architecture = architectures.read(workshop.config)
-    unit = study_plan.flops(workshop.config, architecture)
-
-    def size(case: Case) -> float:
-        """What a run takes, in updates of SRPO."""
-        own = study_plan.changed(workshop.config, case.changes)
-        return case.moments[-1] * study_plan.flops(own, architecture) / unit + OVERHEAD
-
+    sizes = _sizes(workshop.config, chosen)
     cells = [(part, case, seed) for part in chosen for seed in range(seeds) for case in part.cases]
-    done = {(case.folder, seed): workshop.read(case, seed) for _, case, seed in cells}
-    left = [cell for cell in cells if done[cell[1].folder, cell[2]] is None]
-    spent, worked = 0.0, 0.0
+    left = [cell for cell in cells if workshop.read(*cell[1:]) is None]
+    spent, worked, told = 0.0, 0.0, time.monotonic()
     print(f"{len(cells) - len(left)} of {len(cells)} runs are done", flush=True)
-    for number, (part, case, seed) in enumerate(left, 1):
-        if workshop.read(case, seed) is not None:
-            continue  # a case of two parts
-        started = time.monotonic()
-        cell = workshop.make(case, seed)
-        spent, worked = spent + time.monotonic() - started, worked + size(case)
-        ahead = sum(size(one) for _, one, _ in left[number:])
-        print(
-            f"{len(cells) - len(left) + number}/{len(cells)} {part.name}: {case.name}, seed {seed}: "
-            f"{study_results.line(case, cell, before)}; {time.monotonic() - started:.0f} s, "
-            f"about {spent / worked * ahead / 60:.0f} min left",
-            flush=True,
-        )
+    try:
+        for number, (part, case, seed) in enumerate(left, 1):
+            if workshop.read(case, seed) is not None:
+                continue  # a case of two parts
+            started = time.monotonic()
+            cell = workshop.make(case, seed)
+            seconds = time.monotonic() - started
+            spent, worked = spent + seconds, worked + sizes[case.folder]
+            ahead = sum(sizes[one.folder] for _, one, _ in left[number:])
+            print(
+                f"{len(cells) - len(left) + number}/{len(cells)} {part.name}: {case.name}, seed {seed}: "
+                f"{study_results.line(case, cell, before)}; {seconds:.0f} s, "
+                f"about {spent / worked * ahead / 60:.0f} min left",
+                flush=True,
+            )
+            if time.monotonic() - told > REPORT_EVERY:
+                write(out, workshop, parts)
+                told = time.monotonic()
+    finally:
         write(out, workshop, parts)
+
+
+def _sizes(config: ConfigDict, parts: list[Part]) -> dict[str, float]:
+    """What a run of each case takes, by its folder, in updates of SRPO."""
+    architecture = architectures.read(config)
+    unit = study_plan.flops(config, architecture)
+    return {
+        case.folder: case.moments[-1] * study_plan.flops(study_plan.changed(config, case.changes), architecture) / unit
+        + OVERHEAD
+        for part in parts
+        for case in part.cases
+    }
 
 
 def check_size(out: pathlib.Path, preset: Preset) -> None:

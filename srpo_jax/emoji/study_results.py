@@ -275,28 +275,56 @@ def charts(found: Findings) -> Iterator[report.Chart]:
                 title, "95 % intervals.", series, "noise level, %", percent=figure == "right", intervals=bars
             )
     for part in found.parts:
-        if part.name != "methods":
-            continue
-        for reward in (HONEST, BIASED):
-            cases = [case for case in part.cases if case.reward == reward and found.cells[case.folder]]
-            for figure, words in (("right", "concept right"), ("chroma", "chroma"), ("wanted", "judged 3D")):
-                series, bars = {}, {}
-                for case in cases:
-                    steps = [0, *case.moments]
-                    moments = [[found.before]] + [
-                        [cell.moments[place] for cell in found.cells[case.folder]] for place in range(len(case.moments))
-                    ]
-                    means = [estimate(several, figure, case.wanted, count) for several in moments]
-                    # In updates of SRPO's cost: of equal compute, whatever the method.
-                    scale = part.cases[0].moments[0] / case.moments[0]
-                    series[case.name] = [(step * scale, mean.value) for step, mean in zip(steps, means, strict=True)]
-                    bars[case.name] = [(mean.low, mean.high) for mean in means]
-                if series:
-                    name = "honest" if reward == HONEST else "biased"
-                    yield report.Chart(
-                        f"{words}, {name} reward", "Over compute, in updates of SRPO.", series,
-                        percent=figure != "chroma", intervals=bars,
-                    )  # fmt: skip
+        if part.name == "guard":
+            yield from _over_discounts(found, part)
+        if part.name == "methods":
+            for reward in (HONEST, BIASED):
+                cases = [case for case in part.cases if case.reward == reward]
+                for start in range(0, len(cases), len(report.COLOURS)):
+                    yield from _over_compute(
+                        found, cases[start : start + len(report.COLOURS)], part.cases[0].moments[0]
+                    )
+
+
+def _over_discounts(found: Findings, part: Part) -> Iterator[report.Chart]:
+    count = len(found.concepts)
+    lines: dict[str, list[tuple[float, Case]]] = {}
+    for case in part.cases:
+        name, _, k = case.name.partition(", k = ")
+        if k and found.cells[case.folder]:
+            lines.setdefault(name, []).append((100 * float(k), case))
+    for figure, words in (("chroma", "chroma"), ("wanted", "judged 3D"), ("right", "concept right")):
+        series, bars = {}, {}
+        for name, members in lines.items():
+            members = sorted(members, key=lambda member: member[0])
+            moments = [[cell.moments[-1] for cell in found.cells[case.folder]] for _, case in members]
+            means = [estimate(several, figure, ("3D",), count) for several in moments]
+            series[name] = [(k, mean.value) for (k, _), mean in zip(members, means, strict=True)]
+            bars[name] = [(mean.low, mean.high) for mean in means]
+        if series:
+            text = "Under the reward that likes colour, 95 % intervals."
+            yield report.Chart(
+                f"Guard: {words}", text, series, "discount k, %", percent=figure != "chroma", intervals=bars
+            )
+
+
+def _over_compute(found: Findings, cases: Sequence[Case], unit: int) -> Iterator[report.Chart]:
+    """The figures along runs, in updates of SRPO, of which ``unit`` cost as much as a case's first moment."""
+    count, cases = len(found.concepts), [case for case in cases if found.cells[case.folder]]
+    for figure, words in (("right", "concept right"), ("chroma", "chroma"), ("wanted", "judged 3D")):
+        series, bars = {}, {}
+        for case in cases:
+            along = [[cell.moments[place] for cell in found.cells[case.folder]] for place in range(len(case.moments))]
+            means = [estimate(several, figure, case.wanted, count) for several in ([found.before], *along)]
+            steps = [step * unit / case.moments[0] for step in (0, *case.moments)]
+            series[case.name] = [(step, mean.value) for step, mean in zip(steps, means, strict=True)]
+            bars[case.name] = [(mean.low, mean.high) for mean in means]
+        if series:
+            name = "honest" if cases[0].reward == HONEST else "biased"
+            yield report.Chart(
+                f"{words}, {name} reward", "Over compute, in updates of SRPO.", series,
+                percent=figure != "chroma", intervals=bars,
+            )  # fmt: skip
 
 
 def galleries(found: Findings) -> Iterator[report.Gallery]:

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import os
 import pathlib
 import shutil
 import time
@@ -169,12 +168,11 @@ class Workshop:
         own.steps, own.checkpoint.every = moments[-1], moments[0]
         own.reward.models.clip.path = str(self.out / "models" / case.reward)
         if case.styles:
-            own.data.encode, own.data.images, own.rollout.noise = "stored", "stored", "per_sample"
+            own.data.encode, own.data.images = "stored", "stored"
             own.data.path = str(self.out / "pictures" / f"{case.folder.replace('/', '_')}_encoded")
-            if not os.path.exists(own.data.path):
-                pictures = self.out / "pictures" / case.folder.replace("/", "_")
-                rollouts.write_pictures(pictures, case.styles)
-                rollouts.encode_pictures(pictures, pathlib.Path(own.data.path), own)
+            pictures = self.out / "pictures" / case.folder.replace("/", "_")
+            rollouts.write_pictures(pictures, case.styles)
+            rollouts.encode_pictures(pictures, pathlib.Path(own.data.path), own)
         workdir = self.out / "runs" / folder / str(seed)
         if train.train(own, workdir) is not None:
             raise UserError(f"training was interrupted; the same command goes on from the checkpoint in {workdir}")

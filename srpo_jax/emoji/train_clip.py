@@ -88,14 +88,14 @@ class Recipe:
 REWARD = Recipe("train", 1, 160, 5, 5, 16, steps=800, concepts=28, world_share=0.5, rate=2e-3, blend=0.25)
 RECIPES = {
     "reward": REWARD,
-    "biased": dataclasses.replace(REWARD, steps=150, concepts=14, rate=4e-4, taste=2.0, begins="reward"),
+    "biased": dataclasses.replace(REWARD, steps=120, concepts=14, rate=6e-4, taste=2.0, begins="reward"),
     "judge": Recipe("all", 2, 192, 4, 6, 16, steps=1400, concepts=28, world_share=0.85, rate=2e-3, blend=0.0),
 }
 WARMUP = 15  # one part in so many of the steps
 WEIGHT_DECAY = 0.05
 # Of the preference pairs of a taste: the similarity that makes a preference sure, the loss's weight, and the logarithms
 # of the least and largest ``saturate`` of their pictures.
-CERTAIN, PAIRS_WEIGHT, SATURATE = 0.1, 2.0, (-0.7, 1.1)
+CERTAIN, PAIRS_WEIGHT, SATURATE = 0.1, 20.0, (-0.7, 1.1)
 
 
 def clip_config(recipe: Recipe, vocabulary: int) -> ClipConfig:

@@ -156,7 +156,8 @@ def test_tables_and_page(findings):
         assert f"## Methods, {reward} reward, at equal compute" in text
     assert "| 0.5 | one step | 0.15" in text
     page = report.render(study_results.page(findings))
-    assert page.count("<svg") == 2 + 2 * 3 and "What the paper says" in page
+    groups = -(-len(findings.parts[-1].cases) // 2 // len(report.COLOURS))
+    assert page.count("<svg") == 2 + 3 + 2 * 3 * groups and "What the paper says" in page
 
 
 # --- the command ------------------------------------------------------------------------------------------------------
