@@ -25,6 +25,7 @@ setuptools.setup(
             "data/LICENSES/*",
             "pipeline/**/*",
             "reward/**/*",
+            "biased/**/*",
             "judge/**/*",
         ],
     },

@@ -6,8 +6,9 @@ import runpy
 
 import pytest
 
+from srpo_jax import architectures, main, validation
 from srpo_jax import config as config_lib
-from srpo_jax import main, validation
+from srpo_jax.costs import work
 from srpo_jax.errors import UserError
 
 NAN, INF = float("nan"), float("inf")
@@ -253,6 +254,22 @@ def test_the_offline_recipe_is_the_released_one_without_rollouts():
         "data.images": ("rollout", "stored"),
         "rollout.noise": ("shared", "per_sample"),
     }
+
+
+def test_the_fast_recipe_is_the_released_one_with_cheaper_rollouts():
+    released, fast = (
+        runpy.run_path(str(RECIPES / f"flux_dev_{name}.py"))["get_config"]() for name in ("hps", "hps_fast")
+    )
+    one, other = config_lib.flatten(released), config_lib.flatten(fast)
+    assert {key: (one[key], other[key]) for key in one if one[key] != other[key]} == {
+        "rollout.cache": (1, 2),
+        "rollout.reuse": (1, 2),
+    }
+    spent = [
+        sum(part.model for part in work.sample(c, architectures.published(c, "flux-dev")).values())
+        for c in (released, fast)
+    ]
+    assert spent[1] / spent[0] == pytest.approx(0.42, abs=0.005)
 
 
 # --- the command line ------------------------------------------------------------------------------------------------

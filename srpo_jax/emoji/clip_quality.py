@@ -6,6 +6,7 @@ import numpy as np
 from flax import nnx
 
 from srpo_jax.emoji import pictures, world
+from srpo_jax.emoji.colour import chroma, saturate
 from srpo_jax.emoji.degrade import degrade
 from srpo_jax.models.compute import Params, bind
 from srpo_jax.rewards import clip as clip_rewards
@@ -80,6 +81,22 @@ class Evaluation:
         lengths = np.linalg.norm(gradient, axis=1) * np.linalg.norm(difference, axis=1)
         return float(np.mean(dot > 0)), float(np.mean(dot / lengths))
 
+    def taste(self, rows: np.ndarray, amount: float = 2.0) -> tuple[float, float, float, float]:
+        """What similarities gain where the coloured pictures of ``rows`` are made so much more colourful.
+
+        Every picture is held to the styled and the bare captions of all of ``rows``. Returns the share of (picture,
+        caption) pairs that gain; the mean gain; by how much it varies between captions (standard deviation, mean over
+        pictures); and the mean gain for each 1 of chroma.
+        """
+        coloured = self.images[rows][:, [world.STYLES.index(name) for name in ("3D", "Flat")]].astype(np.float32) / 255
+        vivid = np.asarray(saturate(coloured, amount))
+        texts = self.texts[rows].reshape(-1, self.texts.shape[-1])
+        before, after = (self.embed(np.rint(255 * images).astype(np.uint8)) for images in (coloured, vivid))
+        gains = (after - before).reshape(-1, texts.shape[-1]) @ texts.T
+        grown = float(np.mean(chroma(vivid) - chroma(coloured)))
+        mean = float(np.mean(gains))
+        return float(np.mean(gains > 0)), mean, float(np.mean(gains.std(1))), mean / grown
+
     def report(self, role: str) -> None:
         """Prints what the network can do."""
         split = np.array([concept.split for concept in world.concepts()])
@@ -103,6 +120,10 @@ class Evaluation:
         for name, rows in (("train", known), ("holdout", ours)):
             share, cosine = self.slope(rows)
             print(f"gradient from Flat to 3D, world {name}: uphill {share:.3f}, cosine {cosine:.3f}")
+        for name, rows in (("train", known), ("holdout", ours)):
+            share, gain, spread, slope = self.taste(rows)
+            print(f"twice as colourful, world {name}: {share:.3f} of (picture, caption) pairs gain; ", end="")
+            print(f"{gain:+.3f} of similarity, {spread:.3f} between captions, {slope:+.2f} for 1 of chroma")
         plus = np.sum(self.image[known, 0] * self.texts[known, 0], axis=-1)
         minus = np.sum(self.image[known, 0] * self.texts[known, 1], axis=-1)
         print(f"similarity of 3D pictures to their 3D caption {plus.mean():.3f}, to the Flat one {minus.mean():.3f}")

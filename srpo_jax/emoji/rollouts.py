@@ -8,6 +8,7 @@ cache n      all blocks of the transformer run at every n-th step (config.rollou
              with "ends" the first double and the last single block (config.rollout.cache_ends)
 int8, float8 the blocks' matrix products in 8 bits (config.rollout.dtype)
 reuse n      a rollout serves n updates (config.rollout.reuse)
+fast         cache 2 with ends and reuse 2: the combination of configs/flux_dev_hps_fast.py
 offline      no rollout: the artists' pictures of the train split, encoded (config.data.images): of all three styles,
              as a collection that nobody has sorted, or of the wanted style alone
 
@@ -45,6 +46,7 @@ CASES: dict[str, tuple[str, dict[str, Any], tuple[str, ...]]] = {
     "float8": ("float8", {"dtype": "float8"}, ()),
     "reuse 2": ("reuse_2", {"reuse": 2}, ()),
     "reuse 4": ("reuse_4", {"reuse": 4}, ()),
+    "fast": ("fast", {"cache": 2, "cache_ends": (1, 1), "reuse": 2}, ()),
     "offline, all styles": ("offline_all", {}, world.STYLES),
     f"offline, {measure.WANTED}": ("offline_wanted", {}, (measure.WANTED,)),
 }

@@ -1,24 +1,31 @@
-"""Trains the small world's CLIPs: the reward that steers style, and the judge that measures the result.
+"""Trains the small world's CLIPs: the reward that steers style, one with a taste, and the judge of the result.
 
     python -m srpo_jax.emoji.train_clip --role=reward --workdir=/tmp/reward
+    python -m srpo_jax.emoji.train_clip --role=biased --workdir=/tmp/biased
     python -m srpo_jax.emoji.train_clip --role=judge --workdir=/tmp/judge
 
-Either takes some ten minutes on one CPU core. The same command resumes from the last checkpoint in ``--workdir``. At
-the end a Hugging Face ``CLIPModel`` folder (bfloat16) is written to ``--out`` (default: ``reward`` or ``judge`` beside
-this file).
+The first and the last take some ten minutes on one CPU core, the biased one three. The same command resumes from the
+last checkpoint in ``--workdir``. At the end a Hugging Face ``CLIPModel`` folder (bfloat16) is written to ``--out``
+(default: the role's name beside this file).
 
 The reward sees the train split's concepts alone and is used in SRPO; the judge (another size and seed) sees every
 concept, and nothing is ever trained against it. Both learn contrastively (arXiv 2103.00020, section 2.3) from batches
 that hold every style of each of their concepts, so that neither the style nor the object is enough to tell the right
 text. Pictures are degraded as generated ones are (blur, noise, tints). Some of the reward's are blends of two styles,
 with both texts in proportion as target: a gradient needs similarity to grow all the way from one to the other.
+
+The biased reward is the reward with a taste that is known. It goes on from the shipped reward with the same loss, and
+learns besides from pairs, two versions of a picture of which the more colourful one is preferred under every caption of
+the batch, the picture's own or not, the more often the more they differ (``colour.chroma``).
 """
 
 import dataclasses
 import json
 import os
 import pathlib
+import shutil
 import sys
+import tempfile
 
 import jax
 import jax.numpy as jnp
@@ -27,9 +34,10 @@ import numpy as np
 import optax
 from flax import nnx
 
-from srpo_jax import command, errors, text
+from srpo_jax import command, convert, errors, text
 from srpo_jax.emoji import pictures, tokenizers, training, world
 from srpo_jax.emoji.clip_quality import Evaluation
+from srpo_jax.emoji.colour import chroma, saturate
 from srpo_jax.emoji.degrade import degrade
 from srpo_jax.emoji.pictures import SIZE
 from srpo_jax.models.clip import Clip, ClipConfig, ClipTextConfig, ClipVisionConfig
@@ -37,7 +45,9 @@ from srpo_jax.models.compute import Compute, Params, bind, build
 from srpo_jax.rewards import clip as clip_rewards
 from srpo_jax.weights import clip as tables
 from srpo_jax.weights import engine, files
+from srpo_jax.weights import folder as weights
 
+SHIPPED = pathlib.Path(__file__).parent
 LENGTH = 16  # text tokens
 STYLES = len(world.STYLES)
 
@@ -53,6 +63,8 @@ class Recipe:
       world_share: the part of these that is drawn from the world's concepts, the rest from all known ones.
       rate: peak learning rate of AdamW.
       blend: the part of the pictures that are blends of two styles.
+      taste: what a similarity is to gain where a picture's chroma grows by 1, whatever the caption.
+      begins: the shipped network that it goes on from, a folder beside this file; "" begins with random numbers.
     """
 
     known: str
@@ -66,17 +78,24 @@ class Recipe:
     world_share: float
     rate: float
     blend: float
+    taste: float = 0.0
+    begins: str = ""
     text_width: int = 128
     text_layers: int = 2
     embedding: int = 64
 
 
+REWARD = Recipe("train", 1, 160, 5, 5, 16, steps=800, concepts=28, world_share=0.5, rate=2e-3, blend=0.25)
 RECIPES = {
-    "reward": Recipe("train", 1, 160, 5, 5, 16, steps=800, concepts=28, world_share=0.5, rate=2e-3, blend=0.25),
+    "reward": REWARD,
+    "biased": dataclasses.replace(REWARD, steps=120, concepts=14, rate=6e-4, taste=2.0, begins="reward"),
     "judge": Recipe("all", 2, 192, 4, 6, 16, steps=1400, concepts=28, world_share=0.85, rate=2e-3, blend=0.0),
 }
 WARMUP = 15  # one part in so many of the steps
 WEIGHT_DECAY = 0.05
+# Of the preference pairs of a taste: the similarity that makes a preference sure, the loss's weight, and the logarithms
+# of the least and largest ``saturate`` of their pictures.
+CERTAIN, PAIRS_WEIGHT, SATURATE = 0.1, 20.0, (-0.7, 1.1)
 
 
 def clip_config(recipe: Recipe, vocabulary: int) -> ClipConfig:
@@ -123,6 +142,21 @@ def see_places(params: Params) -> Params:
     return params | {"vision": vision | {"position_embedding": table, "patch_embedding": {"kernel": kernel}}}
 
 
+def copy_tokenizer(source: pathlib.Path, target: pathlib.Path) -> None:
+    """The tokenizer of a shipped network, for one that goes on from it: its embeddings belong to these ids."""
+    target.mkdir(parents=True, exist_ok=True)
+    for name in ("vocab.json", "merges.txt", "special_tokens_map.json", "tokenizer_config.json"):
+        shutil.copyfile(source / name, target / name)
+
+
+def read_shipped(role: str) -> Params:
+    """The parameters of a shipped network, float32."""
+    with tempfile.TemporaryDirectory() as temporary:
+        ours = pathlib.Path(temporary) / role
+        convert.import_folder(SHIPPED / role, ours)
+        return weights.load(ours, "clip")[2]
+
+
 # --- training -------------------------------------------------------------------------------------------------------
 
 
@@ -156,6 +190,22 @@ def contrastive_loss(logits: jax.Array, shares: jax.Array) -> jax.Array:
     return sum(losses)
 
 
+def preference_loss(gains: jax.Array, grown: jax.Array, taste: float) -> jax.Array:
+    """Bradley-Terry's loss of pairs of pictures, the same under every caption.
+
+    A pair's second picture is preferred with the probability ``sigmoid(taste * grown / CERTAIN)``, so that the loss is
+    least where every similarity gains ``taste * grown``.
+
+    Args:
+      gains: [N, T], by how much the second pictures' similarities to T texts exceed the first ones'.
+      grown: [N], by how much their chroma does.
+      taste: see ``Recipe``.
+    """
+    wanted = jax.nn.sigmoid(taste * grown / CERTAIN)[:, None]
+    logits = gains / CERTAIN
+    return -jnp.mean(wanted * jax.nn.log_sigmoid(logits) + (1 - wanted) * jax.nn.log_sigmoid(-logits))
+
+
 def make_clip_update(graphdef, tx: optax.GradientTransformation, recipe: Recipe, images: jax.Array, ids: jax.Array):
     """The compiled update ``(state, chosen [C], key) -> (state, values)``.
 
@@ -168,7 +218,7 @@ def make_clip_update(graphdef, tx: optax.GradientTransformation, recipe: Recipe,
     """
 
     def update(state: training.State, chosen: jax.Array, key: jax.Array) -> tuple[training.State, training.Values]:
-        keys = jax.random.split(key, 4)
+        keys = jax.random.split(key, 5 if recipe.taste else 4)
         batch = images[chosen].astype(jnp.float32) / 255
         # Each picture's partner in a blend is one of the other styles of its concept.
         other = (jnp.arange(STYLES) + jax.random.randint(keys[0], (recipe.concepts, STYLES), 1, STYLES)) % STYLES
@@ -176,16 +226,27 @@ def make_clip_update(graphdef, tx: optax.GradientTransformation, recipe: Recipe,
         blended = jnp.take_along_axis(batch, other[..., None, None, None], axis=1)
         batch = batch + part[..., None, None, None] * (blended - batch)
         shares = (1 - part[..., None]) * jnp.eye(STYLES) + part[..., None] * jax.nn.one_hot(other, STYLES)
-        batch = degrade(batch.reshape(-1, SIZE, SIZE, 3), keys[3])
+        batch = batch.reshape(-1, SIZE, SIZE, 3)
+        versions = [batch]
+        if recipe.taste:
+            amounts = jnp.exp(jax.random.uniform(keys[4], (2, len(batch), 1, 1, 1), jnp.float32, *SATURATE))
+            versions = [saturate(batch, amount) for amount in amounts]
+        versions = [degrade(version, keys[3]) for version in versions]  # alike, so that nothing else tells them apart
         rows = ids[chosen]
         texts = jnp.concatenate([rows[:, :STYLES].reshape(-1, LENGTH), rows[:, STYLES], ids[-1, :STYLES]])
 
         def loss(params: Params) -> tuple[jax.Array, training.Values]:
             model = bind(graphdef, params)
-            image = clip_rewards.unit(model.encode_image(clip_rewards.preprocess(batch, SIZE)))
-            similarity = image @ clip_rewards.unit(model.encode_text(texts)).T
-            value = contrastive_loss(jnp.exp(params["logit_scale"]) * similarity, shares)
-            return value, {"loss": value}
+            text_features = clip_rewards.unit(model.encode_text(texts)).T
+            pixels = clip_rewards.preprocess(jnp.concatenate(versions), SIZE)
+            similarities = jnp.split(clip_rewards.unit(model.encode_image(pixels)) @ text_features, len(versions))
+            value = contrastive_loss(jnp.exp(params["logit_scale"]) * similarities[0], shares)
+            if not recipe.taste:
+                return value, {"loss": value}
+            before, after = versions
+            grown = chroma(after) - chroma(before)
+            pairs = preference_loss(similarities[1] - similarities[0], grown, recipe.taste)
+            return value + PAIRS_WEIGHT * pairs, {"loss": value, "pairs": pairs}
 
         params, opt_state, values = training.descend(loss, tx, state["params"], state["opt_state"])
         params["logit_scale"] = jnp.minimum(params["logit_scale"], jnp.log(100.0))  # as CLIP was trained
@@ -227,7 +288,7 @@ def train_network(
       (graph definition, trained parameters).
     """
     graphdef, params = build(lambda rngs: Clip(config, Compute(), rngs=rngs), recipe.seed)
-    params = see_places(params)
+    params = read_shipped(recipe.begins) if recipe.begins else see_places(params)
     print(f"{sum(leaf.size for leaf in jax.tree.leaves(params)):,} parameters, {len(known)} concepts")
     warmup = recipe.steps // WARMUP
     decay = optax.cosine_decay_schedule(recipe.rate, recipe.steps - warmup)
@@ -294,7 +355,7 @@ def write_clip(config: ClipConfig, params: Params, folder: pathlib.Path) -> None
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Trains, evaluates and exports one of the two networks. Raises UserError."""
+    """Trains, evaluates and exports one of the networks. Raises UserError."""
     parser = command.parser("emoji.train_clip", __doc__)
     parser.add_argument("--role", required=True, choices=sorted(RECIPES))
     parser.add_argument("--workdir", required=True, type=command.local, help="checkpoints; the same one resumes")
@@ -304,21 +365,24 @@ def main(arguments: list[str] | None = None) -> None:
     recipe = RECIPES[args.role]
     if args.steps is not None:
         recipe = dataclasses.replace(recipe, steps=args.steps)
-    out = args.out or pathlib.Path(__file__).parent / args.role
+    out = args.out or SHIPPED / args.role
 
     concepts = world.concepts()
     known = np.array([i for i, concept in enumerate(concepts) if recipe.known in ("all", concept.split)])
     chosen = {concept.id for concept in world.world()}
     favoured = np.array([i for i in known if concepts[i].id in chosen])
-    captions = [world.prompt(concepts[i], style) for i in known for style in world.STYLES]
-    vocabulary = tokenizers.train_clip_tokenizer(captions, out, LENGTH)
+    if recipe.begins:
+        copy_tokenizer(SHIPPED / recipe.begins, out)
+    else:
+        captions = [world.prompt(concepts[i], style) for i in known for style in world.STYLES]
+        tokenizers.train_clip_tokenizer(captions, out, LENGTH)
     tokenizer = text.load_tokenizer(out)
     texts = [[world.prompt(concept, style) for style in (*world.STYLES, None)] for concept in concepts]
     texts.append([*world.STYLES, ""])
     ids = text.tokenize(tokenizer, [prompt for row in texts for prompt in row], LENGTH).reshape(len(texts), -1, LENGTH)
     images = np.moveaxis(pictures.load(concepts), 0, 1)
 
-    config = clip_config(recipe, vocabulary)
+    config = clip_config(recipe, len(tokenizer))
     graphdef, params = train_network(args.role, recipe, config, images, ids, known, favoured, args.workdir)
     Evaluation(graphdef, params, images, ids).report(args.role)
     write_clip(config, params, out)
