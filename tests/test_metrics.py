@@ -107,7 +107,7 @@ LINES = [json.dumps({"step": step, "loss": 0.5}) for step in (1, 2, 3)]
 def test_what_is_broken_takes_no_other_line_with_it(tmp_path, damage, capsys):
     content = b"\n".join([LINES[0].encode(), damage, *(line.encode() for line in LINES[1:]), b'{"step": 4, "lo'])
     (tmp_path / "metrics.jsonl").write_bytes(content)
-    metrics.Metrics(tmp_path, 2, 5).close()
+    reporting(tmp_path, 2, 5).close()
     assert [record["step"] for record in metrics.read(tmp_path)] == [1, 2]
     copies = [path.read_bytes() for path in tmp_path.glob("metrics.jsonl.unreadable*")]
     assert copies == ([content] if damage else [])
