@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from srpo_jax import resume, sharding
+from srpo_jax import resume, sharding, values
 from srpo_jax.errors import UserError
 from srpo_jax.models.compute import Compute, Params
 from srpo_jax.rewards import REWARDS
@@ -39,7 +39,7 @@ def parse(text: str) -> Score:
     found = re.fullmatch(r"(?:([\w.+-]+)=)?(\w+):(.+)", text, re.DOTALL)
     if not found:
         raise UserError(f"--score={text}: write [NAME=]KIND:PATH, as hps:models/hps; kinds are {', '.join(REWARDS)}")
-    name, kind, path = found[1] or found[2], found[2], found[3]
+    name, kind, path = found[1] or found[2], found[2], values.expand(found[3])
     if kind not in REWARDS:
         raise UserError(f"--score={text}: {kind!r} is no kind of score; choose one of {', '.join(REWARDS)}")
     folder.read_config(path, REWARDS[kind].network)
