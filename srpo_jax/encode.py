@@ -6,10 +6,10 @@
     python -m srpo_jax.encode --model=models/flux-dev --images=photos --out=data/photos
     python -m srpo_jax.main --config=configs/flux_dev_hps_offline.py ... --config.data.path=data/photos
 
-PROMPTS is text (one a line), CSV, TSV, JSON, JSON Lines or Parquet by the file's name, a pattern of such files
-('data/*.parquet'), or tfds:NAME[:SPLIT]. IMAGES is a folder of pictures, with a caption in a text file beside each
-(fox.png, fox.txt) or all of them in metadata.jsonl, or tfds:NAME[:SPLIT]. Stored are the features of T5 and CLIP, and
-of pictures the autoencoder's latents, at one size: the largest centred part of its shape is taken.
+PROMPTS is text (one a line), CSV, TSV, JSON, JSON Lines or Parquet by the file's name, packed (.gz) or not, a pattern
+of such files ('data/*.parquet'), or tfds:NAME[:SPLIT]. IMAGES is a folder of pictures, with a caption in a text file
+beside each (fox.png, fox.txt) or all in metadata.jsonl, .csv or .parquet, or tfds:NAME[:SPLIT]. Stored are the
+features of T5 and CLIP, and of pictures the autoencoder's latents, at one size: the largest centred part of its shape.
 
 The encoders are split over all devices. The same command again goes on where an interrupted one stopped. A job of
 several processes starts the command in each, with one shared --out folder: on TPUs and under SLURM they find each

@@ -65,7 +65,8 @@ def check(workdir: str | os.PathLike, config: ConfigDict, state: TrainState, don
     )
     if storage.in_bucket(workdir):
         return words
-    place = next(folder for folder in (workdir, *workdir.parents) if folder.exists())
+    # Where they will lie: their folder may be a link to another disk.
+    place = next(folder for folder in (workdir / checkpoint.CHECKPOINTS, workdir, *workdir.parents) if folder.exists())
     free = shutil.disk_usage(place).free
     if total - sum(there) > free:
         raise UserError(

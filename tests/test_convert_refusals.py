@@ -148,7 +148,7 @@ def test_a_fault_in_a_late_component_leaves_nothing(pipeline, tmp_path, fault, m
     elif fault == "disk full":
         usage = shutil.disk_usage(tmp_path)
         monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
-        words = "0.0 GB free; flux needs"
+        words = "0.0 GB free; the pipeline needs"
     else:
         write, count, error = files.SafetensorsWriter.write, [], KeyboardInterrupt
 

@@ -1,6 +1,7 @@
 """Room for checkpoints: what they take, what is left of older ones, and what is refused before the first update."""
 
 import collections
+import pathlib
 import shutil
 
 import jax
@@ -168,6 +169,16 @@ def test_a_disk_without_room_is_named_with_figures(tmp_path, monkeypatch):
     monkeypatch.setattr(checkpoint, "steps", lambda workdir: [])  # would ask the bucket
     monkeypatch.setattr(shutil, "disk_usage", None)  # what a bucket holds is not known
     assert space.check("gs://bucket/run", config, state, 0) == said.rsplit(",", 1)[0]
+
+
+def test_the_disk_is_the_one_that_checkpoints_lie_on(tmp_path, monkeypatch):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "big").mkdir()
+    (tmp_path / "run" / "checkpoints").symlink_to(tmp_path / "big")
+    asked = []
+    monkeypatch.setattr(shutil, "disk_usage", lambda place: asked.append(place) or Disk(0, 0, 1 << 40))
+    space.check(tmp_path / "run", default(), abstract(make_state(0, ema=False)), 0)
+    assert [place.resolve() for place in map(pathlib.Path, asked)] == [tmp_path / "big"]
 
 
 def test_a_run_needs_room_before_it_begins(models, compiled, tmp_path, monkeypatch):

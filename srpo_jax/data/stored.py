@@ -244,7 +244,7 @@ def finish(path: str | os.PathLike, manifest: Manifest) -> None:
         lengths.append(reader.num_records())
         reader.close()
         if lengths[-1] != len(manifest.members(shard)):
-            raise UserError(f"{file} is damaged; delete it, and the same command again goes on")
+            raise UserError(f"{file} is damaged; move it away, and the same command again makes it anew")
     template = tfds.core.ShardedFileTemplate(
         data_dir=path, dataset_name=NAME, split=SPLIT, filetype_suffix="array_record"
     )

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from srpo_jax import resume, sharding
+from srpo_jax import resume, sharding, values
 from srpo_jax.errors import UserError
 from srpo_jax.evaluation import sgp
 from srpo_jax.models.compute import Compute, Params
@@ -63,7 +63,7 @@ def split(text: str) -> Spec:
     found = re.fullmatch(r"(?:([\w.+-]+)=)?(\w+):(.+)", text, re.DOTALL)
     if not found:
         raise ValueError(f"write [NAME=]KIND:PATH, as hps:models/hps; kinds are {', '.join(KINDS)}")
-    name, kind, path = found[1] or found[2], found[2], found[3]
+    name, kind, path = found[1] or found[2], found[2], values.expand(found[3])
     if kind not in KINDS:
         raise ValueError(f"{kind!r} is no kind of score; choose one of {', '.join(KINDS)}")
     return Spec(name, kind, path)

@@ -142,7 +142,7 @@ def test_a_shard_that_is_lost_or_damaged(tmp_path):
     manifest = stored.read_manifest(tmp_path / "set")
     shard = stored.shard_file(tmp_path / "set", manifest, 0)
     shard.write_bytes(stored.shard_file(tmp_path / "set", manifest, 1).read_bytes())
-    with pytest.raises(UserError, match="00000-of-00002 is damaged; delete it"):
+    with pytest.raises(UserError, match="00000-of-00002 is damaged; move it away"):
         stored.finish(tmp_path / "set", manifest)
     shard.unlink()
     with pytest.raises(UserError, match="00000-of-00002 is missing; copy or encode it again"):
