@@ -32,6 +32,9 @@ def after(monkeypatch, events):
     def write_and_act(self, step, values):
         write(self, step, values)
         self.flush()
+        for thread in threading.enumerate():
+            if thread.name == "save_finalize":  # Orbax's: the checkpoint of the update before is there or has failed
+                thread.join()
         events.get(step, lambda: None)()
 
     monkeypatch.setattr(metrics.Metrics, "write", write_and_act)
