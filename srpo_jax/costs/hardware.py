@@ -8,8 +8,8 @@ import jax.numpy as jnp
 
 
 class Chip(NamedTuple):
-    """One device as JAX counts them (a TPU v4 or v5p chip is one device, a TPU7x
-    chip two; dense figures, without sparsity).
+    """One device as JAX counts them (a TPU v4 or v5p chip is one device, a TPU7x chip two; dense figures,
+    without sparsity).
 
     Attributes:
       name: short.
