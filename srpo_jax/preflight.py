@@ -30,9 +30,9 @@ def parse(arguments: list[str] | None) -> tuple[list[Candidate], argparse.Namesp
     """Reads a command line: what to plan, and the flags. Raises UserError, also for what cannot be built."""
     parser = command.parser("preflight", __doc__)
     words = (
-        "TPU slice by shape in chips (v4, v5e, v5p, v6e: v5e:4x4, v5p:2x2x2), several slices of one shape as v5e:4x4*2 "
-        "(with --config.mesh.data=2), or GPUs (a100, a100-40gb, h100, h100-pcie, h200, rtx4090: h100:8, h100:4x8 as "
-        "hosts x GPUs); several with commas"
+        "TPU slice by shape in chips (v4, v5e, v5p, v6e, tpu7x: v5e:4x4, v5p:2x2x2), several slices of one shape as "
+        "v5e:4x4*2 (with --config.mesh.data=2), or GPUs (a100, a100-40gb, h100, h100-pcie, h200, b200, rtx4090: "
+        "h100:8, h100:4x8 as hosts x GPUs); several with commas"
     )
     parser.add_argument("--topology", type=command.words, required=True, help=words)
     words = "of the images, HEIGHTxWIDTH, instead of the recipe's; several with commas"

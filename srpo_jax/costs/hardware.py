@@ -8,7 +8,8 @@ import jax.numpy as jnp
 
 
 class Chip(NamedTuple):
-    """One device as JAX counts them (a TPU v4 or v5p chip is one device; dense figures, without sparsity).
+    """One device as JAX counts them (a TPU v4 or v5p chip is one device, a TPU7x chip two; dense figures,
+    without sparsity).
 
     Attributes:
       name: short.
@@ -40,6 +41,7 @@ CHIPS: dict[str, Chip] = {
     "TPU v5p": Chip("TPU v5p", 459e12, 95 * GIB, 2765e9, 100e9),
     "TPU v6 lite": Chip("TPU v6e", 918e12, 32 * GIB, 1640e9, 100e9),
     "TPU v6e": Chip("TPU v6e", 918e12, 32 * GIB, 1640e9, 100e9),
+    "TPU7x": Chip("TPU7x core", 2307e12 / 2, 96 * GIB, 7380e9 / 2, 50e9),  # half of a chip, and of its links
     "NVIDIA A100-PCIE-40GB": Chip("A100 PCIe 40 GB", 312e12, 40 * GB, 1555e9, 32e9),
     "NVIDIA A100-SXM4-40GB": Chip("A100 40 GB", 312e12, 40 * GB, 1555e9, 300e9),
     "NVIDIA A100 80GB PCIe": Chip("A100 PCIe 80 GB", 312e12, 80 * GB, 1935e9, 32e9),

@@ -1,6 +1,6 @@
 """Accelerators that are not there: their devices by name, for compiling ahead of time.
 
-    v5p:2x2x2, v5e:8x8    a TPU slice, by type and shape in chips
+    v5p:2x2x2, v5e:8x8    a TPU slice, by type and shape in chips; a chip of tpu7x is two devices
     v5e:4x4*2             so many slices of one shape, which the data-centre network joins
     h100:8, h200:1        GPUs of one host
     h100:4x8              hosts x GPUs
@@ -35,14 +35,16 @@ class Tpu(NamedTuple):
     Attributes:
       kind: ``device_kind``.
       axes: of the torus.
-      ring: length by which an axis is closed: of v4 and v5p, if all of the slice's are multiples of it; of v5e and v6e,
-        an axis as long as this.
-      memory: bytes of a chip that libtpu gives to programs; it keeps the rest. From its messages (libtpu 0.0.42).
+      ring: length by which an axis is closed: of v4, v5p and tpu7x, if all of the slice's are multiples of it; of v5e
+        and v6e, an axis as long as this.
+      memory: bytes of a device that libtpu gives to programs; it keeps the rest. From its messages (libtpu 0.0.42).
       host: bytes of memory of a host with 4 chips (cloud.google.com/kubernetes-engine/docs/concepts/plan-tpus: machine
-        types ct4p-hightpu-4t, ct5lp-hightpu-4t, ct5p-hightpu-4t, ct6e-standard-4t).
-      network: bytes/s of a chip, each way, to other slices: the share that each of a pod's 256 chips has in its
-        published data-centre network (cloud.google.com/tpu/docs/v6e: 6.4 Tbit/s of v5e, 25.6 of v6e). None is published
-        on the pages of v4 and v5p: taken for as slow as v5e's, the slowest that is.
+        types ct4p-hightpu-4t, ct5lp-hightpu-4t, ct5p-hightpu-4t, ct6e-standard-4t; cloud.google.com/tpu/docs/tpu7x).
+      network: bytes/s of a device, each way, to other slices: the share that each of a pod's 256 chips has in its
+        published data-centre network (cloud.google.com/tpu/docs/v6e: 6.4 Tbit/s of v5e, 25.6 of v6e), or a chip's own
+        (cloud.google.com/tpu/docs/tpu7x: 50 Gbit/s of v5p, 100 of tpu7x). None is published of v4: taken for as slow as
+        v5e's, the slowest that is.
+      cores: devices of a chip.
     """
 
     kind: str
@@ -51,14 +53,19 @@ class Tpu(NamedTuple):
     memory: float
     host: float
     network: float
+    cores: int = 1
 
 
 TPUS = {
     "v4": Tpu("TPU v4", 3, 4, 30.75 * GIB, 407 * GIB, 6.4e12 / 8 / 256),
     "v5e": Tpu("TPU v5e", 2, 16, 15.75 * GIB, 192 * GIB, 6.4e12 / 8 / 256),
-    "v5p": Tpu("TPU v5p", 3, 4, 95.74 * GIB, 448 * GIB, 6.4e12 / 8 / 256),
+    "v5p": Tpu("TPU v5p", 3, 4, 95.74 * GIB, 448 * GIB, 50e9 / 8),
     "v6e": Tpu("TPU v6e", 2, 16, 31.25 * GIB, 720 * GIB, 25.6e12 / 8 / 256),
+    "tpu7x": Tpu("TPU7x", 3, 4, 94.75 * GIB, 960 * GIB, 100e9 / 8 / 2, cores=2),
 }
+
+# The two devices of a tpu7x chip are joined as if by so many links to other chips (cloud.google.com/tpu/docs/tpu7x).
+WITHIN_CHIP = 6
 
 # Packages of the compilers, by platform: setup.py's extras.
 INSTALL = {"tpu": "pip install -e '.[preflight-tpu]'", "gpu": "pip install -e '.[preflight-cuda]'"}
@@ -96,6 +103,7 @@ GPUS = {
     "h100-pcie": Gpu("NVIDIA H100 PCIe", (9, 0), 114, 128, 1.755, 50 * MIB, 228 * KIB, 227 * KIB),
     "h100": Gpu("NVIDIA H100 80GB HBM3", (9, 0), 132, 128, 1.98, 50 * MIB, 228 * KIB, 227 * KIB),
     "h200": Gpu("NVIDIA H200", (9, 0), 132, 128, 1.98, 50 * MIB, 228 * KIB, 227 * KIB),
+    "b200": Gpu("NVIDIA B200", (10, 0), 148, 128, 1.965, 126 * MIB, 228 * KIB, 227 * KIB),
     "rtx4090": Gpu("NVIDIA GeForce RTX 4090", (8, 9), 128, 128, 2.52, 72 * MIB, 100 * KIB, 99 * KIB, 1536),
 }  # fmt: skip
 
@@ -122,19 +130,24 @@ class Target(NamedTuple):
     @property
     def count(self) -> int:
         """Devices."""
-        return math.prod(self.shape) * self.slices
+        return math.prod(self.shape) * self.slices * self._cores
+
+    @property
+    def _cores(self) -> int:
+        return TPUS[self.generation].cores if self.platform == "tpu" else 1
 
     @property
     def hosts(self) -> int:
         """Processes of a job: one on each host."""
-        return self.shape[0] if self.platform == "gpu" else math.ceil(self.count / CHIPS_PER_HOST)
+        return self.shape[0] if self.platform == "gpu" else math.ceil(self.count / self._cores / CHIPS_PER_HOST)
 
     @property
     def host_memory(self) -> float | None:
         """Bytes of one host's memory; None where it is the buyer's choice. Fewer chips have a part of a host."""
         if self.platform == "gpu":
             return None
-        return TPUS[self.generation].host * min(self.count, CHIPS_PER_HOST) / CHIPS_PER_HOST
+        chips = self.count // self._cores
+        return TPUS[self.generation].host * min(chips, CHIPS_PER_HOST) / CHIPS_PER_HOST
 
     @property
     def network(self) -> float:
@@ -297,8 +310,9 @@ def bandwidth(target: Target, places: Sequence[tuple[int, ...]]) -> float:
       target: of which the devices are.
       places: of these devices, as ``place`` says; all in one slice or host.
 
-    Of a TPU, one link for each axis along which the group extends; two if it goes all around a closed one. Of a GPU,
-    its link. Nothing of this goes to other slices or hosts: that is ``Target.network``.
+    Of a TPU, one link for each axis along which the group extends; two if it goes all around a closed one; within a
+    chip of two devices, ``WITHIN_CHIP``. Of a GPU, its link. Nothing of this goes to other slices or hosts: that is
+    ``Target.network``.
     """
     if target.platform == "gpu":
         return target.chip.link
@@ -308,12 +322,14 @@ def bandwidth(target: Target, places: Sequence[tuple[int, ...]]) -> float:
         span = len({place[axis] for place in places})
         around = span == size and cubes and size % tpu.ring == 0
         links += 0 if span == 1 else 2 if around else 1
-    return links * target.chip.link
+    return (links or WITHIN_CHIP * (len(set(places)) > 1)) * target.chip.link
 
 
 def place(target: Target, device: Any) -> tuple[int, ...]:
-    """Where a device of ``devices`` lies: (slice, place in its torus), or (host, GPU)."""
+    """Where a device of ``devices`` lies: (slice, place in its torus), of two on a chip with its number behind that; or
+    (host, GPU)."""
     if target.platform == "tpu":
+        core = (device.core_on_chip,) if TPUS[target.generation].cores > 1 else ()
         # Devices of a single slice have no such attribute.
-        return getattr(device, "slice_index", 0), *device.coords[: len(target.shape)]
+        return getattr(device, "slice_index", 0), *device.coords[: len(target.shape)], *core
     return divmod(device.id, target.shape[1])

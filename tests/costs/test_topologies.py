@@ -24,6 +24,7 @@ def torus(target):
         ("v5e:4x4", (4, 4), 1, 16),
         ("v5e:4x4*2", (4, 4), 2, 32),
         ("V5P:2x2x2*4", (2, 2, 2), 4, 32),
+        ("tpu7x:2x2x1", (2, 2, 1), 1, 8),
         ("h100:16", (2, 8), 1, 16),
     ],
 )
@@ -67,9 +68,9 @@ def test_target_config(name):
     fields = dict(re.findall(r"(\w+): (\S+)", text))
     assert int(fields["device_memory_size"]) == target.chip.memory
     assert int(fields["memory_bandwidth"]) == target.chip.bandwidth
-    # Units x 2 FLOPs x clock is the data sheet's float32 peak: 19.5, 51, 67, 82.6 TFLOP/s.
+    # Units x 2 FLOPs x clock is the data sheet's float32 peak: 19.5, 51, 67, 75, 82.6 TFLOP/s.
     peak = 2 * int(fields["core_count"]) * int(fields["fpus_per_core"]) * float(fields["clock_rate_ghz"]) / 1e3
-    sheet = {"a100": 19.5, "a100-40gb": 19.5, "h100-pcie": 51.2, "rtx4090": 82.6}
+    sheet = {"a100": 19.5, "a100-40gb": 19.5, "h100-pcie": 51.2, "b200": 75, "rtx4090": 82.6}
     assert peak == pytest.approx(sheet.get(name, 66.9), rel=0.01)
 
 
@@ -104,6 +105,17 @@ def test_links_of_a_tpu(name, places, links):
     assert topologies.bandwidth(target, places) == links * target.chip.link
 
 
+def test_two_devices_on_a_chip():
+    """They are near each other; to others, each has half of the chip's links."""
+    target = topologies.parse("tpu7x:2x1x1")
+    devices = [types.SimpleNamespace(coords=[x, 0, 0], core_on_chip=core) for x in range(2) for core in range(2)]
+    places = [topologies.place(target, device) for device in devices]
+    assert places == [(0, 0, 0, 0, 0), (0, 0, 0, 0, 1), (0, 1, 0, 0, 0), (0, 1, 0, 0, 1)]
+    assert topologies.bandwidth(target, places[:2]) == 300e9 and topologies.bandwidth(target, places[:1]) == 0
+    assert topologies.bandwidth(target, places) == topologies.bandwidth(target, places[::2]) == 50e9
+    assert target.memory == 94.75 * 2**30 and target.network == 6.25e9
+
+
 def test_devices_of_several_hosts_and_slices():
     target = topologies.parse("h100:2x8")
     devices = [types.SimpleNamespace(id=i) for i in range(16)]
@@ -119,7 +131,14 @@ def test_devices_of_several_hosts_and_slices():
 
 @pytest.mark.parametrize(
     "name, hosts, memory",
-    [("v5p:2x2x2", 2, 448), ("v5e:4x4*2", 8, 192), ("v6e:1x1", 1, 180), ("h100:4x8", 4, None), ("h200:1", 1, None)],
+    [
+        ("v5p:2x2x2", 2, 448),
+        ("tpu7x:2x2x2", 2, 960),
+        ("v5e:4x4*2", 8, 192),
+        ("v6e:1x1", 1, 180),
+        ("h100:4x8", 4, None),
+        ("h200:1", 1, None),
+    ],
 )
 def test_hosts_of_a_target(name, hosts, memory):
     target = topologies.parse(name)
