@@ -5,9 +5,11 @@ below is an error, in a recipe and on the command line; ``validation`` checks th
 """
 
 import difflib
+import functools
 import json
 import re
-from collections.abc import Iterator
+import types
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from ml_collections import ConfigDict, config_dict
@@ -256,7 +258,7 @@ def reward_of(key: str) -> str | None:
 def standard(key: str) -> Any:
     """The default of a key; of a reward of any name, that of a reward. Raises UserError for an unknown key."""
     check_key(key)
-    plain = dict(leaves(default()))
+    plain = _standards()
     if reward_of(key) is not None:
         return dict(leaves(reward("", weight=1.0)))[key.rpartition(".")[2]]
     if key not in plain:
@@ -265,9 +267,14 @@ def standard(key: str) -> Any:
     return plain[key]
 
 
+@functools.cache
+def _standards() -> Mapping[str, Any]:
+    return types.MappingProxyType(dict(sorted(leaves(default()))))
+
+
 def check_key(key: str) -> None:
     """Raises UserError, with a suggestion, if a config has no key (or group of keys) of this name, as ``optim.b1``."""
-    known = list(flatten(default()))
+    known = list(_standards())
     if reward_of(key) is not None or any(name == key or name.startswith(key + ".") for name in known):
         return
     if (today := renamed(key)) != key:
