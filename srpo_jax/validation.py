@@ -188,6 +188,8 @@ def _check_align(flat: dict[str, Any], require: Any) -> None:
     require("align.train_timestep", len(window) == 2 and 1 <= window[0] < window[1] <= steps,
             f"must be (first, last) with 1 <= first < last <= align.schedule_steps={steps}")  # fmt: skip
     if shift := flat["rollout.shift"]:  # else the family has one that is made for this
+        # In float32 a schedule with a smaller one does not begin at 1.
+        require("rollout.shift", shift >= 0.05, "must be 0, for the family's own, or at least 0.05")
         first, last = flow.shifted_schedule(steps, shift)[window]
         require("align.train_timestep", 1 > first > last >= 0,
                 f"the noise levels there are {first:g} and {last:g} with rollout.shift={shift:g}; they must fall, from "
