@@ -71,6 +71,7 @@ setuptools.setup(
         "test": [
             "diffusers==0.42.1",
             "gcsfs",
+            "hypothesis>=6",
             "open_clip_torch==3.3.0",
             "peft==0.21.2",
             "pytest-xdist>=3.6",

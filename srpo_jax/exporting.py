@@ -13,7 +13,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from srpo_jax import families, terminal
+from srpo_jax import families, schema, terminal
 from srpo_jax.errors import UserError
 from srpo_jax.families.base import INDEX, SCHEDULER, TRANSFORMER, Family
 from srpo_jax.importing import byte_bar, parts_of_ours
@@ -102,7 +102,11 @@ def _index(source: pathlib.Path, family: Family, parts: list[str]) -> dict[str, 
         index[part] = [family.components[part].library, family.components[part].published]
     for name in family.tokenizers:
         if (source / name).is_dir():
-            index[name] = ["transformers", read_json(source / name / "tokenizer_config.json")["tokenizer_class"]]
+            file = source / name / "tokenizer_config.json"
+            kind = read_json(file).get("tokenizer_class")
+            if not isinstance(kind, str):
+                raise UserError(f"{file}: tokenizer_class={schema.shown(kind)} must be text; export needs it")
+            index[name] = ["transformers", kind]
     if (source / SCHEDULER).is_dir():
         index[SCHEDULER] = ["diffusers", family.scheduler]
     return index

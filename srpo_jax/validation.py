@@ -4,9 +4,11 @@ import glob
 import os
 from typing import Any
 
+import numpy as np
 from ml_collections import ConfigDict
 
 from srpo_jax import ranges, values
+from srpo_jax.algorithm import flow
 from srpo_jax.algorithm.methods import METHODS
 from srpo_jax.config import (
     ATTENTION,
@@ -197,6 +199,15 @@ def _check_align(flat: dict[str, Any], require: Any) -> None:
     steps = flat["align.schedule_steps"]
     require("align.train_timestep", len(window) == 2 and 1 <= window[0] < window[1] <= steps,
             f"must be (first, last) with 1 <= first < last <= align.schedule_steps={steps}")  # fmt: skip
+    if shift := flat["rollout.shift"]:  # else the family has one that is made for this
+        # In float32 a schedule with a smaller one does not begin at 1.
+        require("rollout.shift", shift >= 0.05, "must be 0, for the family's own, or at least 0.05")
+        first, last = flow.shifted_schedule(steps, shift)[window]
+        require("align.train_timestep", 1 > first > last >= 0,
+                f"the noise levels there are {first:g} and {last:g} with rollout.shift={shift:g}; they must fall, from "
+                "less than 1")  # fmt: skip
+        levels = flow.shifted_schedule(flat["rollout.steps"], shift)
+        require("rollout.shift", (np.diff(levels) < 0).all(), f"{flat['rollout.steps']} noise levels must fall")
     for key in ("align.discount_positive", "align.discount_negative", "align.weights"):
         require(key, len(flat[key]) == 2, "must be two numbers, (at the lowest noise, at the highest)")
 

@@ -11,7 +11,7 @@ import pytest
 from helpers import tiny
 from helpers.catalogue import CATALOGUE, Changed
 
-from srpo_jax import errors
+from srpo_jax import convert, errors
 
 SECONDS = 60  # for a row on a loaded machine; a hang takes longer
 
@@ -23,6 +23,14 @@ def recipe_file(models, tmp_path_factory):
         "import pathlib\nfrom helpers import tiny\n\n"
         f"def get_config():\n    return tiny.config(pathlib.Path({str(models)!r}))\n"
     )
+    return path
+
+
+@pytest.fixture(scope="module")
+def diffusers(model, tmp_path_factory):
+    """The pipeline as diffusers has it; its library is not needed for that."""
+    path = tmp_path_factory.mktemp("diffusers") / "pipeline"
+    convert.main(["export", f"--source={model}", f"--target={path}", "--format=diffusers"])
     return path
 
 
@@ -67,7 +75,7 @@ def test_the_catalogue_is_large_and_has_no_row_twice():
 def test_bad_input(row, tmp_path, model, models, recipe_file, request, capsys):
     places = {"here": tmp_path, "pipeline": model, "recipe": recipe_file, "reward": models / "clip"}
     if "{diffusers}" in row.words:
-        places["diffusers"] = request.getfixturevalue("pipelines")[0]
+        places["diffusers"] = request.getfixturevalue("diffusers")
     for name in ("pipeline", "diffusers"):
         if any(file.startswith(f"{name}/") for file in row.files):
             linked(pathlib.Path(places[name]), tmp_path / name)

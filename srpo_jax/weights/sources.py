@@ -51,7 +51,8 @@ class ShardedSource:
         files = sorted(set(names.values()))
         if odd := [file for file in files if not _is_plain(file) or _INDEX.search(file)]:
             raise UserError(f"{self.path} names {odd[0]!r}, which is no file of weights beside it")
-        if missing := [file for file in files if not (self.path.parent / file).is_file()]:
+        # os.path knows of names that no file can have, as too long ones.
+        if missing := [file for file in files if not os.path.isfile(self.path.parent / file)]:
             raise UserError(f"{self.path} names files that are not there: {', '.join(missing)}; download them")
         self._shards = {file: open_file(self.path.parent / file) for file in files}
         self._file_of = {name: file for file, shard in self._shards.items() for name in shard.specs}

@@ -1,6 +1,7 @@
 """Prompt files of every kind, what is wrong with them, and the filters."""
 
 import json
+import os
 
 import pyarrow
 import pyarrow.parquet
@@ -151,3 +152,19 @@ def test_filters_that_are_wrong():
         filters.select(PROMPTS, filters.Filter(include="("))
     with pytest.raises(UserError, match="no prompt is left: 6 prompts; left out: 6 shorter than 99; 0 stay"):
         filters.select(PROMPTS, filters.Filter(min_length=99))
+
+
+def test_a_pipe_of_prompts_is_read(tmp_path):
+    """As a shell's ``--prompts=<(...)``."""
+    reading, writing = os.pipe()
+    os.write(writing, b"a fox\na bear\n")
+    os.close(writing)
+    assert sources.read(f"/dev/fd/{reading}") == ["a fox", "a bear"]
+    os.close(reading)
+
+
+def test_parquet_of_categories(tmp_path):
+    """pandas' categories are dictionaries of texts."""
+    texts = pyarrow.array(["a", "b", None, "a"]).dictionary_encode()
+    pyarrow.parquet.write_table(pyarrow.table({"a.b": texts, "id": [1, 2, 3, 4]}), tmp_path / "a.parquet")
+    assert sources.read(tmp_path / "a.parquet", "a.b") == ["a", "b", "a"]

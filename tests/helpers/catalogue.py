@@ -670,6 +670,12 @@ IMPORTS = [
         r"^/dev/zero does not exist$",
     ),
     Bad(
+        "a tokenizer without a class",
+        "convert export --source={pipeline} --target={here}/out --format=diffusers",
+        r"tokenizer_config\.json: tokenizer_class=None must be text; export needs it$",
+        {"pipeline/tokenizer/tokenizer_config.json": "{}"},
+    ),
+    Bad(
         "a data set's manifest that is broken",
         "inspect_data {here}/d",
         r"encoding\.json is damaged",
