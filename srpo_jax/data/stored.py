@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 
-from srpo_jax import schema
+from srpo_jax import schema, storage
 from srpo_jax.errors import UserError
 from srpo_jax.weights.files import Spec, read_json
 
@@ -154,7 +154,7 @@ def plan(path: str | os.PathLike, wanted: Manifest) -> Manifest:
     Raises UserError if the folder holds something else, or a data set that differs (the message says in what).
     """
     path = _local(path)
-    if not path.exists() or (path.is_dir() and not any(path.iterdir())):
+    if not path.exists() or (path.is_dir() and all(inner.name == storage.FRESH_DISK for inner in path.iterdir())):
         return wanted
     if not (path / MANIFEST).exists():
         raise UserError(f"{path} exists and is not a data set of encoded prompts or pictures; choose another folder")
