@@ -182,7 +182,7 @@ def _check_out(out: epath.Path, names: set[str]) -> None:
     if out.exists() and not out.is_dir():
         raise UserError(f"--out={out} is a file; name a folder")
     there = sorted(path.name for path in out.iterdir() if not path.name.startswith(".")) if out.is_dir() else []
-    if others := [name for name in there if name not in names]:
+    if others := [name for name in there if name not in names and name != storage.FRESH_DISK]:
         raise UserError(
             f"--out={out} holds {len(others)} files that are not pictures of these prompts, as {others[0]}; choose "
             "another folder"

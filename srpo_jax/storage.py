@@ -15,6 +15,7 @@ from etils import epath
 from srpo_jax.errors import StorageError, UserError
 
 BUCKET = "gs://"
+FRESH_DISK = "lost+found"  # the folder that a disk has from the start: with it alone, a folder counts as empty
 
 
 def path(name: str | os.PathLike) -> epath.Path:

@@ -210,7 +210,7 @@ WORDS = {
         {"out/notes.md": b"", "p.txt": "a fox"}, "generate --prompts=p.txt", 1, "holds 1 files.*notes.md"
     ),
     "pictures of these prompts": Case(
-        {"out/0000-a-fox.png": b"", "out/.DS_Store": b"", "p.txt": "a fox"},
+        {"out/0000-a-fox.png": b"", "out/.DS_Store": b"", "out/lost+found/x": b"", "p.txt": "a fox"},
         "generate --prompts=p.txt --height=40",
         1,
         "--height=40: must be",

@@ -155,7 +155,7 @@ def plan(path: str | os.PathLike, wanted: Manifest) -> Manifest:
     """
     path = _local(path)
     storage.check_writable(path, "--out")
-    if not path.exists() or (path.is_dir() and not any(path.iterdir())):
+    if not path.exists() or (path.is_dir() and all(inner.name == storage.FRESH_DISK for inner in path.iterdir())):
         return wanted
     if not (path / MANIFEST).exists():
         raise UserError(f"{path} exists and is not a data set of encoded prompts or pictures; choose another folder")

@@ -21,7 +21,7 @@ from typing import Annotated, Any
 import ml_dtypes
 import numpy as np
 
-from srpo_jax import reading, schema
+from srpo_jax import reading, schema, storage
 from srpo_jax.errors import UserError
 
 CODES = {
@@ -44,7 +44,6 @@ CODES = {
 DTYPES = {code: np.dtype(dtype) for code, dtype in CODES.items()}
 _CODE_OF = {dtype: code for code, dtype in DTYPES.items()}
 _LARGEST_HEADER = 100_000_000  # bytes; the reference implementation's own limit
-FRESH_DISK = "lost+found"  # the folder that a disk has from the start
 _CHUNK = 64 << 20  # bytes copied at once when an array has to be rearranged or cast on its way to the disk
 
 
@@ -303,7 +302,9 @@ def new_folder(target: str | os.PathLike) -> Iterator[pathlib.Path]:
     try:
         home.mkdir(parents=True, exist_ok=True)
         _remove_left(home, target.name)
-        if target.exists() and (not target.is_dir() or any(path.name != FRESH_DISK for path in target.iterdir())):
+        if target.exists() and (
+            not target.is_dir() or any(path.name != storage.FRESH_DISK for path in target.iterdir())
+        ):
             raise UserError(f"{target} exists already; choose another target")
         prefix = f".{target.name}.{socket.gethostname()}-{os.getpid()}."
         temporary = pathlib.Path(tempfile.mkdtemp(prefix=prefix, suffix=".partial", dir=home))

@@ -171,9 +171,12 @@ def test_folders_that_are_no_data_sets(tmp_path):
         stored.DataSet("gs://bucket/data")
     with pytest.raises(UserError, match="encoding.json does not exist"):
         stored.DataSet(tmp_path)
+    wanted = stored.Manifest(1, 1, ARRAYS, {}, "", "", "")
+    (tmp_path / "lost+found").mkdir()  # of a fresh disk
+    assert stored.plan(tmp_path, wanted) == wanted
     (tmp_path / "notes.txt").write_text("")
     with pytest.raises(UserError, match="is not a data set of encoded prompts or pictures; choose another folder"):
-        stored.plan(tmp_path, stored.Manifest(1, 1, ARRAYS, {}, "", "", ""))
+        stored.plan(tmp_path, wanted)
     (tmp_path / "encoding.json").write_text('{"format": "srpo_jax.data/1", "count": 3}')
     with pytest.raises(UserError, match="encoding.json is damaged"):
         stored.DataSet(tmp_path)
