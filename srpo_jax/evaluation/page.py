@@ -116,8 +116,8 @@ def _signals(found: Evaluation, summary: Summary) -> report.PageTable:
             for m in found.candidates
         ),
         "Means over the pictures, which no judge model is needed for, each against the first model by its own 95 % "
-        "interval; drift is of a checkpoint's velocities from its pipeline's. There is no good value: a model that learns "
-        "a reward at the pictures' cost moves them far.",
+        "interval; drift is of a checkpoint's velocities from its pipeline's. There is no good value: a model that "
+        "learns a reward at the pictures' cost moves them far.",
         folded=True,
     )
 
