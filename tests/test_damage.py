@@ -189,15 +189,21 @@ def test_leftovers_that_are_surely_ours_go(workdir, capsys):
     inside = workdir / "checkpoints"
     for name in ("1", "2.incomplete", "2.incomplete.2", "5.incomplete", "1.unreadable"):
         (inside / name / "params").mkdir(parents=True)
-    (workdir / "samples").mkdir()
-    for name in (".config.json.partial", "samples/.000010.png.partial", "samples/.mine.partial"):
+    for name in ("samples", "evaluations/000010"):
+        (workdir / name).mkdir(parents=True)
+    evaluations = (
+        ".evaluations.jsonl.partial",
+        "evaluations/.base.npz.partial",
+        "evaluations/000010/.0000.png.partial",
+    )
+    for name in (".config.json.partial", "samples/.000010.png.partial", "samples/.mine.partial", *evaluations):
         (workdir / name).write_text("")
     checkpoint.Checkpoints(workdir, keep=2, resumable=2).close()
     assert sorted(path.name for path in inside.iterdir()) == ["1.unreadable", "2", "3", "5.incomplete"]
     assert [path.name for path in (workdir / "samples").iterdir()] == [".mine.partial"]
     told = capsys.readouterr().err.splitlines()
-    assert len(told) == 5 and all(line.startswith("warning: ") and line.endswith("is removed") for line in told)
-    assert not (workdir / ".config.json.partial").exists()
+    assert len(told) == 8 and all(line.startswith("warning: ") and line.endswith("is removed") for line in told)
+    assert not any((workdir / name).exists() for name in (".config.json.partial", *evaluations))
 
 
 def test_the_same_in_a_bucket(capsys):

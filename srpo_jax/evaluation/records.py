@@ -3,8 +3,7 @@
     OUT/evaluation.json   how pictures are drawn, and which models and scorers these are, by their contents
        /scores.jsonl      a line a picture: {"model", "prompt", "image", "file", "scores": {name: value}, "signals":
                           {name: value}}
-       /drift.json        how far checkpoints are from their pipelines: {"of": [[prompt, number]], "drift":
-                          {MODEL: value}}
+       /drift.json        of checkpoints from their pipelines: {"of": [[prompt, number]], "drift": {MODEL: value}}
        /images/MODEL/     the pictures, WORDS-PROMPT-NUMBER.png, PROMPT being the start of its SHA-256
 
 Lines are added as pictures are scored. What is there is not made again; a score that is asked for later gets lines of
