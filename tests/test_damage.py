@@ -190,14 +190,24 @@ def test_leftovers_that_are_surely_ours_go(workdir, capsys):
     for name in ("1", "2.incomplete", "2.incomplete.2", "5.incomplete", "1.unreadable"):
         (inside / name / "params").mkdir(parents=True)
     (workdir / "samples").mkdir()
-    for name in (".config.json.partial", "samples/.000010.png.partial", "samples/.mine.partial"):
-        (workdir / name).write_text("")
+    ours = (
+        ".config.json",
+        ".report.html",
+        ".recipe.json",
+        ".warnings.jsonl",
+        "samples/.000010.png",
+        "samples/.prompts.json",
+    )
+    for name in (*ours, "samples/.mine"):
+        (workdir / f"{name}.partial").write_text("")
     checkpoint.Checkpoints(workdir, keep=2, resumable=2).close()
     assert sorted(path.name for path in inside.iterdir()) == ["1.unreadable", "2", "3", "5.incomplete"]
     assert [path.name for path in (workdir / "samples").iterdir()] == [".mine.partial"]
     told = capsys.readouterr().err.splitlines()
-    assert len(told) == 5 and all(line.startswith("warning: ") and line.endswith("is removed") for line in told)
-    assert not (workdir / ".config.json.partial").exists()
+    assert len(told) == 3 + len(ours) and all(
+        line.startswith("warning: ") and line.endswith("is removed") for line in told
+    )
+    assert not any((workdir / f"{name}.partial").exists() for name in ours)
 
 
 def test_the_same_in_a_bucket(capsys):
