@@ -130,6 +130,7 @@ def _tell(args: argparse.Namespace, found: run.Evaluation, told: summary.Summary
         print(f"{row.model.label}: {row.score} {mean}{words}")
     for model in found.candidates:
         signs = [f"{row.score} {row.mean.value:.4g}" for row in told.signals if row.model is model]
+        signs += [f"drift {found.drift[model.folder]:.4g}"] if model.folder in found.drift else []
         print(f"{model.label}: signs of collapse: {', '.join(signs)}")
     for note in told.notes:
         print(f"note: {note}")

@@ -138,6 +138,10 @@ def test_the_most_that_checkpoints_take(there, keep, resumable, saves, expected)
     assert space.most(there, 30, 10, keep, resumable, saves) == expected
 
 
+def test_the_best_checkpoint_takes_the_room_of_one_more():
+    assert space.most([], 30, 10, 1, 1, 9, best=True) == space.most([], 30, 10, 2, 1, 9)
+
+
 def test_sizes_are_those_on_the_disk(tmp_path):
     """Of arrays that do not compress."""
     generator = np.random.default_rng(0)

@@ -54,7 +54,7 @@ class Easel:
 
     def __call__(self, model: Candidate) -> np.ndarray:
         """uint8 pictures ``[P, seeds, H, W, 3]``."""
-        draw = self._studio.open(model)
+        draw = self._studio.open(model).draw
         parts = range(0, len(self._places), self._at_once)
         images = np.concatenate([draw(self._places[start : start + self._at_once]) for start in parts])
         return images.reshape(*self._shape, *images.shape[1:])

@@ -16,6 +16,7 @@ from srpo_jax import architectures, checkpoint, generate, sampling
 from srpo_jax.data import images
 from srpo_jax.errors import UserError
 from srpo_jax.evaluation.candidates import Candidate
+from srpo_jax.evaluation.drift import Drift, Trace
 from srpo_jax.families.base import TRANSFORMER
 from srpo_jax.models.lora import Lora
 
@@ -30,7 +31,18 @@ class Drawn(Protocol):
     def name(self) -> np.ndarray: ...
 
 
-Draw = Callable[[Sequence[Drawn]], np.ndarray]
+class Opened(NamedTuple):
+    """A candidate whose weights are read.
+
+    Attributes:
+      draw: items, at most as many as are drawn at once, to pictures uint8 [B, height, width, 3].
+      trace: of so many items, where the model passes and how fast (``drift``).
+      drift: how far its velocities on the items are from those that a trace of its base has.
+    """
+
+    draw: Callable[[Sequence[Drawn]], np.ndarray]
+    trace: Callable[[Sequence[Drawn]], Trace]
+    drift: Callable[[Sequence[Drawn], Trace], float]
 
 
 class Drawing(NamedTuple):
@@ -66,14 +78,15 @@ class Studio:
         self._compute, self._frozen = sampling.computes(mesh, drawing.dtype, drawing.attention)
         self._pipeline = functools.lru_cache(1)(self._read_pipeline)
         self._painters: dict[tuple[str, Lora | None], sampling.Painter] = {}
+        self._drifts: dict[tuple, Drift] = {}
 
     def check(self, candidate: Candidate) -> None:
         """Raises UserError for sizes that its family has not."""
         family, _ = architectures.read_pipeline(candidate.pipeline)
         family.check_size(self.drawing.look.height, self.drawing.look.width, ("--height", "--width"))
 
-    def open(self, candidate: Candidate) -> Draw:
-        """Reads a candidate's weights. Returns what draws items, at most ``at_once``: uint8 [B, height, width, 3]."""
+    def open(self, candidate: Candidate) -> Opened:
+        """Reads a candidate's weights."""
         family, tools = self._pipeline(candidate.pipeline)
         trained = None
         if candidate.workdir is not None:
@@ -95,13 +108,25 @@ class Studio:
             )}  # fmt: skip
         painter = self._painters[key]
 
-        def draw(items: Sequence[Drawn]) -> np.ndarray:
+        def prepare(items: Sequence[Drawn]) -> list[sampling.Chunk]:
             names = np.stack([item.name for item in items])
-            prompts = [item.prompt for item in items]
-            chunks = painter.prepare(tools.encode, prompts, seed=self.drawing.seed, names=names)
-            return np.concatenate(list(painter.paint(params, tools.params, chunks)))
+            return painter.prepare(tools.encode, [i.prompt for i in items], seed=self.drawing.seed, names=names)
 
-        return draw
+        def draw(items: Sequence[Drawn]) -> np.ndarray:
+            return np.concatenate(list(painter.paint(params, tools.params, prepare(items))))
+
+        def drifting(items: Sequence[Drawn]) -> Drift:
+            if (*key, *items) not in self._drifts:
+                chunk, look = prepare(items)[0], self.drawing.look
+                drift = Drift(self._mesh, family, graphdef, candidate.pipeline, look, chunk)
+                self._drifts = {(*key, *items): drift}
+            return self._drifts[*key, *items]
+
+        return Opened(
+            draw,
+            lambda items: drifting(items).trace(params),
+            lambda items, base: drifting(items)(params, base),
+        )
 
     def _read_pipeline(self, path: str) -> tuple:
         family, sizes = architectures.read_pipeline(path)

@@ -43,7 +43,8 @@ class Entry:
       how: tells what figures depend on beside the weights: prompts, noise, sampler, scores. Only those of equal ``how``
         compare.
       scores: by name; the run's own rewards come first.
-      signals: means over the pictures by name (``signals``), and "drift" against the run's first weights.
+      signals: means over the pictures by name (``signals.OF_PICTURES``), "drift" against the run's first weights, and
+        what all pictures are worth by the features of a score of diversity, "NAME_vendi".
       seconds: by part of the work.
       warnings: sentences, one each.
       best: the update with the best score so far, by ``checkpoint.best``; None if nothing was asked for.

@@ -224,8 +224,10 @@ class Evaluator:
         with clock.part("statistics"):
             values = {name: np.concatenate(parts) for name, parts in found.items()}
             values |= {name: self._unlikeness(np.concatenate(parts)) for name, parts in features.items()}
+            worth = {f"{name}_vendi": signals.vendi(np.concatenate(parts)) for name, parts in features.items()}
             shown = {name: [one[name] for one in of_pictures] for name in of_pictures[0]} if of_pictures else {}
-            entry = self._entry(step, values, shown, drift, clock)
+            worth |= {} if drift is None else {"drift": drift}
+            entry = self._entry(step, values, shown, worth, clock)
         if self._first:
             self._write(entry, values, shown)
         self._tell(entry)
@@ -276,14 +278,14 @@ class Evaluator:
         step: int,
         values: dict[str, np.ndarray],
         shown: dict[str, list[float]],
-        drift: float | None,
+        beside: dict[str, float],
         clock: Clock,
     ) -> Entry:
         place = {prompt: number for number, prompt in enumerate(dict.fromkeys(i.prompt for i in self._what.items))}
         of = np.array([place[item.prompt] for item in self._what.items])
         scores = {name: _figure(statistics.mean(found, of), len(found)) for name, found in values.items()}
-        means = {name: float(f"{np.mean(found):.7g}") for name, found in shown.items()}
-        means |= {} if drift is None else {"drift": float(f"{drift:.7g}")}
+        means = {name: float(np.mean(found)) for name, found in shown.items()} | beside
+        means = {name: float(f"{value:.7g}") for name, value in means.items()}
         entry = Entry(step, self._what.how, scores, means, clock.seconds, [], None)
         entries, aim = [*self.entries, entry], self._what.aim
         warnings = stopping.over_optimised(entries, self._what.own, self._what.held_out)

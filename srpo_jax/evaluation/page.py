@@ -108,10 +108,14 @@ def _signals(found: Evaluation, summary: Summary) -> report.PageTable:
 
     return report.PageTable(
         "Signs of collapse",
-        ("model", *(name.replace("_", " ") for name in names)),
-        tuple((m.label, *(cell(of[m.folder, name]) for name in names)) for m in found.candidates),
+        ("model", *(name.replace("_", " ") for name in names), "drift"),
+        tuple(
+            (m.label, *(cell(of[m.folder, name]) for name in names), _number(found.drift.get(m.folder, math.nan)))
+            for m in found.candidates
+        ),
         "Means over the pictures, which no judge model is needed for, each against the first model by its own 95 % "
-        "interval. There is no good value: a model that learns a reward at the pictures' cost moves them far.",
+        "interval; drift is of a checkpoint's velocities from its pipeline's. There is no good value: a model that "
+        "learns a reward at the pictures' cost moves them far.",
         folded=True,
     )
 

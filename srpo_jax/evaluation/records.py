@@ -3,6 +3,7 @@
     OUT/evaluation.json   how pictures are drawn, and which models and scorers these are, by their contents
        /scores.jsonl      a line a picture: {"model", "prompt", "image", "file", "scores": {name: value}, "signals":
                           {name: value}}
+       /drift.json        of checkpoints from their pipelines: {"of": [[prompt, number]], "drift": {MODEL: value}}
        /images/MODEL/     the pictures, WORDS-PROMPT-NUMBER.png, PROMPT being the start of its SHA-256
 
 Lines are added as pictures are scored. What is there is not made again; a score that is asked for later gets lines of
@@ -12,13 +13,14 @@ its own. A last line that was cut off is dropped.
 import json
 import os
 import pathlib
+from collections.abc import Sequence
 from typing import Any
 
 from srpo_jax import storage
 from srpo_jax.errors import UserError
 from srpo_jax.evaluation.candidates import Candidate, Item
 
-SETTINGS, SCORES = "evaluation.json", "scores.jsonl"
+SETTINGS, SCORES, DRIFT = "evaluation.json", "scores.jsonl", "drift.json"
 
 
 class Records:
@@ -81,6 +83,19 @@ class Records:
             with open(self._out / SCORES, "rb+") as lines:
                 lines.truncate(os.path.getsize(self._out / SCORES) - self._cut)
             self._cut = 0
+
+    def drift(self, items: Sequence[Item]) -> dict[str, float]:
+        """What is known of drift on these items, by the folder of the model."""
+        try:
+            found = json.loads((self._out / DRIFT).read_text(encoding="utf-8"))
+            return dict(found["drift"]) if found["of"] == [list(item) for item in items] else {}
+        except (OSError, ValueError, KeyError, TypeError):  # it is made again
+            return {}
+
+    def keep_drift(self, items: Sequence[Item], values: dict[str, float]) -> None:
+        """Writes drift on these items."""
+        content = json.dumps({"of": items, "drift": values}, indent=2, ensure_ascii=False)
+        storage.write(storage.path(self._out / DRIFT), content.encode())
 
     def add(self, model: Candidate, item: Item, scores: dict[str, float], signals: dict[str, float]) -> None:
         """Adds a line."""

@@ -38,6 +38,7 @@ class Evaluation:
       scores: the names of the scores.
       settings: of drawing, by flag.
       values, signals: scores, and signs of collapse (``signals``), by the folder of a candidate and the item.
+      drift: of checkpoints against their pipelines (``signals.drift``), by the folder of the candidate.
       items: by the folder of a candidate, the pictures there are of it, in the order of the prompts.
       seconds: by part of the work.
     """
@@ -50,6 +51,7 @@ class Evaluation:
     settings: dict
     values: dict[tuple[str, Item], dict[str, float]]
     signals: dict[tuple[str, Item], dict[str, float]]
+    drift: dict[str, float]
     items: dict[str, list[Item]]
     seconds: dict[str, float]
 
@@ -96,7 +98,8 @@ def evaluate(
         models = {c.folder: {"source": c.source, "content": c.content} for c in candidates}
         records.begin(how.settings(), models, {s.name: _told(s, count) for s in scores})
     clock = Clock()
-    worker = _Worker(records, studio, tuple(scores), mesh, at_once, out, clock)
+    traced = [Item(prompt.text, 0) for prompt in prompts[:at_once]]
+    worker = _Worker(records, studio, tuple(scores), mesh, at_once, out, clock, candidates, traced)
     for candidate in candidates:
         worker.work(candidate, items[candidate.folder])
     return Evaluation(
@@ -108,6 +111,7 @@ def evaluate(
         how.settings(),
         records.scores,
         records.signals,
+        worker.drift,
         items,
         clock.seconds,
     )
@@ -156,18 +160,25 @@ class _Worker:
         at_once: int,
         out: pathlib.Path,
         clock: Clock,
+        candidates: Sequence[Candidate],
+        traced: list[Item],
     ):
         self._records, self._studio, self._scores = records, studio, scores
         self._at_once, self._out, self._clock = at_once, out, clock
         self._first = jax.process_index() == 0
         self._judges = Judges(mesh, at_once)
+        self._traced, self._traces = traced, {}
+        self.drift = records.drift(traced) if self._first else {}
+        runs = [candidate for candidate in candidates if candidate.workdir is not None]
+        known = distributed.of_first(np.array([run.folder in self.drift for run in runs], np.int32))
+        self._drifting = [run for run, is_known in zip(runs, known, strict=True) if not is_known]
         self._alone = np.array([score.kind != DIVERSITY for score in scores], bool)  # made picture by picture
 
     def work(self, candidate: Candidate, items: list[Item]) -> None:
         """Fills in what is missing of a candidate's pictures and scores."""
         # Only the first process knows what it has written; the others do as it does.
         done = distributed.of_first(np.array([self._done(candidate, item) for item in items], np.int32)) > 0
-        draw, waiting = None, []
+        opened, waiting = None, []
         bar = tqdm.tqdm(
             total=len(items), desc=candidate.label, unit="image", disable=not (self._first and sys.stderr.isatty())
         )
@@ -182,11 +193,11 @@ class _Worker:
                     with self._clock.part("read pictures"):
                         pictures = self._read(candidate, part)
                 else:
-                    if draw is None:
+                    if opened is None:
                         with self._clock.part("read weights"):
-                            draw = self._studio.open(candidate)
+                            opened = self._studio.open(candidate)
                     with self._clock.part("draw"):
-                        pictures = list(draw(part))
+                        pictures = list(opened.draw(part))
                     for item, picture, is_there in zip(part, pictures, flags[:, 0], strict=True):
                         if self._first and not is_there:
                             file = self._out / candidate.file(item)
@@ -198,9 +209,27 @@ class _Worker:
                 self._write(candidate, *waiting)
                 waiting = [part, flags, found, saving, seen]
             self._write(candidate, *waiting)
+        self._follow(candidate, opened)
         for number, score in enumerate(self._scores):
             if score.kind == DIVERSITY and not done[:, 3 + number].all():
                 self._compare(candidate, items, score, done[:, 3 + number])
+
+    def _follow(self, candidate: Candidate, opened: drawing.Opened | None) -> None:
+        """Measures a checkpoint's drift, for which its pipeline's trace is taken when that one's turn is."""
+        is_base = candidate.workdir is None and any(run.pipeline == candidate.pipeline for run in self._drifting)
+        if not is_base and candidate not in self._drifting:
+            return
+        if opened is None:
+            with self._clock.part("read weights"):
+                opened = self._studio.open(candidate)
+        with self._clock.part("drift"):
+            if is_base:
+                self._traces[candidate.pipeline] = opened.trace(self._traced)
+                return
+            value = opened.drift(self._traced, self._traces[candidate.pipeline])
+        self.drift[candidate.folder] = float(f"{value:.7g}")
+        if self._first:
+            self._records.keep_drift(self._traced, self.drift)
 
     def _done(self, candidate: Candidate, item: Item) -> list[bool]:
         """Whether a picture is there, has a line, has its signals, and has each score."""

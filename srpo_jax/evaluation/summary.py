@@ -134,6 +134,7 @@ def write(found: Evaluation, summary: Summary) -> None:
         "settings": found.settings,
         "scores": {score.name: score.source for score in found.scores},
         "models": {model.folder: _model(model) for model in found.candidates},
+        "drift": {model.folder: found.drift[model.folder] for model in found.candidates if model.folder in found.drift},
         "rows": [_record(row) for row in summary.rows],
         "signals": [_record(row) for row in summary.signals],
         "categories": {
