@@ -41,7 +41,7 @@ class Pictures:
             tuple(f"update {step}" if step else "before" for step in self.steps),
             self.entries,
             tuple(orders),
-            along=len(self.steps) > 1,
+            along=True,
         )
 
 

@@ -191,19 +191,17 @@ def test_leftovers_that_are_surely_ours_go(workdir, capsys):
         (inside / name / "params").mkdir(parents=True)
     for name in ("samples", "evaluations/000010"):
         (workdir / name).mkdir(parents=True)
-    evaluations = (
-        ".evaluations.jsonl.partial",
-        "evaluations/.base.npz.partial",
-        "evaluations/000010/.0000.png.partial",
-    )
-    for name in (".config.json.partial", "samples/.000010.png.partial", "samples/.mine.partial", *evaluations):
-        (workdir / name).write_text("")
+    ours = [".config.json", ".report.html", ".recipe.json", ".warnings.jsonl", ".evaluations.jsonl"]
+    ours += ["samples/.000010.png", "samples/.prompts.json", "evaluations/.base.npz", "evaluations/000010/.0000.png"]
+    for name in (*ours, "samples/.mine"):
+        (workdir / f"{name}.partial").write_text("")
     checkpoint.Checkpoints(workdir, keep=2, resumable=2).close()
     assert sorted(path.name for path in inside.iterdir()) == ["1.unreadable", "2", "3", "5.incomplete"]
     assert [path.name for path in (workdir / "samples").iterdir()] == [".mine.partial"]
     told = capsys.readouterr().err.splitlines()
-    assert len(told) == 8 and all(line.startswith("warning: ") and line.endswith("is removed") for line in told)
-    assert not any((workdir / name).exists() for name in (".config.json.partial", *evaluations))
+    assert len(told) == 3 + len(ours)
+    assert all(line.startswith("warning: ") and line.endswith("is removed") for line in told)
+    assert not any((workdir / f"{name}.partial").exists() for name in ours)
 
 
 def test_the_same_in_a_bucket(capsys):

@@ -10,7 +10,7 @@ from helpers import browser
 from helpers.pages import Checker
 from PIL import Image
 
-from srpo_jax import config, record, run_page, run_pictures, sampling, terminal
+from srpo_jax import config, main, record, run_page, run_pictures, sampling, terminal
 from srpo_jax.evaluation import history
 from srpo_jax.evaluation.history import Entry, Figure
 
@@ -103,6 +103,12 @@ def test_what_differs_from_the_recipe_and_what_was_changed(workdir):
     assert '<th scope="row">optim.clip_norm</th><td>4</td><td>0.1</td><td>0.2</td>' in page
     (workdir / "recipe.json").unlink()
     assert "What differs from the defaults" in drawn(workdir)
+
+
+def test_the_recipe_is_what_its_file_says():
+    task = main.parse(["--config=configs/emoji.py", "--workdir=w", "--config.steps=3"])
+    assert task.recipe.file == "configs/emoji.py"
+    assert (task.config.steps, task.recipe.values["steps"]) == (3, 16)
 
 
 def test_evaluations_that_do_not_compare_are_left_out(workdir):

@@ -6,11 +6,12 @@ import jax
 import numpy as np
 import pytest
 from helpers import bucket, tiny
+from helpers.pages import Checker
 from helpers.runs import numbers, scalars
 from helpers.states import abstract, make_state
 from PIL import Image
 
-from srpo_jax import checkpoint, config, errands, generate, metrics, record, storage, train
+from srpo_jax import checkpoint, config, errands, generate, metrics, record, run_page, sampling, storage, train
 from srpo_jax.errors import UserError
 
 
@@ -93,6 +94,23 @@ def test_checkpoints_in_a_bucket(server):
     checkpoints.close()
     assert run == {"step": 2, "data": {"next_index": 2}}
     jax.tree.map(np.testing.assert_array_equal, state, make_state(2))
+
+
+def test_the_page_of_a_run_in_a_bucket(server):
+    workdir = storage.path("gs://bucket/paged")
+    record.write(workdir, config.default(), {})
+    sheet = sampling.grid(np.zeros((3, 8, 8, 3), np.uint8))
+    for step in (0, 10):
+        sampling.save_image(sheet, workdir / "samples" / f"{step:06d}.png")
+    (workdir / "samples" / "prompts.json").write_text('["a fox", "a cat", "a dog"]')
+    page = run_page.Page(workdir, ["the bucket is slow"])
+    page.write()
+    server.objects["paged/report.html"] = b"of before"
+    page.write(ended=True)
+    found = Checker((workdir / "report.html").read_text())
+    assert [card["data-prompt"] for card in found.cards] == ["a fox", "a cat", "a dog"] and len(found.images) == 6
+    assert "samples/000010.png" in found.links and "the bucket is slow" in " ".join(found.text)
+    assert len((workdir / "warnings.jsonl").read_text().splitlines()) == 1
 
 
 def test_a_run_in_a_bucket_goes_on_with_the_numbers_of_a_local_one(server, models, compiled, tmp_path):
