@@ -7,6 +7,7 @@ import jax
 
 from srpo_jax import sharding
 from srpo_jax.algorithm.rollout import for_rollout
+from srpo_jax.costs import keeping
 from srpo_jax.costs.hardware import GIB
 from srpo_jax.costs.plan import Candidate
 from srpo_jax.models.compute import join, path_name
@@ -39,6 +40,10 @@ def advise(candidate: Candidate, report: dict[str, Any]) -> list[str]:
             advice.append("little room: the training run's compiler optimises more, and may plan half a GiB more")
         if target.platform == "gpu" and memory["needed"] > GPU_DEFAULT_SHARE * memory["capacity"]:
             advice.append("XLA_PYTHON_CLIENT_MEM_FRACTION=0.95 in the environment: JAX takes 75 % of a GPU by default")
+        if config.remat.transformer == "full":
+            remat = keeping.choose(config, candidate.architecture, candidate.built.mesh, memory["headroom"])
+            if remat != "full":
+                advice.append(f"--config.remat.transformer={remat}: keep what there is room for, compute less again")
         # Every pass gathers the weights anew.
         bound = report["seconds"]["bound"] == "interconnect"
         if bound and config.data.images == "rollout" and not config.rollout.gather:
@@ -50,7 +55,7 @@ def advise(candidate: Candidate, report: dict[str, Any]) -> list[str]:
             advice.append("a smaller config.optim.accumulation, if it fits: fewer passes gather the weights")
         return advice
     for network in ("transformer", "autoencoder", "reward"):
-        if config.remat[network] != "full":
+        if config.remat[network] not in ("full", "auto"):
             advice.append(f"--config.remat.{network}=full: keep less for the backward pass")
     if config.optim.merge_terms:
         advice.append("--config.optim.merge_terms=False: the terms pass one after the other")

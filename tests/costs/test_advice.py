@@ -44,6 +44,13 @@ def test_a_candidate_that_just_fits(candidate, report):
     assert any(line.startswith("little room") for line in advice.advise(candidate, report))
 
 
+def test_room_for_what_blocks_keep(candidate, report):
+    candidate.config.remat.transformer = "full"
+    assert "--config.remat.transformer=out+attention+qkv+mlp: keep" in advice.advise(candidate, report)[-1]
+    report["memory"]["headroom"] = 2**30
+    assert not any("remat" in line for line in advice.advise(candidate, report))
+
+
 def test_a_run_that_waits_for_others(candidate, report):
     report["seconds"]["bound"] = "interconnect"
     assert "config.rollout.gather=True" in advice.advise(candidate, report)[-2]
