@@ -138,12 +138,12 @@ def generate(
     """
     model, out = pathlib.Path(model), storage.path(out)
     files = [out / f"{index:04d}-{_words(prompt)}.png" for index, prompt in enumerate(prompts)]
+    storage.check_writable(out, "--out")
     _check_out(out, {file.name for file in files})
     family, sizes = architectures.read_pipeline(model)
     family.check_size(height, width, ("--height", "--width"))
     length = text_length or prompt_length(family, model)
     family.check_text_length("--text-length", length)
-    storage.check_writable(out, "--out")
     family.schedule(model, steps, height, width)  # what is wrong with its file is told before weights are read
     shape = (len(prompts), *family.token_shape(height, width))
     if latents is not None and latents.shape != shape:
@@ -179,8 +179,6 @@ def generate(
 
 def _check_out(out: epath.Path, names: set[str]) -> None:
     """Raises UserError for a folder in which pictures would lie among others."""
-    if out.exists() and not out.is_dir():
-        raise UserError(f"--out={out} is a file; name a folder")
     there = sorted(path.name for path in out.iterdir() if not path.name.startswith(".")) if out.is_dir() else []
     if others := [name for name in there if name not in names and name != storage.FRESH_DISK]:
         raise UserError(

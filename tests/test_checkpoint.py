@@ -112,7 +112,7 @@ def test_a_workdir_belongs_to_one_config(tmp_path):
 
 def test_strange_workdirs(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="is a file"):
+    with pytest.raises(UserError, match="is no folder; choose another place"):
         record.check(tmp_path / "file", default(), {})
     (tmp_path / "bare" / "checkpoints" / "3" / "params").mkdir(parents=True)
     with pytest.raises(UserError, match="config.json is gone, and no checkpoint beside it holds the configuration"):

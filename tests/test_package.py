@@ -12,7 +12,7 @@ import srpo_jax
 
 ROOT = pathlib.Path(srpo_jax.__file__).parent
 # Only the import of torch pickles needs torch, and says so when it is not there.
-OPTIONAL = {"torch"}
+OPTIONAL = {"torch", "wandb"}
 
 
 def normal(name: str) -> str:

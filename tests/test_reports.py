@@ -215,7 +215,7 @@ WORDS = {
         1,
         "--height=40: must be",
     ),
-    "a file": Case({"out": b"", "p.txt": "a fox"}, "generate --prompts=p.txt", 1, "--out=out is a file"),
+    "a file": Case({"out": b"", "p.txt": "a fox"}, "generate --prompts=p.txt", 1, "--out=out: .*out is no folder"),
     "no column": Case({"p.csv": "a,b\n1,2\n"}, "generate --prompts=p.csv", 1, "name the column .*--column=NAME"),
     # --- keys ---
     "lr": Case({}, "main --config.optim.lr=1", 1, "do you mean config.optim.learning_rate"),
@@ -230,7 +230,7 @@ WORDS = {
     "brackets above": Case({}, "main --workdir=a[b]/run", 1, "checkpoints cannot be opened"),
     "a star": Case({}, "main --workdir=run*", 1, "checkpoints cannot be opened"),
     "a backslash": Case({}, "main --workdir=runs\\hps", 1, "checkpoints cannot be opened"),
-    "no UTF-8": Case({}, "main --workdir=run\udcff", 1, "checkpoints cannot be opened"),
+    "no UTF-8": Case({}, "main --workdir=run\udcff", 1, "the name is not UTF-8; give it another one"),
     "brackets, read": Case(
         {"a[b]/x": b""}, "generate --prompt=x --checkpoint=a[b]", 1, "checkpoints cannot be opened.*rename the folder"
     ),

@@ -35,7 +35,7 @@ def laid_out(out, name, spec, column, images, count=None) -> list[str]:
         sampling.save_image(Image.fromarray(colour(item)), out / MODEL.file(item))
     settings = Drawing(sampling.Look(SIDE, SIDE, 1, 1.0)).settings()
     prompts = tuple(Prompt(text, "") for text in texts)
-    found = Evaluation(out, (MODEL,), prompts, images, (), settings, {}, {MODEL.folder: items}, {})
+    found = Evaluation(out, (MODEL,), prompts, images, (), settings, {}, {}, {}, {MODEL.folder: items}, {})
     counts = layouts.write(found, name, places)
     files = sorted(str(path.relative_to(out / name)) for path in (out / name).rglob("*") if path.is_file())
     assert counts == {"my-model": len([file for file in files if not file.endswith(".jsonl")])}
