@@ -59,7 +59,8 @@ class Errands:
         while True:
             self._doing, work = self._waiting.get()
             try:
-                if not storage.in_bucket(self._home) and not self._home.is_dir():
+                # Who waits is told so wherever the workdir is.
+                if self._doing and not storage.in_bucket(self._home) and not self._home.is_dir():
                     raise FileNotFoundError(f"{self._home} is gone")
                 work()
             except Exception as error:  # of several libraries, and whatever it is, training goes on
