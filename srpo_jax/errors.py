@@ -82,7 +82,8 @@ def told(error: BaseException) -> str | None:
         for words, number in _SPOKEN.items():
             if words in str(error):
                 place = re.search(r"/[^\s\"']+", str(error))
-                return f"{place[0] + ': ' if place else ''}{words}; {_REMEDIES[number]}"
+                named = f"{place[0].rstrip(':.,;)]')}: " if place else ""
+                return f"{named}{words}; {_REMEDIES[number]}"
         error = error.__cause__ or error.__context__
     return None
 

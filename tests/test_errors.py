@@ -66,7 +66,7 @@ def test_another_broken_pipe_is_not_hidden(capsys):
             "Is a directory; a folder is in the way of a file: remove it, or choose",
         ),
         (lambda path: os.mkdir(f"{__file__}/x"), "Not a directory; a file is in the way of a folder: remove it, or"),
-        (lambda path: open(path / ("a" * 300)), "File name too long; choose a shorter name"),
+        (lambda path: open(path.parent / ("a" * 300)), "File name too long; choose a shorter name"),
         (
             lambda path: os.chmod("/proc/self/status", 0),
             "Operation not permitted; change its rights, or choose another",
@@ -109,4 +109,5 @@ def _raise(error):
 
 
 def test_a_message_is_one_line_with_everything_visible():
-    assert str(UserError("a\x1b[31m name\r\n with \ud83d and \u2028")) == r"a\x1b[31m name with \ud83d and \u2028"
+    shown = str(UserError("a\x1b[31m name\r\n with \ud83d, \u2028 and \0."))
+    assert shown == r"a\x1b[31m name with \ud83d, \u2028 and \x00."

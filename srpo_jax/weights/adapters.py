@@ -173,8 +173,10 @@ def _pair(
     alpha = None
     if "alpha" in names:
         values = np.asarray(source.read(names["alpha"]), np.float32).reshape(-1)
-        if values.size != 1 or not np.isfinite(values).all():
-            raise UserError(f"{source.path}: {names['alpha']} is {list(values[:6])}; expected one finite number")
+        if values.size != 1:
+            raise UserError(f"{source.path}: {names['alpha']} has {values.size} numbers; expected one")
+        if not np.isfinite(values).all():
+            raise UserError(f"{source.path}: {names['alpha']} is {values[0]}; expected a finite number")
         alpha = float(values[0])
     return down, up * np.float32(noted.of(len(down), alpha))
 
