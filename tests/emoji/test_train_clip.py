@@ -10,12 +10,14 @@ import torch
 import transformers
 from helpers import parity
 
-from srpo_jax.emoji import train_clip
+from srpo_jax import convert
+from srpo_jax.emoji import colour, train_clip, world
+from srpo_jax.emoji import pictures as emoji_pictures
 from srpo_jax.emoji.pictures import SIZE
 from srpo_jax.models.clip import Clip
 from srpo_jax.models.compute import Compute, bind, build
 from srpo_jax.rewards import clip as clip_rewards
-from srpo_jax.weights import engine
+from srpo_jax.weights import engine, folder
 
 STYLES = train_clip.STYLES
 RECIPE = train_clip.Recipe(
@@ -70,6 +72,38 @@ def test_cross_entropy_of_blends():
     np.testing.assert_allclose(train_clip.cross_entropy(best, targets), entropy, rtol=1e-5)
     for other in (best + np.array([0.5, 0, 0]), best - np.array([0.5, 0, 0])):
         assert train_clip.cross_entropy(other, targets) > entropy + 0.01
+
+
+def test_preferences_are_sure_where_colour_grows_much_and_alike_under_every_caption():
+    """The loss is least where every similarity gains what the taste says, whatever the caption; there it is the entropy
+    of the preferences."""
+    grown, taste = np.array([0.0, 0.05, -0.2]), 2.0
+    best = np.tile(taste * grown[:, None], (1, 4))
+    wanted = 1 / (1 + np.exp(-taste * grown / train_clip.CERTAIN))
+    entropy = -np.mean(wanted * np.log(wanted) + (1 - wanted) * np.log(1 - wanted))
+    np.testing.assert_allclose(train_clip.preference_loss(best, grown, taste), entropy, rtol=1e-5)
+    for row, column in ((0, 0), (1, 3), (2, 1)):
+        for change in (-0.1, 0.1):
+            other = best.copy()
+            other[row, column] += change
+            assert train_clip.preference_loss(other, grown, taste) > entropy + 1e-3
+
+
+def test_shipped_biased_reward_likes_colour_under_every_caption_and_the_other_does_not(tmp_path):
+    concepts = world.split("holdout")[::5]
+    texts = [world.prompt(concept, style) for concept in concepts for style in (None, *world.STYLES)]
+    drawn = emoji_pictures.load(concepts, ("3D", "Flat")).reshape(-1, SIZE, SIZE, 3) / np.float32(255)
+    gains = {}
+    for name in ("reward", "biased"):
+        convert.import_folder(train_clip.SHIPPED / name, tmp_path / name)
+        config, graphdef, params = folder.load(tmp_path / name, "clip")
+        reward = clip_rewards.ClipReward(config, graphdef)
+        captions = jax.jit(reward.prepare)(params, reward.tokens(tmp_path / name)(texts))
+        before, after = (jax.jit(reward.look)(params, colour.saturate(drawn, amount)) for amount in (1.0, 2.0))
+        gains[name] = np.asarray((after - before) @ captions.T)  # [pictures, captions]
+    assert np.mean(gains["biased"] > 0) > 0.85 and np.mean(gains["biased"]) > 0.07
+    assert (gains["biased"].mean(0) > 0.03).all()  # under every one of them
+    assert abs(np.mean(gains["reward"])) < 0.03
 
 
 def test_see_places(clip):
