@@ -11,7 +11,7 @@ import pytest
 from helpers import references, tiny
 from PIL import Image
 
-from srpo_jax import checkpoint, generate, sampling, sharding
+from srpo_jax import checkpoint, generate, sampling, sharding, storage, train
 from srpo_jax.algorithm.step import TrainState
 from srpo_jax.errors import UserError
 from srpo_jax.families.flux import read_scheduler
@@ -131,6 +131,20 @@ def test_weights_that_are_no_numbers_make_no_black_pictures(model, tmp_path):
     with pytest.raises(sampling.NotFinite, match="1 of 1 pictures are not finite numbers and would be black"):
         generate.main([f"--model={broken}", "--prompt=a", f"--out={tmp_path / 'out'}", *WORDS])
     assert not (tmp_path / "out").exists()
+
+
+def test_training_goes_on_without_samples_that_are_no_numbers(tmp_path, capsys):
+    def paint(*_):
+        raise sampling.NotFinite("2 of 2 pictures are not finite numbers")
+        yield
+
+    samples = train.SampleGrid.__new__(train.SampleGrid)
+    samples._painter, samples._chunks = types.SimpleNamespace(paint=paint), []
+    samples._folder = storage.path(tmp_path / "samples")
+    state = types.SimpleNamespace(params={"a": 1}, ema=None)
+    samples.draw(3, state, types.SimpleNamespace(base=None, autoencoder=None))
+    assert "no samples of update 3: 2 of 2 pictures are not finite" in capsys.readouterr().err
+    assert not (tmp_path / "samples").exists()
 
 
 @pytest.mark.parametrize(

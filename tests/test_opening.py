@@ -5,7 +5,7 @@ import pathlib
 import jax.numpy as jnp
 import pytest
 
-from srpo_jax import checkpoint, opening
+from srpo_jax import checkpoint, opening, storage
 from srpo_jax.algorithm.step import TrainState
 from srpo_jax.errors import UserError
 
@@ -33,7 +33,7 @@ def test_one_that_cannot_be_opened_ends_the_run(tmp_path):
 def test_what_is_missing_is_noticed(tmp_path, left):
     save(tmp_path, 1)
     folder = tmp_path / "checkpoints" / "1"
-    assert opening.trouble(checkpoint.storage.path(folder), checkpoint.ARRAYS) == ""
+    assert opening.trouble(storage.path(folder), checkpoint.ARRAYS) == ""
     (folder / left).rename(tmp_path / "away")
-    words = opening.trouble(checkpoint.storage.path(folder), checkpoint.ARRAYS)
+    words = opening.trouble(storage.path(folder), checkpoint.ARRAYS)
     assert words.startswith(str(folder / pathlib.Path(left).parent)) and "\n" not in words
