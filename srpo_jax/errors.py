@@ -19,7 +19,7 @@ class UserError(Exception):
     It is ``plain``, whatever the names and libraries' words in it hold.
     """
 
-    def __init__(self, message: str):
+    def __init__(self, message: str = ""):
         super().__init__(plain(message))
 
 
