@@ -23,7 +23,7 @@ class UserError(Exception):
 
     code = 1
 
-    def __init__(self, message: str):
+    def __init__(self, message: str = ""):
         super().__init__(plain(message))
 
 

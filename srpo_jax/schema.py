@@ -78,7 +78,7 @@ def read(kind: type, content: Any, where: Any) -> Any:
         if field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
     ]
     if missing := [name for name in needed if name not in found]:
-        raise ValueError(f"{where}: {', '.join(missing)} missing")
+        raise ValueError(f"{where}: {', '.join(map(repr, missing))} {'are' if missing[1:] else 'is'} missing")
     return kind(**found)
 
 

@@ -31,6 +31,10 @@ class SiglipVisionConfig:
     def from_dict(cls, config: Mapping[str, Any]) -> "SiglipVisionConfig":
         """From the ``vision_config`` of a ``SiglipModel``. Raises ValueError for what this module does not compute."""
         picked = pick(cls, config, "SigLIP vision config")
+        if picked.patch_size > picked.image_size:
+            raise ValueError(
+                f"SigLIP vision config: patch_size={picked.patch_size} is larger than image_size={picked.image_size}"
+            )
         if config.get("num_channels", 3) != 3:
             raise ValueError(f"SigLIP vision config: num_channels={config['num_channels']} is not supported")
         return picked

@@ -74,8 +74,6 @@ def checked(found: Any, where: str) -> Any:
             f"{where}: hidden_size={found.hidden_size} is not a multiple of num_attention_heads="
             f"{found.num_attention_heads}"
         )
-    if getattr(found, "patch_size", 1) > getattr(found, "image_size", 1):
-        raise ValueError(f"{where}: patch_size={found.patch_size} is larger than image_size={found.image_size}")
     return found
 
 
