@@ -16,6 +16,7 @@ from PIL import Image
 
 from srpo_jax import checkpoint, distributed, metrics, pulse, train
 from srpo_jax.errors import UserError
+from srpo_jax.evaluation import history
 
 
 def test_two_processes_lose_one_twice_resume_stop_and_one_goes_on(models, tmp_path):
@@ -28,9 +29,10 @@ def test_two_processes_lose_one_twice_resume_stop_and_one_goes_on(models, tmp_pa
         compilation_cache=str(tmp_path / "cache"),
     )  # fmt: skip
     calm, lost, alone = (tmp_path / name for name in ("calm", "lost", "alone"))
+    evaluating = dict(evaluate__every=4, evaluate__prompts=str(models / "held_out.txt"), evaluate__steps=2)
 
     # === Nothing happens ==============================================================================================
-    (first, second) = jobs.start_two(models, calm, changes | dict(steps=4, sample__every=4))
+    (first, second) = jobs.start_two(models, calm, changes | evaluating | dict(steps=4, sample__every=4))
     assert first[0] == second[0] == 0, (first, second)
     assert "2 cpu device(s)" in first[2] and "step 4/4" in first[2]
     assert "step" not in second[2] and len(list((calm / "tensorboard").iterdir())) == 1  # only the first reports
@@ -65,12 +67,17 @@ def test_two_processes_lose_one_twice_resume_stop_and_one_goes_on(models, tmp_pa
     # === One process ends the run =====================================================================================
     changes |= dict(checkpoint__every=5, sample__every=4)
     train.train(tiny.config(models, **changes), lost)
-    train.train(tiny.config(models, **changes), alone)
+    train.train(tiny.config(models, **changes, **evaluating), alone)
     for mine, other in zip(numbers(lost), numbers(alone), strict=True):
         assert mine == pytest.approx(other, rel=1e-3, abs=1e-5)
     for name in ("000000.png", "000004.png"):
         pictures = [np.asarray(Image.open(run / "samples" / name), int) for run in (calm, alone)]
         assert np.abs(pictures[0] - pictures[1]).mean() < 0.5
+    for mine, other in zip(history.read(calm), history.read(alone), strict=False):
+        assert mine.step == other.step and mine.how == other.how and mine.signals.keys() == other.signals.keys()
+        assert mine.scores["clip"].mean == pytest.approx(other.scores["clip"].mean, abs=2e-3)
+        assert mine.signals["drift"] == pytest.approx(other.signals["drift"], rel=1e-2, abs=1e-6)
+    assert [entry.step for entry in history.read(calm)] == [0, 4]
 
 
 @pytest.mark.parametrize(

@@ -170,7 +170,7 @@ class _Worker:
         self._traced, self._traces = traced, {}
         self.drift = records.drift(traced) if self._first else {}
         runs = [candidate for candidate in candidates if candidate.workdir is not None]
-        known = distributed.of_first(np.array([run.folder in self.drift for run in runs], np.int32))
+        known = distributed.of_first(np.array([run.folder in self.drift for run in runs], np.int32)) if runs else ()
         self._drifting = [run for run, is_known in zip(runs, known, strict=True) if not is_known]
         self._alone = np.array([score.kind != DIVERSITY for score in scores], bool)  # made picture by picture
 
