@@ -6,7 +6,7 @@ for every picture and a table behind every curve. It knows nothing of training; 
 values and gives the page as a string. report.html is the template, report.css the look; report.js pages, filters, sorts
 and moves along what is on the page of a ``Browser``, which is whole without it.
 
-Curves are drawn here and not by a plotting library: 60 lines make an SVG of a few kB whose text and grid take the
+Curves are drawn here and not by a plotting library: 70 lines make an SVG of a few kB whose text and grid take the
 reader's theme and fonts and whose points answer the pointer. matplotlib's has fixed colours, which stay light on a dark
 page, takes a second to import in the training process, and would have to be rewritten for both.
 """

@@ -15,7 +15,7 @@ from srpo_jax import report, sampling
 from srpo_jax.evaluation import history
 
 SAMPLES, PROMPTS_FILE = "samples", "prompts.json"  # of a workdir: sample grids, and what they are of
-MOMENTS, PROMPTS = 10, 24  # that are shown, at most: 240 small pictures, some 6 MB
+MOMENTS, PROMPTS = 10, 24  # that are shown, at most: 240 small pictures, 5 to 8 MB
 
 
 @dataclasses.dataclass(frozen=True)
