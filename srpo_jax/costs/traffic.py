@@ -1,9 +1,9 @@
 """What a compiled program moves through a device's memory, read from its HLO text, loops as often as they turn.
 
 Counted is what every instruction reads and writes: of a fusion, its operands and results, of what it slices the slice,
-of what it changes in place the change. What lies in a TPU's vector memory (a layout with ``S(1)``) is not in the
-device's. Kernels count their operands and results once, though attention reads keys and values again for every block of
-queries.
+of what it changes in place the change; of a conditional, the branch that moves most. What lies in a TPU's vector memory
+(a layout with ``S(1)``) is not in the device's. Kernels count their operands and results once, though attention reads
+keys and values again for every block of queries.
 
 Two sums: of instructions that multiply matrices, which read and write beside the products; and of all others, with
 nothing to hide behind. What collectives bring is neither, see ``hlo.collectives``.
@@ -35,24 +35,29 @@ class Traffic(NamedTuple):
 
 def of(text: str) -> Traffic:
     """Reads a program's text (``Compiled.as_text()``). Raises ValueError as ``hlo.parse`` does."""
-    module, moved = hlo.parse(text), {True: 0.0, False: 0.0}
+    module = hlo.parse(text)
 
-    def walk(name: str, runs: int) -> None:
-        body = module.computations[name]
+    def run(name: str) -> Traffic:
+        """Of a computation, once."""
+        body, products, between = module.computations[name], 0.0, 0.0
         for instruction in body.values():
+            turns, inner = 1, None
             if instruction.opcode == "while":
-                turns = hlo.trip_count(module, body, instruction)
-                walk(instruction.called("body"), runs * (1 if turns is None else turns))
+                # Of a loop whose length is unknown, as in ``hlo.collectives``, one turn.
+                turns, inner = hlo.trip_count(module, body, instruction), run(instruction.called("body"))
+                turns = 1 if turns is None else turns
             elif instruction.opcode == "conditional":
-                walk(instruction.branches()[0], runs)
+                inner = max(map(run, instruction.branches()), key=sum)
             elif instruction.opcode == "call":
-                walk(instruction.called("to_apply"), runs)
-            elif instruction.opcode not in FREE and not hlo.is_collective(instruction):
-                if instruction.opcode != "fusion" or not _gathers(module, instruction):
-                    moved[_multiplies(module, instruction)] += runs * _bytes(module, body, instruction)
+                inner = run(instruction.called("to_apply"))
+            elif instruction.opcode not in FREE and not _gathers(module, instruction):
+                moved = _bytes(module, body, instruction)
+                inner = Traffic(moved, 0.0) if _multiplies(module, instruction) else Traffic(0.0, moved)
+            if inner is not None:
+                products, between = products + turns * inner.products, between + turns * inner.between
+        return Traffic(products, between)
 
-    walk(module.entry, 1)
-    return Traffic(moved[True], moved[False])
+    return run(module.entry)
 
 
 def _inside(module: Module, instruction: Instruction) -> list[Instruction]:
@@ -69,9 +74,9 @@ def _multiplies(module: Module, instruction: Instruction) -> bool:
     return kernel or any(inner.opcode in PRODUCTS for inner in _inside(module, instruction))
 
 
-def _gathers(module: Module, fusion: Instruction) -> bool:
-    """Whether it is nothing but the start or the end of a collective."""
-    inside = _inside(module, fusion)
+def _gathers(module: Module, instruction: Instruction) -> bool:
+    """Whether it is a collective, or a fusion around nothing but the start or the end of one."""
+    inside = _inside(module, instruction)
     return any(map(hlo.is_collective, inside)) and not any(inner.opcode in PRODUCTS for inner in inside)
 
 
