@@ -5,6 +5,7 @@ below is an error, in a recipe and on the command line; ``validation`` checks th
 """
 
 import difflib
+import functools
 import json
 import re
 from collections.abc import Iterator
@@ -253,10 +254,16 @@ def reward_of(key: str) -> str | None:
     return match and match[1]
 
 
+@functools.cache
+def _plain() -> dict[str, Any]:
+    """Every key of the default config with its value, made once: a check asks for each of them."""
+    return dict(leaves(default()))
+
+
 def standard(key: str) -> Any:
     """The default of a key; of a reward of any name, that of a reward. Raises UserError for an unknown key."""
     check_key(key)
-    plain = dict(leaves(default()))
+    plain = _plain()
     if reward_of(key) is not None:
         return dict(leaves(reward("", weight=1.0)))[key.rpartition(".")[2]]
     if key not in plain:
@@ -267,7 +274,7 @@ def standard(key: str) -> Any:
 
 def check_key(key: str) -> None:
     """Raises UserError, with a suggestion, if a config has no key (or group of keys) of this name, as ``optim.b1``."""
-    known = list(flatten(default()))
+    known = _plain()
     if reward_of(key) is not None or any(name == key or name.startswith(key + ".") for name in known):
         return
     if (today := renamed(key)) != key:
