@@ -86,7 +86,7 @@ def test_preferences_are_sure_where_colour_grows_much_and_alike_under_every_capt
         for change in (-0.1, 0.1):
             other = best.copy()
             other[row, column] += change
-            assert train_clip.preference_loss(other, grown, taste) > entropy + 1e-3
+            assert train_clip.preference_loss(other, grown, taste) > entropy + 1e-4
 
 
 def test_shipped_biased_reward_likes_colour_under_every_caption_and_the_other_does_not(tmp_path):
@@ -103,7 +103,7 @@ def test_shipped_biased_reward_likes_colour_under_every_caption_and_the_other_do
         gains[name] = np.asarray((after - before) @ captions.T)  # [pictures, captions]
     assert np.mean(gains["biased"] > 0) > 0.85 and np.mean(gains["biased"]) > 0.07
     assert (gains["biased"].mean(0) > 0.03).all()  # under every one of them
-    assert abs(np.mean(gains["reward"])) < 0.03
+    assert np.mean(gains["reward"]) < 0  # it takes colour beyond the artists' for a fault
 
 
 def test_see_places(clip):
