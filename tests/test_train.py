@@ -5,6 +5,8 @@ import json
 import re
 import shutil
 import signal
+import sys
+from unittest import mock
 
 import jax
 import numpy as np
@@ -27,6 +29,7 @@ from srpo_jax import (
     sharding,
     train,
     validation,
+    wandb_board,
 )
 from srpo_jax.data import loading
 from srpo_jax.errors import UserError
@@ -284,7 +287,8 @@ def test_every_key_is_read(recipe, tmp_path, monkeypatch):
     """A key that the program checks and writes down but never uses would be a promise that it breaks."""
     every = dict(
         steps=2, sample__every=2, sample__count=1, optim__ema_decay=0.5, optim__warmup_steps=2, optim__accumulation=2,
-        reward__models__hps__weight=0.5, reward__models__pickscore__weight=0.5, lora__rank=2,
+        reward__models__hps__weight=0.5, reward__models__pickscore__weight=0.5, lora__rank=2, evaluate__every=2,
+        evaluate__count=1, evaluate__steps=2, checkpoint__best="hps:max",
     )  # fmt: skip
     plain = recipe(**every)
     plain.reward.models.hps.path = plain.reward.models.pickscore.path = plain.reward.models.clip.path
@@ -301,6 +305,10 @@ def test_every_key_is_read(recipe, tmp_path, monkeypatch):
     encode.encode_prompts(plain.model.path, tiny.PROMPTS, data, mesh=mesh, **options)
     recorded.data.encode, recorded.data.path = "stored", str(data)
     assert len(loading.open_examples(recorded, architectures.read(recorded))) == len(tiny.PROMPTS)
+    # Weights & Biases, which may not be installed.
+    recorded.wandb.project = "ours"
+    monkeypatch.setitem(sys.modules, "wandb", mock.MagicMock(Error=OSError))
+    wandb_board.open_board(recorded, tmp_path / "run").close()
     # Where no factors are trained, but the transformer itself.
     recorded.lora.rank = 0
     assert program.computes(recorded, mesh).transformer.param_dtype == plain.optim.weights
