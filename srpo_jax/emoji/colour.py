@@ -1,8 +1,8 @@
 """How colourful pictures are: the taste of the biased reward, and the measure of who gave in to it.
 
 The biased reward (``train_clip --role=biased``) likes a more colourful version of a picture better under every caption.
-The artists' "3D" pictures of the world are at 0.19 on average, the "Flat" ones at 0.22, the black "Mono" ones at 0: an
-honest move from "Flat" to "3D" makes pictures less colourful, a hack of this reward makes them more so.
+The artists' "3D" pictures of the world are at 0.19 on average, the "Flat" ones at 0.22, the black "Mono" ones at 0, and
+the shipped model's own, a mixture, at 0.13: an honest move to "3D" ends at 0.19, and what is above is a hack.
 """
 
 import jax

@@ -1,7 +1,7 @@
 """What the study asks and the runs that answer it: parts, their cases, the compute of each. No network runs here."""
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -234,7 +234,7 @@ def _images(moments: tuple[int, ...]) -> Iterator[Case]:
     yield Case("images/offline_wanted", "artists' pictures, 3D", {}, moments, styles=(measure.WANTED,))
 
 
-def _methods(preset: Preset, afford: Any) -> Iterator[Case]:
+def _methods(preset: Preset, afford: Callable[[dict[str, Any]], int]) -> Iterator[Case]:
     for reward in (HONEST, BIASED):
         for name in preset.methods:
             changes = method(name) | NO_HINGE | discounted(1.0)

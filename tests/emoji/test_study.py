@@ -184,7 +184,7 @@ def test_shrunk_study(tmp_path, monkeypatch, capsys):
     assert not list((tmp_path / "runs").rglob("*.json"))  # checkpoints are gone
     found = recovery.read(tmp_path / "recovery.json")
     errors = {(one.way, one.level): np.mean(one.error) for one in found}
-    assert errors[ONE_STEP, 0.99] > 3 * errors[DIRECT_ALIGN, 0.99]
+    assert errors[ONE_STEP, 0.9] > 2 * errors[DIRECT_ALIGN, 0.9]
     page, table = ((tmp_path / name).read_text() for name in ("report.html", "study.md"))
     assert "SRPO, k = 2" in page and "<img " in page and "| SRPO, k = 2 | 1 |" in table
 
