@@ -11,8 +11,8 @@ import pytest
 import srpo_jax
 
 ROOT = pathlib.Path(srpo_jax.__file__).parent
-# Only the import of torch pickles needs torch, and says so when it is not there.
-OPTIONAL = {"torch"}
+# Only the import of torch pickles needs torch, only config.wandb needs wandb; both say so when it is not there.
+OPTIONAL = {"torch", "wandb"}
 
 
 def normal(name: str) -> str:
