@@ -32,6 +32,7 @@ LONG = (
     *("test_distributed.py", "test_transfers.py", "test_evaluate_processes.py", "test_storage.py", "test_train.py"),
     *("test_demo.py", "test_many_devices.py", "test_evaluate.py", "test_damage.py", "test_lora.py", "test_rollouts.py"),
     *("test_workers.py", "test_train_stored.py", "test_train_flow.py", "test_space.py", "test_nonfinite.py"),
+    "test_in_training.py",
 )
 
 

@@ -11,7 +11,7 @@ import pytest
 import srpo_jax
 
 ROOT = pathlib.Path(srpo_jax.__file__).parent
-# Only the import of torch pickles needs torch, and says so when it is not there.
+# Only the import of torch pickles needs torch, only config.wandb needs wandb; both say so when it is not there.
 OPTIONAL = {"torch", "wandb"}
 
 
