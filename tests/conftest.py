@@ -29,10 +29,11 @@ if importlib.util.find_spec("torchvision"):
 # Files that take minutes. Two processes share the tests file by file: what is long comes first, so that neither waits
 # for the other in the end.
 LONG = (
-    *("test_distributed.py", "test_transfers.py", "test_evaluate_processes.py", "test_storage.py", "test_train.py"),
-    *("test_demo.py", "test_many_devices.py", "test_evaluate.py", "test_damage.py", "test_lora.py", "test_rollouts.py"),
-    *("test_workers.py", "test_train_stored.py", "test_train_flow.py", "test_space.py", "test_nonfinite.py"),
-    "test_in_training.py",
+    *("test_distributed.py", "test_transfers.py", "test_evaluate_processes.py", "test_train.py", "test_storage.py"),
+    *("test_step.py", "test_nonfinite.py", "test_demo.py", "test_many_devices.py", "test_in_training.py"),
+    *("test_golden.py", "test_lora.py", "test_evaluate.py", "test_train_stored.py", "test_doors.py", "test_study.py"),
+    *("test_methods_many_devices.py", "test_full_disk.py", "test_damage.py", "test_scores.py", "test_rollouts.py"),
+    *("test_workers.py", "test_train_flow.py", "test_space.py", "test_chain.py", "test_autoencoder.py", "test_flux.py"),
 )
 
 
