@@ -7,17 +7,15 @@ import shutil
 import time
 from collections.abc import Sequence
 
-import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from srpo_jax import checkpoint, convert, metrics, schema, storage, train
+from srpo_jax import convert, metrics, schema, storage, train
 from srpo_jax.emoji import demo, judge, measure, rollouts, study_plan, world
 from srpo_jax.emoji.colour import chroma
 from srpo_jax.emoji.study_plan import BIASED, Case, Preset
 from srpo_jax.errors import UserError
-from srpo_jax.evaluation import signals
-from srpo_jax.models.compute import Params
+from srpo_jax.evaluation import candidates, signals
 
 SHOWN = 12  # concepts of which a cell of the first seed keeps a picture
 
@@ -183,12 +181,9 @@ class Workshop:
     ) -> np.ndarray:
         names = tuple(world.prompt(concept) for concept in concepts)
         if names not in self._easels:
-            self._easels[names] = measure.Easel(self.config.model.path, names, self.config, pictures)
-        easel = self._easels[names]
-        params: Params = easel.base
-        if trained is not None:
-            params = jax.tree.map(np.asarray, checkpoint.load_params(*trained))
-        return easel(params)
+            self._easels[names] = measure.Easel(names, self.config, pictures)
+        workdir, update = trained or ("", candidates.ALL)
+        return self._easels[names](measure.models(self.config.model.path, str(workdir), update)[-1])
 
     def _write(self, file: pathlib.Path, cell: Cell, images: np.ndarray | None = None) -> None:
         """The pictures first: where a cell's file is, the cell is whole."""
