@@ -319,7 +319,7 @@ def test_bfloat16_stays_near_float32(name, converted):
     """Frozen networks are loaded as training loads them: in bfloat16, but for norms and scales.
 
     Bounds are some two to three times the worse case's distance, which moves as sums are rounded elsewhere: its norm
-    by -2.6 % with a single block's last product in two, -2.2 % with these added in float32, 0.8 % in one.
+    by -2.6 % with a single block's last product in two, by -2.2 % with these two added in float32.
     """
 
     def run(compute, frozen):
