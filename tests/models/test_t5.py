@@ -100,5 +100,5 @@ def test_bad_config():
     """A config of T5 1.0, or of something else, is refused with the reason."""
     with pytest.raises(ValueError, match="feed_forward_proj='relu' is not supported"):
         T5Config.from_dict({**SIZES, "feed_forward_proj": "relu"})
-    with pytest.raises(ValueError, match="d_kv, d_ff missing"):
+    with pytest.raises(ValueError, match="T5 config: 'd_kv', 'd_ff' are missing"):
         T5Config.from_dict({key: value for key, value in SIZES.items() if key not in ("d_kv", "d_ff")})
