@@ -304,8 +304,7 @@ class Checkpoints:
     def _finish(self) -> None:
         """Waits until the checkpoint that is being written is complete, and its checksums with it.
 
-        Raises StorageError, and UserError if it cannot be opened: then nothing older is deleted, and no hours go on in
-        vain.
+        Raises StorageError, also if it cannot be opened: then nothing older is deleted, and no hours go on in vain.
         """
         try:
             with self._told():
@@ -314,7 +313,7 @@ class Checkpoints:
         finally:
             words = self._end_seal()
         if words:
-            raise UserError(
+            raise StorageError(
                 f"a checkpoint was written that cannot be opened again ({words}); nothing was deleted: keep it, and "
                 "choose another --workdir, or other storage"
             )

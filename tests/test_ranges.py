@@ -9,7 +9,7 @@ from srpo_jax.errors import UserError
 
 def numbers():
     for key, value in config.leaves(config.default()):
-        one = value[0] if isinstance(value, tuple) else value
+        one = next(iter(value), None) if isinstance(value, tuple) else value
         if isinstance(one, int | float) and not isinstance(one, bool):
             yield key, value
 
