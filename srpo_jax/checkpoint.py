@@ -17,7 +17,6 @@ import math
 import os
 import re
 import shutil
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -150,7 +149,7 @@ class Checkpoints:
         self._patient = patient and jax.process_count() == 1
         self._began, self.seconds = time.monotonic(), None  # when the newest save did; before the first, this one
         self._saving = (0, 0)  # step and bytes
-        self._sealer: Sealer | None = None
+        self._sealer: opening.Sealer | None = None
         self.best: int | None = None
         try:
             if not storage.in_bucket(folder):
@@ -280,8 +279,7 @@ class Checkpoints:
             self._check_room(size_of(arrays))
             if not self._manager.save(step, args=ocp.args.Composite(**args, run=run), force=True):
                 raise RuntimeError("Orbax has left it out")
-        parts = tuple(name for name, tree in arrays.items() if jax.tree.leaves(tree))
-        self._sealer = Sealer(self._folder / str(step), parts)
+        self._sealer = opening.Sealer(self._folder / str(step), arrays, complete)
 
     def _check_room(self, size: int) -> None:
         """Raises OSError, in all processes of a job, if the disk has no room for so many bytes."""
@@ -406,37 +404,6 @@ class _Kept(preservation.PreservationPolicy):
         del context
         newest, best = len(checkpoints) - self.count, self.best()
         return [place >= newest or info.step == best for place, info in enumerate(checkpoints)]
-
-
-class Sealer:
-    """Waits in a thread until a checkpoint is complete, sees then whether those parts of it that hold arrays open (in
-    process 0), and writes this process's share of its checksums."""
-
-    def __init__(self, path: epath.Path, parts: Sequence[str]):
-        self._path, self._parts, self._told, self._trouble = path, parts, threading.Event(), ""
-        self._every = 2.0 if storage.in_bucket(path) else 0.2  # seconds between two looks
-        self._thread = threading.Thread(target=self._run, name="sealer", daemon=True)
-        self._thread.start()
-
-    def finish(self) -> str:
-        """Returns when it is done; to be called when the checkpoint is complete or will never be.
-
-        Returns why it cannot be opened, "" if it can.
-        """
-        self._told.set()
-        self._thread.join()
-        return self._trouble
-
-    def _run(self) -> None:
-        while not (done := complete(self._path)) and not self._told.wait(self._every):
-            pass
-        try:
-            if done or complete(self._path):
-                if jax.process_index() == 0:
-                    self._trouble = opening.trouble(self._path, self._parts)
-                integrity.seal(self._path)
-        except Exception as error:  # a checkpoint without them is one still
-            terminal.warn(f"checksums of {self._path} cannot be written ({error})")
 
 
 def _check_same(path: epath.Path, stored: Any, wanted: Any) -> None:

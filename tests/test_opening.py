@@ -33,7 +33,8 @@ def test_one_that_cannot_be_opened_ends_the_run(tmp_path):
 def test_what_is_missing_is_noticed(tmp_path, left):
     save(tmp_path, 1)
     folder = tmp_path / "checkpoints" / "1"
-    assert opening.trouble(storage.path(folder), checkpoint.ARRAYS) == ""
+    parts = {"params": STATE.params, "opt_state": STATE.opt_state}
+    assert opening.trouble(storage.path(folder), parts) == ""
     (folder / left).rename(tmp_path / "away")
-    words = opening.trouble(storage.path(folder), checkpoint.ARRAYS)
+    words = opening.trouble(storage.path(folder), parts)
     assert words.startswith(str(folder / pathlib.Path(left).parent)) and "\n" not in words
