@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import numpy as np
 from ml_collections import ConfigDict
 
-from srpo_jax import convert, metrics, schema, storage, train
+from srpo_jax import convert, metrics, ranges, sampling, schema, storage
 from srpo_jax.emoji import demo, judge, measure, rollouts, study_plan, world
 from srpo_jax.emoji.colour import chroma
 from srpo_jax.emoji.study_plan import BIASED, Case, Preset
@@ -50,6 +50,7 @@ class Cell:
       rate: its learning rate.
       update_seconds: of an update, on average.
       seconds: that the cell took in all, breaks left out.
+      skipped: updates that changed nothing, since their numbers were not finite.
       moments: in their order.
     """
 
@@ -57,6 +58,7 @@ class Cell:
     rate: float
     update_seconds: float
     seconds: float
+    skipped: int
     moments: list[Moment]
 
 
@@ -65,14 +67,13 @@ def judged(update: int, images: np.ndarray, concepts: Sequence[world.Concept], c
     count = images.shape[1]
     flat = images.reshape(-1, *images.shape[2:])
     opinion = critic(flat)
-    known = {concept.id: index for index, concept in enumerate(world.world())}
-    truth = np.repeat([known[concept.id] for concept in concepts], count)
+    captions = [concept.caption for concept in concepts for _ in range(count)]
     unit = images / np.float32(255)
     apart = np.sqrt(np.square(unit[:, :, None] - unit[:, None]).mean((3, 4, 5)))  # [P, seeds, seeds]
     return Moment(
         update,
         opinion.styles.argmax(-1).tolist(),
-        (opinion.concepts.argmax(-1) == truth).astype(int).tolist(),
+        opinion.right(captions).astype(int).tolist(),
         chroma(unit).reshape(-1).tolist(),
         signals.saturation(flat).tolist(),
         (apart.sum(-1) / max(1, count - 1)).reshape(-1).tolist(),
@@ -95,6 +96,7 @@ class Workshop:
             convert.import_folder(demo.SHIPPED / BIASED, out / "models" / BIASED)
         self.config.steps = self.config.checkpoint.every = preset.updates
         self.config.sample.every = 0
+        self.config.optim.patience = int(ranges.RANGES["optim.patience"].most)  # a run that breaks is a finding, no end
         self.config.compilation_cache = str(out.absolute() / "xla")  # cases with several seeds compile once
         self.concepts = world.split("holdout")[: preset.concepts]
         train_split = world.split("train")
@@ -111,7 +113,7 @@ class Workshop:
         started = time.monotonic()
         images = self._draw(self.concepts, self.preset.pictures, None)
         moment = judged(0, images, self.concepts, self.critic)
-        self._write(file, Cell(0, 0.0, 0.0, time.monotonic() - started, [moment]), images[None])
+        self._write(file, Cell(0, 0.0, 0.0, time.monotonic() - started, 0, [moment]), images[None])
         return moment
 
     def file(self, case: Case, seed: int) -> pathlib.Path:
@@ -135,7 +137,8 @@ class Workshop:
         records = metrics.read(workdir)
         # The mean, since of reused rollouts only some updates make one; the first one waits for other things too.
         seconds = float(np.mean([record["step_seconds"] for record in records[1:] or records]))
-        cell = Cell(seed, own.optim.learning_rate, seconds, time.monotonic() - started, moments)
+        took = time.monotonic() - started
+        cell = Cell(seed, own.optim.learning_rate, seconds, took, _skipped(records), moments)
         self._write(self.file(case, seed), cell, np.stack(images) if seed == 0 else None)
         shutil.rmtree(workdir)
         return cell
@@ -153,7 +156,8 @@ class Workshop:
                 _, workdir = self._train(case, folder, 0, rate, case.moments[:1])
                 images = self._draw(self.tuning, 1, (workdir, case.moments[0]))
                 moment = judged(case.moments[0], images, self.tuning, self.critic)
-                self._write(file, Cell(0, rate, 0.0, time.monotonic() - started, [moment]))
+                skipped = _skipped(metrics.read(workdir))
+                self._write(file, Cell(0, rate, 0.0, time.monotonic() - started, skipped, [moment]))
                 shutil.rmtree(workdir)
             served[rate] = share(_read(file).moments[0], case.wanted, right=True)
         return max(served, key=served.get)
@@ -166,14 +170,9 @@ class Workshop:
         own.steps, own.checkpoint.every = moments[-1], moments[0]
         own.reward.models.clip.path = str(self.out / "models" / case.reward)
         if case.styles:
-            own.data.encode, own.data.images = "stored", "stored"
-            own.data.path = str(self.out / "pictures" / f"{case.folder.replace('/', '_')}_encoded")
-            pictures = self.out / "pictures" / case.folder.replace("/", "_")
-            rollouts.write_pictures(pictures, case.styles)
-            rollouts.encode_pictures(pictures, pathlib.Path(own.data.path), own)
+            rollouts.replace_rollout(self.out / "pictures", case.folder.replace("/", "_"), case.styles, own)
         workdir = self.out / "runs" / folder / str(seed)
-        if train.train(own, workdir) is not None:
-            raise UserError(f"training was interrupted; the same command goes on from the checkpoint in {workdir}")
+        demo.train_to_end(own, workdir)
         return own, workdir
 
     def _draw(
@@ -183,7 +182,12 @@ class Workshop:
         if names not in self._easels:
             self._easels[names] = measure.Easel(names, self.config, pictures)
         workdir, update = trained or ("", candidates.ALL)
-        return self._easels[names](measure.models(self.config.model.path, str(workdir), update)[-1])
+        try:
+            return self._easels[names](measure.models(self.config.model.path, str(workdir), update)[-1])
+        except sampling.NotFinite as error:
+            print(f"{workdir}, update {update}: {error}; all of this moment count as black", flush=True)
+            shape = len(names), pictures, self.config.data.height, self.config.data.width, 3
+            return np.zeros(shape, np.uint8)
 
     def _write(self, file: pathlib.Path, cell: Cell, images: np.ndarray | None = None) -> None:
         """The pictures first: where a cell's file is, the cell is whole."""
@@ -207,6 +211,11 @@ def share(moment: Moment, wanted: Sequence[str], right: bool = False) -> float:
 def in_style(moment: Moment, wanted: Sequence[str]) -> np.ndarray:
     """1 of a picture that is in one of the wanted styles, else 0."""
     return np.isin(moment.styles, [world.STYLES.index(style) for style in wanted]).astype(int)
+
+
+def _skipped(records: list[dict[str, float]]) -> int:
+    """Updates of a run that were skipped; its records count them from the first one on."""
+    return int(records[-1]["skipped"])
 
 
 def _read(file: pathlib.Path) -> Cell:

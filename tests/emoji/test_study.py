@@ -82,7 +82,7 @@ def test_the_learning_rate_is_the_one_that_serves_style_and_concept_best(tmp_pat
     case = Case("methods/x", "x", {}, (3, 9), rates=(1e-5, 3e-5, 1e-4))
     for rate, styled, right in ((1e-5, 0.25, 1.0), (3e-5, 0.75, 0.9), (1e-4, 1.0, 0.25)):
         file = tmp_path / "cells" / "methods" / "x" / f"rate_{rate:g}.json"
-        workshop._write(file, Cell(0, rate, 0.0, 1.0, [moment(3, styled=styled, right=right)]))
+        workshop._write(file, Cell(0, rate, 0.0, 1.0, 0, [moment(3, styled=styled, right=right)]))
     assert workshop._rate(case) == 3e-5
 
 
@@ -92,7 +92,7 @@ def test_a_damaged_cell_is_named(tmp_path):
     case = Case("guard/x", "x", {}, (3,))
     file = workshop.file(case, 1)
     assert workshop.read(case, 1) is None
-    workshop._write(file, Cell(1, 1e-5, 0.5, 1.0, [moment(3)]))
+    workshop._write(file, Cell(1, 1e-5, 0.5, 1.0, 0, [moment(3)]))
     assert workshop.read(case, 1).moments[0] == moment(3)
     whole = file.read_text()
     for content in (whole[:40], whole.replace('"seed": 1', '"seed": "1"'), whole.replace("update_seconds", "seconds_")):
@@ -115,7 +115,7 @@ def findings(planned, tmp_path):
         if case.folder.startswith("levels/"):
             hacked = 0.2 if case.folder.endswith("_40_49") else 0.3  # against what the paper says
         cells[case.folder] = [
-            Cell(seed, 3e-5, 0.5, 9.0, [moment(update, chroma=hacked, count=count) for update in case.moments])
+            Cell(seed, 3e-5, 0.5, 9.0, 0, [moment(update, chroma=hacked, count=count) for update in case.moments])
             for seed in range(preset.seeds)
         ]
     noise = np.random.default_rng(0).uniform(0, 0.01, count)
