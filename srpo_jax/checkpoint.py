@@ -30,7 +30,7 @@ from orbax.checkpoint.checkpoint_managers import preservation_policy as preserva
 
 from srpo_jax import distributed, integrity, leftovers, opening, pulse, storage, terminal
 from srpo_jax.algorithm.step import TrainState
-from srpo_jax.errors import StorageError, UserError
+from srpo_jax.errors import StorageError, UserError, brief
 from srpo_jax.models.compute import Params
 
 CHECKPOINTS = "checkpoints"  # of a workdir: a local folder or gs://BUCKET/PATH
@@ -93,11 +93,11 @@ NOT_ITS_FAULT = (
 )
 
 
-def _told(path: epath.Path, error: Exception) -> Exception:
+def _misread(path: epath.Path, error: Exception) -> Exception:
     """What to raise for an error in reading a checkpoint."""
     if isinstance(error, UserError | MemoryError | jax.errors.JaxRuntimeError):
         return error
-    words = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+    words = brief(error)
     if isinstance(error, PermissionError | TimeoutError | ConnectionError) or re.search(NOT_ITS_FAULT, words):
         return UserError(f"{path} cannot be read now ({words}); try again when its storage answers")
     return Unreadable(f"{path} cannot be read ({words})")
@@ -248,7 +248,7 @@ class Checkpoints:
             with pulse.bounded(self._deadline + distributed.PATIENCE, f"reading {path}"):
                 found = self._manager.restore(step, args=ocp.args.Composite(**args, run=ocp.args.JsonRestore()))
         except Exception as error:  # of several libraries, which take a broken file for many things
-            raise _told(path, error) from error
+            raise _misread(path, error) from error
         counter = jax.device_put(np.int32(step), like.step.sharding)
         return TrainState(counter, **{name: found[name] if name in wanted else None for name in ARRAYS}), found["run"]
 
@@ -449,7 +449,7 @@ class StoredArray:
         try:
             found = ocp.PyTreeCheckpointer().restore(self._folder, args=args)
         except Exception as error:  # as in ``Checkpoints.restore``
-            raise _told(self._folder, error) from error
+            raise _misread(self._folder, error) from error
         for key in self._path:
             found = found[key]
         return found
@@ -489,7 +489,7 @@ def load_params(workdir: str | os.PathLike, step: int | None = None, ema: bool =
         tree = ocp.StandardCheckpointer().metadata(folder).item_metadata.tree
         shapes = jax.tree.map(lambda meta: (tuple(meta.shape), np.dtype(meta.dtype)), tree)
     except Exception as error:  # as in ``Checkpoints.restore``
-        raise UserError(f"{_told(folder, error)}{other}") from error
+        raise UserError(f"{_misread(folder, error)}{other}") from error
     if not shapes:
         raise UserError(f"{folder} cannot be read: it names no array{other}")
 

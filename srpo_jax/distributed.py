@@ -19,7 +19,7 @@ from jax._src import distributed as internals  # the service's client has no pub
 from jax.experimental import multihost_utils
 
 from srpo_jax import errors, pulse
-from srpo_jax.errors import UserError, told
+from srpo_jax.errors import UserError
 
 # What SLURM's srun gives to each of its tasks; a shell inside an allocation has some of them.
 SLURM = ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID")
@@ -53,15 +53,11 @@ def job(coordinator: str | None = None, process_id: int | None = None, process_c
     except BaseException as error:
         if not jax.distributed.is_initialized():
             raise
-        code = 1
-        if isinstance(error, UserError):
-            code = error.code
-            errors.tell(f"error: {error}")
-        elif is_loss(error):
+        if is_loss(error):
             return pulse.end(str(error).splitlines()[0])
-        elif words := told(error):
-            errors.tell(f"error: {words}")
-        else:
+        code = errors.reported(error)
+        if code is None:
+            code = 1
             errors.tell(traceback.format_exc())
         with contextlib.suppress(OSError, ValueError):
             sys.stdout.flush()

@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 from etils import epath
 
-from srpo_jax import storage, terminal
+from srpo_jax import errors, storage, terminal
 
 PATIENCE = 60.0  # seconds that anybody waits for errands
 MOST = 100  # errands that wait; while storage hangs, further ones are left out
@@ -64,7 +64,7 @@ class Errands:
                     raise FileNotFoundError(f"{self._home} is gone")
                 work()
             except Exception as error:  # of several libraries, and whatever it is, training goes on
-                self._tell_of_failure(self._doing, " ".join(f"{type(error).__name__}: {error}".split())[:300])
+                self._tell_of_failure(self._doing, errors.brief(error))
             else:
                 if self._doing in self._failed:
                     self._failed.discard(self._doing)

@@ -88,6 +88,21 @@ def told(error: BaseException) -> str | None:
     return None
 
 
+def brief(error: BaseException, most: int = 300) -> str:
+    """An error of whatever kind in a line: its class, and the first ``most`` characters with its words."""
+    return " ".join(f"{type(error).__name__}: {error}".split())[:most]
+
+
+def reported(error: BaseException) -> int | None:
+    """Says in a line what a command ends with, and returns its exit code; None, and nothing said, for what is neither
+    a ``UserError`` nor known to ``told``: a fault of ours."""
+    words = str(error) if isinstance(error, UserError) else told(error)
+    if words is None:
+        return None
+    tell(f"error: {plain(words)}")
+    return error.code if isinstance(error, UserError) else 1
+
+
 def tell(text: str) -> None:
     """Prints a line on stderr. That this is a log on a full disk, or closed, stops nobody from ending."""
     with contextlib.suppress(OSError, ValueError):
@@ -98,7 +113,6 @@ def run(main: Callable[[], None]) -> int:
     """Calls ``main`` and returns a process exit code: 0, or a ``UserError``'s after printing it, or 1 after printing
     what ``told`` makes of another error, as one line on stderr.
 
-
     Every command passes here before JAX starts its devices: so GPUs may pin what the machine has (see ``host``). Where
     nobody reads what is printed any more (``... | head``), the exit code is 141, as a shell has it of a closed pipe.
     """
@@ -106,9 +120,6 @@ def run(main: Callable[[], None]) -> int:
     try:
         main()
         sys.stdout.flush()
-    except UserError as error:
-        tell(f"error: {error}")
-        return error.code
     except BrokenPipeError:
         if not _nobody_reads():
             raise  # another pipe's, as a connection's
@@ -116,10 +127,9 @@ def run(main: Callable[[], None]) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except Exception as error:
-        if (words := told(error)) is None:
+        if (code := reported(error)) is None:
             raise
-        tell(f"error: {plain(words)}")
-        return 1
+        return code
     return 0
 
 

@@ -21,7 +21,7 @@ import jax
 import tqdm
 from etils import epath
 
-from srpo_jax import leftovers, storage, tensorboard, terminal, wandb_board
+from srpo_jax import leftovers, schema, storage, tensorboard, terminal, wandb_board
 from srpo_jax.errands import Errands
 
 JSONL, TENSORBOARD = "metrics.jsonl", "tensorboard"
@@ -198,8 +198,8 @@ def _read(workdir: str | os.PathLike) -> tuple[list[dict[str, Any]], list[int]]:
     whole = file.read_bytes().split(b"\n") if file.exists() else []
     for number, line in enumerate(whole, 1):
         try:
-            record = json.loads(line) if line.strip() else None
-        except (ValueError, RecursionError):
+            record = schema.parse(line) if line.strip() else None
+        except ValueError:
             record = None
         if isinstance(record, dict) and type(record.get("step")) is int:
             records.append(record)

@@ -13,7 +13,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
-from srpo_jax import integrity, storage, terminal
+from srpo_jax import errors, integrity, storage, terminal
 
 
 class Sealer:
@@ -64,7 +64,7 @@ def trouble(checkpoint: epath.Path, parts: Mapping[str, Any]) -> str:
         try:
             _read_smallest(checkpoint / name, tree)
         except Exception as error:  # of several libraries, which take what is missing for many things
-            return f"{checkpoint / name}: {' '.join(f'{type(error).__name__}: {error}'.split())[:200]}"
+            return f"{checkpoint / name}: {errors.brief(error, 200)}"
     return ""
 
 

@@ -23,8 +23,8 @@ import numpy as np
 from etils import epath
 
 from srpo_jax import config as config_lib
-from srpo_jax import metrics, record, report, resume, run_pictures, storage, terminal
-from srpo_jax.evaluation import cautions, history, scoring
+from srpo_jax import errors, metrics, record, report, resume, run_pictures, schema, storage, terminal
+from srpo_jax.evaluation import cautions, history, scoring, stopping
 from srpo_jax.evaluation.history import Entry, Figure
 
 PAGE, WARNINGS = "report.html", "warnings.jsonl"
@@ -68,7 +68,7 @@ class Page:
             content = report.render(page(read(self._workdir, self._album), ended))
             storage.write(self._workdir / PAGE, content.encode())
         except Exception as error:  # of files, pictures, buckets, the template: none of them is worth a run
-            words = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+            words = errors.brief(error)
             terminal.warn(f"{self._workdir / PAGE} was not drawn ({words}); the run is as good without it")
 
     def _keep_warnings(self) -> None:
@@ -133,7 +133,7 @@ def read(workdir: epath.Path, album: run_pictures.Album) -> Run:
     file = workdir / record.RECIPE
     recipe = record.Recipe(**json.loads(file.read_text(encoding="utf-8"))) if file.exists() else None
     entries = history.read(workdir)
-    alike = [entry for entry in entries if entry.how == entries[-1].how]
+    alike = stopping.comparable(entries)
     return Run(
         name=workdir.name,
         config=resume.up_to_date(record.read_config(workdir) or {}),
@@ -152,8 +152,8 @@ def _lines(file: epath.Path) -> list[dict[str, Any]]:
     found = []
     for line in file.read_bytes().decode(errors="replace").splitlines() if file.exists() else ():
         try:
-            content = json.loads(line)
-        except (ValueError, RecursionError):
+            content = schema.parse(line)
+        except ValueError:
             continue
         if isinstance(content, dict):
             found.append(content)

@@ -12,7 +12,7 @@ import pathlib
 
 from etils import epath
 
-from srpo_jax.errors import StorageError, UserError
+from srpo_jax.errors import StorageError, UserError, brief
 
 BUCKET = "gs://"
 FRESH_DISK = "lost+found"  # the folder that a disk has from the start: with it alone, a folder counts as empty
@@ -131,9 +131,8 @@ def checksum(place: epath.Path) -> str:
 
 
 def _refused(place: epath.Path, what: str, error: Exception) -> StorageError:
-    words = " ".join(f"{type(error).__name__}: {error}".split())[:300]
     return StorageError(
-        f"{place} cannot be {what} ({words}); check the bucket's name and its rights, and log in with "
+        f"{place} cannot be {what} ({brief(error)}); check the bucket's name and its rights, and log in with "
         "`gcloud auth application-default login`"
     )
 

@@ -197,11 +197,16 @@ def _train(
                 stop, late = divmod(distributed.largest(2 * (interruption.signal or 0) + late), 2)
                 return stop, bool(late)
 
-            over = False
-            if evaluator and step % config.evaluate.every == 0 and evaluator.lacks(step):
-                if outcome := evaluator.evaluate(step, state, frozen, lambda: asked_to_stop()[0]):
+            def evaluate() -> in_training.Outcome | None:
+                outcome = evaluator.evaluate(step, state, frozen, lambda: asked_to_stop()[0])
+                if outcome:
                     report.plot(step, outcome.values)
-                    checkpoints.best, over = evaluator.best, outcome.is_over
+                    checkpoints.best = evaluator.best
+                return outcome
+
+            over = False
+            if evaluator and step % config.evaluate.every == 0 and evaluator.lacks(step) and (outcome := evaluate()):
+                over = outcome.is_over
             if samples and step % config.sample.every == 0 and samples.lacks(step):
                 samples.draw(step, state, frozen)
             errands.do(run_page.PAGE, page.write)
@@ -252,9 +257,8 @@ def _train(
                 due = (late or step % config.checkpoint.every == 0) and not skipped.steps
                 good = last or (evaluator and step % config.evaluate.every == 0 and not skipped.steps)
                 if evaluator and good and not stop:
-                    if outcome := evaluator.evaluate(step, state, frozen, lambda: asked_to_stop()[0]):
-                        report.plot(step, outcome.values)
-                        checkpoints.best, over = evaluator.best, outcome.is_over
+                    if outcome := evaluate():
+                        over = outcome.is_over
                         due, last = due or outcome.is_best, last or over
                     elif not last:
                         stop, _ = asked_to_stop()

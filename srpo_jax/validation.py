@@ -92,8 +92,7 @@ def validate(config: ConfigDict, paths: bool = True) -> None:
     )
 
     ends = flat["rollout.cache_ends"]
-    require("rollout.cache_ends", len(ends) == 2,
-            "must be two whole numbers, of double blocks at the start and single blocks at the end")  # fmt: skip
+    require("rollout.cache_ends", len(ends) == 2, ranges.RANGES["rollout.cache_ends"].words)
     if METHODS[flat["method"]].keep is not None and flat["data.images"] == "rollout":
         # Its gradient starts from states of the trajectory, not where the trajectory ends.
         words = f"method={flat['method']} needs a rollout at every update; set it to 1"
@@ -236,8 +235,8 @@ def _check_method(flat: dict[str, Any], require: Any) -> None:
     if name == "flowbp_bridge":
         require("flowbp_bridge.passes", flat["flowbp_bridge.passes"] >= 2, "must be at least 2, one at the bridge")
     if name == "flowbp_lagrange":
-        require("flowbp_lagrange.concentration", len(flat["flowbp_lagrange.concentration"]) == 3,
-                "must be three numbers greater than 0")  # fmt: skip
+        shares = "flowbp_lagrange.concentration"
+        require(shares, len(flat[shares]) == 3, ranges.RANGES[shares].words)
     least = {"leapalign": 2, "flowbp_bridge": 2, "flowbp_lagrange": 3}.get(name, 1)
     require("rollout.steps", steps >= least, f"must be at least {least} for method={name}")
 

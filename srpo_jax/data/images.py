@@ -73,7 +73,7 @@ def read(
     path = pathlib.Path(spec)
     if spec.startswith(sources.TFDS):
         entries = _read_tfds(spec.removeprefix(sources.TFDS), column)
-    elif (path / "dataset_info.json").exists() and not (path / "state.json").exists():
+    elif sources.is_tfds(path):
         entries = _read_tfds(spec, column)
     elif not path.is_dir():
         raise UserError(f"{spec} is not a folder; expected a folder of pictures or tfds:NAME[:SPLIT]")

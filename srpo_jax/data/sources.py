@@ -77,7 +77,7 @@ def _parts(spec: str | os.PathLike, column: str | None) -> Iterator[tuple[Any, I
         raise UserError(f"{spec[:60]!r}... is too long for the name of a file; a prompt itself is given by --prompt")
     if spec.startswith(TFDS):
         yield spec, read_tfds(spec.removeprefix(TFDS), column)
-    elif path.is_dir() and (path / "dataset_info.json").exists() and not (path / "state.json").exists():
+    elif is_tfds(path):
         yield spec, read_tfds(spec, column)
     elif path.is_dir():
         words = plain.folder_hint(path) or "; expected a file of prompts or a tensorflow-datasets folder"
@@ -87,13 +87,19 @@ def _parts(spec: str | os.PathLike, column: str | None) -> Iterator[tuple[Any, I
             yield file, _read_file(file, column)
 
 
+def is_tfds(path: pathlib.Path) -> bool:
+    """Whether a path is the folder of a prepared data set of tensorflow-datasets, and not of Hugging Face's datasets,
+    whose ``save_to_disk`` writes a file of the same name."""
+    return (path / "dataset_info.json").exists() and not (path / "state.json").exists()
+
+
 def choose_column(names: Sequence[str], column: str | None, where: Any) -> str:
     """The column to read of those that there are. Raises UserError, with their names, if that is not clear."""
     listed = ", ".join(map(repr, names)) or "none"
     if column is not None and column not in names:
         raise UserError(f"{where} has no column {column!r}; there are {listed}")
-    known = [name for name in names if name.lower() in COLUMNS] if column is None else [column]
-    if column is None and len(set(known)) != 1:
+    known = _known(names) if column is None else [column]
+    if len(set(known)) != 1:
         raise UserError(f"{where}: name the column of the prompts by {FLAGS}; there are {listed}")
     if list(names).count(known[0]) > 1:
         raise UserError(f"{where} has several columns {known[0]!r}; give them different names")
@@ -130,8 +136,11 @@ def _read_lines(path: pathlib.Path, column: str | None) -> Iterator[tuple[Any, s
 
 
 def _read_table(path: pathlib.Path, column: str | None) -> Iterator[tuple[Any, str]]:
-    names, rows = tables.read(path, lambda names: column in names or column is None and _is_clear(names), pipe=True)
-    if column is None and len(names) == 1 and not _is_clear(names):
+    def good(names: Sequence[str]) -> bool:
+        return column in names if column is not None else len(set(_known(names))) == 1
+
+    names, rows = tables.read(path, good, pipe=True)
+    if column is None and len(names) == 1 and not good(names):
         raise UserError(
             f"{path} begins with {names[0]!r}, a prompt or the name of a column: if it is a prompt, put a line "
             f"with {COLUMNS[0]} before it; if it is the name, say so by {FLAGS}"
@@ -141,8 +150,8 @@ def _read_table(path: pathlib.Path, column: str | None) -> Iterator[tuple[Any, s
         yield row[place], line
 
 
-def _is_clear(names: Sequence[str]) -> bool:
-    return len({name for name in names if name.lower() in COLUMNS}) == 1
+def _known(names: Sequence[str]) -> list[str]:
+    return [name for name in names if name.lower() in COLUMNS]
 
 
 def _read_json_lines(path: pathlib.Path, column: str | None) -> Iterator[tuple[Any, str]]:

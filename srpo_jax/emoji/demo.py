@@ -92,8 +92,7 @@ def demonstrate(
         own = config.copy_and_resolve_references()  # ConfigDict(config) would share what is nested
         own.align.branches = branches
         workdir = out / "runs" / name
-        if train.train(own, workdir, recipe=record.Recipe(f"configs/{RECIPE.name}", plain)) is not None:
-            raise UserError(f"training was interrupted; the same command goes on from the checkpoint in {workdir}")
+        train_to_end(own, workdir, record.Recipe(f"configs/{RECIPE.name}", plain))
         lap(f"train: {run}, {own.steps} updates")
         curves[run] = {0: before}
         for model in measure.models(config.model.path, workdir)[1:]:
@@ -107,6 +106,12 @@ def demonstrate(
     (out / "report.html").write_text(report.render(results.page(found)), encoding="utf-8")
     results.before_after_sheet(found).save(out / "before_after.png")
     return found
+
+
+def train_to_end(config: ConfigDict, workdir: pathlib.Path, recipe: record.Recipe | None = None) -> None:
+    """Trains, or what is left of it. Raises UserError if a signal comes before all updates are done."""
+    if train.train(config, workdir, recipe=recipe) is not None:
+        raise UserError(f"training was interrupted; the same command goes on from the checkpoint in {workdir}")
 
 
 def add_size(parser: argparse.ArgumentParser) -> None:

@@ -20,7 +20,7 @@ from collections.abc import Sequence
 from absl import logging
 from ml_collections import ConfigDict
 
-from srpo_jax import checkpoint, command, errors, text, train
+from srpo_jax import checkpoint, command, errors, text
 from srpo_jax.emoji import demo, judge, measure, results, world
 from srpo_jax.errors import UserError
 from srpo_jax.evaluation import history
@@ -87,8 +87,7 @@ def compare(
     long, workdirs = lengthened(out, config, chosen_by), {}
     for name, own in ((demo.RUNS[results.GUARDED][0], config), ("longer", long)):
         workdirs[name] = out / "runs" / name
-        if train.train(own, workdirs[name]) is not None:
-            raise UserError(f"training was interrupted; the same command goes on from there: {workdirs[name]}")
+        demo.train_to_end(own, workdirs[name])
     recipe, longer = workdirs.values()
     best = history.read(longer)[-1].best
     if best not in checkpoint.steps(longer):  # before training, that is

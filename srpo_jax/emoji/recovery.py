@@ -91,14 +91,12 @@ def recover(config: ConfigDict, concepts: Sequence[world.Concept], count: int, c
         return to_unit_range(family.decode(bind(tools.autoencoder, params), tokens, height, width))
 
     whole, found = np.asarray(picture(tools.params, clean)), []
-    known = {concept.id: index for index, concept in enumerate(world.world())}
-    places = np.repeat([known[concept.id] for concept in concepts], count)
+    captions = [concept.caption for concept in concepts for _ in range(count)]
     for level in LEVELS:
         for way, tokens in zip((ONE_STEP, DIRECT_ALIGN), predict(params, level), strict=True):
             images = np.asarray(picture(tools.params, tokens))
             opinion = critic(images)
-            right = opinion.concepts.argmax(-1) == places
-            styled = opinion.styles.argmax(-1) == world.STYLES.index(measure.WANTED)
+            right, styled = opinion.right(captions), opinion.in_style()[measure.WANTED]
             error = np.sqrt(np.square(images - whole).mean((1, 2, 3)))
             found.append(Recovered(way, level, error.tolist(), right.astype(int).tolist(), styled.astype(int).tolist()))
     return found

@@ -28,11 +28,10 @@ from absl import logging
 from ml_collections import ConfigDict
 from PIL import Image
 
-from srpo_jax import architectures, command, encode, errors, metrics, train
+from srpo_jax import architectures, command, encode, errors, metrics
 from srpo_jax.costs import work
 from srpo_jax.data import folders
 from srpo_jax.emoji import demo, judge, measure, pictures, results, world
-from srpo_jax.errors import UserError
 
 # Case: (folder of the run, what it changes of config.rollout, styles of the pictures or () for rollouts).
 CASES: dict[str, tuple[str, dict[str, Any], tuple[str, ...]]] = {
@@ -74,6 +73,15 @@ def encode_pictures(folder: pathlib.Path, out: pathlib.Path, config: ConfigDict)
     encode.main([f"--{name}={value}" for name, value in flags.items()])
 
 
+def replace_rollout(out: pathlib.Path, name: str, styles: Sequence[str], config: ConfigDict) -> None:
+    """Writes the artists' pictures of some styles into ``out / name``, encodes them beside that, and has ``config``
+    train on them in the place of rollouts."""
+    write_pictures(out / name, styles)
+    config.data.encode, config.data.images = "stored", "stored"
+    config.data.path = str(out / f"{name}_encoded")
+    encode_pictures(out / name, pathlib.Path(config.data.path), config)
+
+
 def run(out: pathlib.Path, config: ConfigDict, case: str) -> tuple[ConfigDict, pathlib.Path]:
     """Trains a case, or what is left of it. Returns its config and workdir."""
     name, changes, styles = CASES[case]
@@ -81,13 +89,8 @@ def run(out: pathlib.Path, config: ConfigDict, case: str) -> tuple[ConfigDict, p
     own.rollout.update(changes)
     own.sample.every = 0
     if styles:
-        folder = out / "pictures" / name
-        write_pictures(folder, styles)
-        own.data.encode, own.data.images = "stored", "stored"
-        own.data.path = str(out / "pictures" / f"{name}_encoded")
-        encode_pictures(folder, pathlib.Path(own.data.path), own)
-    if train.train(own, workdir) is not None:
-        raise UserError(f"training was interrupted; the same command goes on from the checkpoint in {workdir}")
+        replace_rollout(out / "pictures", name, styles, own)
+    demo.train_to_end(own, workdir)
     return own, workdir
 
 

@@ -65,11 +65,15 @@ def values(moment: Moment, figure: str, wanted: Sequence[str]) -> np.ndarray:
     return study_run.in_style(moment, wanted) if figure == "wanted" else np.asarray(getattr(moment, figure))
 
 
+def places(pictures: int, concepts: int) -> np.ndarray:
+    """The number of each picture's concept, of so many pictures that lie concept by concept."""
+    return np.repeat(np.arange(concepts), pictures // concepts)
+
+
 def estimate(moments: Sequence[Moment], figure: str, wanted: Sequence[str], concepts: int) -> Estimate:
     """The mean over the pictures of several runs' moments, with its interval."""
     found = [values(moment, figure, wanted) for moment in moments]
-    place = np.tile(np.repeat(np.arange(concepts), len(found[0]) // concepts), len(found))
-    return statistics.mean(np.concatenate(found), place)
+    return statistics.mean(np.concatenate(found), np.tile(places(len(found[0]), concepts), len(found)))
 
 
 def shown(found: Estimate, runs: Sequence[float], percent: bool) -> str:
@@ -138,8 +142,7 @@ def tables(found: Findings) -> Iterator[report.PageTable]:
 def _recovery_table(found: Findings, part: Part) -> report.PageTable:
     rows = []
     for one in found.recovered:
-        count = len(found.concepts)
-        place = np.repeat(np.arange(count), len(one.error) // count)
+        place = places(len(one.error), len(found.concepts))
         texts = [
             shown(statistics.mean(np.asarray(numbers), place), (), percent)
             for numbers, percent in ((one.error, False), (one.right, True), (one.styled, True))
@@ -184,7 +187,7 @@ def claims(found: Findings) -> Iterator[Claim]:
             return None
         wanted = cases[0].wanted
         parts = [values(one[seed], figure, wanted) - values(other[seed], figure, wanted) for seed in seeds]
-        return np.concatenate(parts), np.tile(np.repeat(np.arange(count), len(parts[0]) // count), len(seeds))
+        return np.concatenate(parts), np.tile(places(len(parts[0]), count), len(seeds))
 
     wanted: list[tuple[str, str, str, str, str, int]] = []
     for name in dict.fromkeys(case.name for part in found.parts if part.name == "guard" for case in part.cases):
@@ -207,7 +210,7 @@ def claims(found: Findings) -> Iterator[Claim]:
         if ways and level >= 0.9:
             text = f"Direct-Align recovers pictures where one step does not: error at {level:g}, Direct-Align minus it"
             difference = ways[DIRECT_ALIGN] - ways[ONE_STEP]
-            yield Claim(text, "error", difference, np.repeat(np.arange(count), len(difference) // count), -1)
+            yield Claim(text, "error", difference, places(len(difference), count), -1)
 
 
 def claim_table(found: Findings) -> report.PageTable | None:
@@ -267,7 +270,7 @@ def charts(found: Findings) -> Iterator[report.Chart]:
             series, bars = {}, {}
             for way in (ONE_STEP, DIRECT_ALIGN):
                 of_way = [one for one in found.recovered if one.way == way]
-                place = np.repeat(np.arange(count), len(of_way[0].error) // count)
+                place = places(len(of_way[0].error), count)
                 means = [statistics.mean(np.asarray(getattr(one, figure)), place) for one in of_way]
                 series[way] = [(100 * one.level, mean.value) for one, mean in zip(of_way, means, strict=True)]
                 bars[way] = [(mean.low, mean.high) for mean in means]

@@ -66,8 +66,8 @@ def read(workdir: str | os.PathLike) -> list[Entry]:
     found: list[Entry] = []
     for line in file.read_bytes().decode(errors="replace").splitlines() if file.exists() else ():
         try:
-            entry = _entry(json.loads(line))
-        except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+            entry = _entry(schema.parse(line))
+        except (ValueError, TypeError, KeyError, AttributeError):
             break
         if schema.wrong(entry) or (found and entry.step <= found[-1].step):
             break

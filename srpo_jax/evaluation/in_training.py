@@ -223,8 +223,10 @@ class Evaluator:
                 of_pictures = [future.result() for future in seen]
         with clock.part("statistics"):
             values = {name: np.concatenate(parts) for name, parts in found.items()}
-            values |= {name: self._unlikeness(np.concatenate(parts)) for name, parts in features.items()}
-            worth = {f"{name}_vendi": signals.vendi(np.concatenate(parts)) for name, parts in features.items()}
+            looks = {name: np.concatenate(parts) for name, parts in features.items()}
+            of = [item.prompt for item in items]
+            values |= {name: signals.unlikeness_of_prompts(look, of) for name, look in looks.items()}
+            worth = {f"{name}_vendi": signals.vendi(look) for name, look in looks.items()}
             shown = {name: [one[name] for one in of_pictures] for name in of_pictures[0]} if of_pictures else {}
             worth |= {} if drift is None else {"drift": drift}
             entry = self._entry(step, values, shown, worth, clock)
@@ -253,15 +255,6 @@ class Evaluator:
             if score.source not in made:
                 made[score.source] = self._judges[score.source](images, texts)
             found.setdefault(score.name, []).append(made[score.source][score.figure])
-
-    def _unlikeness(self, features: np.ndarray) -> np.ndarray:
-        groups: dict[str, list[int]] = {}
-        for row, item in enumerate(self._what.items):
-            groups.setdefault(item.prompt, []).append(row)
-        found = np.zeros(len(features))
-        for rows in groups.values():
-            found[rows] = signals.unlikeness(features[rows])
-        return found
 
     def _drift_of(self, step: int, params: Any) -> float | None:
         """None of a run that was not evaluated, or in another way, before it began to train."""

@@ -266,17 +266,13 @@ class _Worker:
         """Adds a score of kind ``DIVERSITY``, which is of all pictures of a prompt, to those that lack it."""
         with self._clock.part("read weights"):
             look = self._judges.features(score)
-        features, rows = [], {}
+        features = []
         for start in range(0, len(items), self._at_once):
             with self._clock.part("read pictures"):
                 pictures = self._read(candidate, items[start : start + self._at_once])
             with self._clock.part("score"):
                 features.append(_by_size(pictures, lambda same, _: look(same)))
-        for row, item in enumerate(items):
-            rows.setdefault(item.prompt, []).append(row)
-        values, seen = np.zeros(len(items)), np.concatenate(features)
-        for of in rows.values():
-            values[of] = signals.unlikeness(seen[of])
+        values = signals.unlikeness_of_prompts(np.concatenate(features), [item.prompt for item in items])
         for row in np.flatnonzero(~has) if self._first else ():
             self._records.add(candidate, items[row], {score.name: float(f"{values[row]:.7g}")}, {})
 

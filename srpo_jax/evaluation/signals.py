@@ -4,6 +4,8 @@ They have no target: watch them beside the scores, on the same prompts and noise
 uint8 or floating point in [0, 1]; luma is BT.601's, 0.299 R + 0.587 G + 0.114 B, in [0, 1].
 """
 
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -97,6 +99,18 @@ def unlikeness(features: np.ndarray) -> np.ndarray:
         raise ValueError("diversity is of several seeds a prompt; got one")
     cosines = features @ features.T
     return 1 - (cosines.sum(1) - np.diag(cosines)) / (len(features) - 1)
+
+
+def unlikeness_of_prompts(features: np.ndarray, prompts: Sequence[str]) -> np.ndarray:
+    """``unlikeness`` of pictures of several prompts, each among those of its own: features ``[N, E]``, prompts ``[N]``
+    in any order. Returns ``[N]``. Raises ValueError for a prompt with a single picture."""
+    rows: dict[str, list[int]] = {}
+    for row, prompt in enumerate(prompts):
+        rows.setdefault(prompt, []).append(row)
+    found = np.zeros(len(features))
+    for of in rows.values():
+        found[of] = unlikeness(features[of])
+    return found
 
 
 def vendi(features: np.ndarray) -> float:

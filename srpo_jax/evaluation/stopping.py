@@ -36,7 +36,7 @@ def parse(text: str) -> Aim:
 def best(entries: Sequence[Entry], aim: Aim) -> int | None:
     """The update with the best mean, the first of equals, among the evaluations that compare with the last one."""
     found: Entry | None = None
-    for entry in _comparable(entries):
+    for entry in comparable(entries):
         if aim.score in entry.scores and (
             found is None or aim.better(entry.scores[aim.score].mean, found.scores[aim.score].mean)
         ):
@@ -46,7 +46,7 @@ def best(entries: Sequence[Entry], aim: Aim) -> int | None:
 
 def is_over(entries: Sequence[Entry], aim: Aim, patience: int) -> bool:
     """Whether the last ``patience`` evaluations are no better than one before them; 0 is endless patience."""
-    since = [entry.step for entry in _comparable(entries)]
+    since = [entry.step for entry in comparable(entries)]
     step = best(entries, aim)
     return bool(patience) and step in since and len(since) - 1 - since.index(step) >= patience
 
@@ -54,7 +54,7 @@ def is_over(entries: Sequence[Entry], aim: Aim, patience: int) -> bool:
 def over_optimised(entries: Sequence[Entry], own: Collection[str], held_out: Collection[str]) -> list[str]:
     """Warnings of the last evaluation: a reward of the run's ``own`` rose and a ``held_out`` score fell at the last
     ``FALLS`` evaluations in a row."""
-    last = _comparable(entries)[-FALLS - 1 :]
+    last = comparable(entries)[-FALLS - 1 :]
     if len(last) <= FALLS:
         return []
     means = {
@@ -74,5 +74,6 @@ def over_optimised(entries: Sequence[Entry], own: Collection[str], held_out: Col
     ]
 
 
-def _comparable(entries: Sequence[Entry]) -> list[Entry]:
+def comparable(entries: Sequence[Entry]) -> list[Entry]:
+    """Those that compare with the last one, see ``Entry.how``."""
     return [entry for entry in entries if entry.how == entries[-1].how]
