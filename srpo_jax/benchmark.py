@@ -7,6 +7,7 @@ r"""Times an update and each of its parts, with random weights, and says how far
 PRESETS, sizes and recipe where there is no --config:
 
   small  a 5-million-parameter FLUX on 64x64 pictures, float32: any machine
+  medium 12 blocks of width 256 on 256x256 pictures, float32: a CPU, with more work
   wide   FLUX.1-dev's widths, 4 + 8 of its 19 + 38 blocks, the released recipe: one 80 GB GPU
   full   FLUX.1-dev, the released recipe
 

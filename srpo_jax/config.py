@@ -83,11 +83,12 @@ def default() -> ConfigDict:
 
     # What a block keeps for the backward pass: none (everything) | dots (matrix products) | full (its input alone).
     # "none" is fastest and takes the most memory. Of the transformer also names joined by +, of out | attention | qkv |
-    # mlp, as out+attention (docs/memory.md), or auto: as many of them as the device has room for.
+    # mlp, as out+attention (docs/memory.md). auto: on CPUs none; on accelerators full, of the transformer as many of
+    # those names as the device has room for, which compiles the update twice.
     c.remat = ConfigDict()
-    c.remat.transformer = "full"
-    c.remat.autoencoder = "full"
-    c.remat.reward = "full"
+    c.remat.transformer = "auto"
+    c.remat.autoencoder = "auto"
+    c.remat.reward = "auto"
 
     # --- the data ---
     c.data = ConfigDict()

@@ -51,6 +51,17 @@ def attention_of(config: ConfigDict, mesh: Mesh) -> str:
     return attention.choose(config.model.attention, mesh.devices.flat[0], config.model.dtype)
 
 
+def remat_of(config: ConfigDict, part: str, mesh: Mesh) -> str:
+    """What a part keeps for its backward pass: what a configuration asks for, or what "auto" stands for on the mesh.
+
+    On CPUs, whose memory is the machine's, that is everything; elsewhere the blocks' inputs alone, and of the
+    transformer what has room beside them, which is known once the update was compiled (``costs.keeping``).
+    """
+    if config.remat[part] != "auto":
+        return config.remat[part]
+    return "none" if mesh.devices.flat[0].platform == "cpu" else "full"
+
+
 def computes(config: ConfigDict, mesh: Mesh) -> Computes:
     """The execution options that a configuration asks for."""
     frozen = Compute(
@@ -62,16 +73,14 @@ def computes(config: ConfigDict, mesh: Mesh) -> Computes:
         mesh=mesh,
         constrain=sharding.constraint(mesh),
     )
-    # What "auto" stands for is known once the update was compiled: see costs.keeping.
-    remat = "full" if config.remat.transformer == "auto" else config.remat.transformer
     # With LoRA the factors are trained, which are float32 always.
     stored = frozen.param_dtype if config.lora.rank else jnp.dtype(config.optim.weights)
     return Computes(
-        transformer=dataclasses.replace(frozen, param_dtype=stored, remat=remat),
-        autoencoder=dataclasses.replace(frozen, remat=config.remat.autoencoder),
+        transformer=dataclasses.replace(frozen, param_dtype=stored, remat=remat_of(config, "transformer", mesh)),
+        autoencoder=dataclasses.replace(frozen, remat=remat_of(config, "autoencoder", mesh)),
         # Rewards read 50 to 729 patches or 77 words: too few for a kernel to save memory, with heads (80 wide in
         # ViT-H-14) that kernels do not take. T5 adds a bias to its logits, which not every backend can.
-        reward=dataclasses.replace(frozen, attention="xla", remat=config.remat.reward),
+        reward=dataclasses.replace(frozen, attention="xla", remat=remat_of(config, "reward", mesh)),
         text=dataclasses.replace(frozen, attention="xla"),
     )
 

@@ -20,7 +20,6 @@ from srpo_jax.costs.hardware import GIB
 from srpo_jax.costs.topologies import Target
 from srpo_jax.errors import UserError
 from srpo_jax.program import Program
-from srpo_jax.weights import folder
 
 
 class Candidate(NamedTuple):
@@ -59,6 +58,8 @@ def prepare(
     mesh = sharding.make_mesh(config.mesh, topologies.devices(target))
     config = config.copy_and_resolve_references()
     config.model.attention = program.attention_of(config, mesh)
+    for part in ("autoencoder", "reward"):
+        config.remat[part] = program.remat_of(config, part, mesh)
     if device_batch is not None:
         at_once = device_batch * sharding.batch_parts(mesh)
         if config.data.batch_size % at_once:
@@ -68,19 +69,7 @@ def prepare(
             )
         config.optim.accumulation = config.data.batch_size // at_once
     built = program.build(config, mesh, architecture)
-    return Candidate(config, architecture, target, built, _encoders(config, architecture, built))
-
-
-def _encoders(config: ConfigDict, architecture: Architecture, built: Program) -> dict[str, Any]:
-    """Lays out the text encoders as a run does, which may not fit the mesh. Raises UserError."""
-    if config.data.encode != "online" and not config.sample.every:
-        return {}
-    found = {}
-    for part, sizes in architecture.text.items():
-        network = architecture.family.components[part].network
-        params = folder.abstract(network, sizes, built.computes.text)[1]
-        found[part] = program.with_sharding(params, sharding.of_tree(built.mesh, network, params))
-    return found
+    return Candidate(config, architecture, target, built, keeping.encoders(config, architecture, built))
 
 
 def settle(candidate: Candidate) -> tuple[Candidate, dict[str, Any]]:
@@ -191,10 +180,7 @@ def _memory(candidate: Candidate, compiled: Any, refused: tuple[str, float] | No
         memory["code"] = plan.generated_code_size_in_bytes
         memory["compiler_peak"] = plan.peak_memory_in_bytes
         memory["compiler_arguments"] = plan.argument_size_in_bytes
-        # What a program does not read is no argument of its own, and stays on the device: the autoencoder's encoder.
-        held = max(plan.argument_size_in_bytes, sum(memory["arguments"].values()))
-        results = plan.output_size_in_bytes - plan.alias_size_in_bytes  # what does not take an argument's place
-        memory["planned"] = held + results + plan.temp_size_in_bytes + plan.generated_code_size_in_bytes
+        memory["planned"] = keeping.planned(compiled, sum(memory["arguments"].values()))
     memory["needed"] = memory["planned"] + memory["text_encoders"]
     memory["headroom"] = memory["capacity"] - memory["needed"]
     return memory

@@ -55,6 +55,33 @@ def _small() -> Preset:
     )  # fmt: skip
 
 
+def _medium() -> Preset:
+    """Twice the blocks, wider, and pictures of 256x256, where the decoder has most of the work of a CPU."""
+    c = _small().config
+    c.data.text_length, c.data.height, c.data.width = 64, 256, 256
+    c.rollout.steps = 8
+    return Preset(
+        c,
+        Architecture(
+            FLUX,
+            FluxConfig(
+                in_channels=64, out_channels=64, num_layers=4, num_single_layers=8, attention_head_dim=32,
+                num_attention_heads=8, joint_attention_dim=256, pooled_projection_dim=128, guidance_embeds=True,
+                axes_dims_rope=(8, 12, 12),
+            ),
+            AutoencoderConfig(block_out_channels=(32, 64, 128, 128), layers_per_block=2, norm_num_groups=8),
+            {},
+            {
+                "clip": ClipConfig(
+                    ClipTextConfig(3240, 128, 512, 2, 4, 77, eos_token_id=3239),
+                    ClipVisionConfig(256, 1024, 8, 8, 224, 14),
+                    projection_dim=64,
+                )
+            },
+        ),
+    )  # fmt: skip
+
+
 def _full() -> Preset:
     c = config_lib.default()
     return Preset(c, architectures.published(c, "flux-dev"))
@@ -65,9 +92,9 @@ def _wide() -> Preset:
     return full._replace(architecture=shallow(full.architecture, (4, 8)))
 
 
-PRESETS: dict[str, Callable[[], Preset]] = {"small": _small, "wide": _wide, "full": _full}
+PRESETS: dict[str, Callable[[], Preset]] = {"small": _small, "medium": _medium, "wide": _wide, "full": _full}
 # Samples a device takes at a time unless told otherwise: the small model needs some to have work.
-DEVICE_BATCH = {"small": 8}
+DEVICE_BATCH = {"small": 8, "medium": 2}
 
 
 def shallow(architecture: Architecture, depth: tuple[int, ...]) -> Architecture:

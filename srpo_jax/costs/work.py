@@ -81,13 +81,13 @@ def sample(config: ConfigDict, architecture: Architecture) -> dict[str, Work]:
     reward       what the rewards make of pictures, and of pictures and captions together, forward and backward, once a
                  picture; for the metrics, once more without gradient under the plain caption
     """
-    data, remat, family = config.data, config.remat, architecture.family
+    data, family = config.data, architecture.family
     size, lora = tokens(config, family), Lora.from_config(config.lora)
     settings = Settings.from_config(config, family)
     count, followed = methods.cost(settings), methods.follows(settings)
     # Before a plan, "auto" keeps nothing.
-    transformer = "full" if remat.transformer == "auto" else remat.transformer
-    options = dict(remat=transformer, attention=config.model.attention)
+    remat = {part: "full" if option == "auto" else option for part, option in config.remat.items()}
+    options = dict(remat=remat["transformer"], attention=config.model.attention)
     if lora is None:
         trained = family.forward(architecture.transformer, *size).gradient(trained=True, **options)
     else:
@@ -100,14 +100,14 @@ def sample(config: ConfigDict, architecture: Architecture) -> dict[str, Work]:
         scorer = REWARDS[used.kind](architecture.rewards[name], None)
         captions += _inference(scorer.prepare_cost()) * len(VARIANTS)
         if (cost := scorer.look_cost()) is not None:
-            reward += cost.gradient(remat=remat.reward, **frozen)
+            reward += cost.gradient(remat=remat["reward"], **frozen)
         if (cost := scorer.score_cost()) is not None:
-            reward += cost.gradient(remat=remat.reward, **frozen) * len(followed) + cost.inference()
+            reward += cost.gradient(remat=remat["reward"], **frozen) * len(followed) + cost.inference()
     return {
         "captions": captions,
         "rollout": rollout(config, architecture),
         "transformer": trained * count.passes,
-        "autoencoder": vae.gradient(remat=remat.autoencoder, **frozen) * count.pictures,
+        "autoencoder": vae.gradient(remat=remat["autoencoder"], **frozen) * count.pictures,
         "reward": reward * count.pictures,
     }
 

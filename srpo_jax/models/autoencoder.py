@@ -18,6 +18,7 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 from srpo_jax import schema
+from srpo_jax.models import convolution
 from srpo_jax.models.compute import Compute
 from srpo_jax.schema import Range, Size
 
@@ -117,10 +118,11 @@ class GroupNorm(nnx.Module):
         return (centred * scale[:, None, None, :] + self.bias[...].astype(jnp.float32)).astype(self.dtype)
 
 
-def _conv(inputs: int, outputs: int, size: int, compute: Compute, rngs: nnx.Rngs, **options: Any) -> nnx.Conv:
+def _conv(inputs: int, outputs: int, size: int, compute: Compute, rngs: nnx.Rngs) -> nnx.Conv:
     return nnx.Conv(
-        inputs, outputs, (size, size), dtype=compute.dtype, param_dtype=compute.param_dtype, rngs=rngs, **options
-    )
+        inputs, outputs, (size, size), dtype=compute.dtype, param_dtype=compute.param_dtype, rngs=rngs,
+        conv_general_dilated=convolution.general,
+    )  # fmt: skip
 
 
 class ResnetBlock(nnx.Module):
@@ -163,7 +165,10 @@ class Downsample(nnx.Module):
     """Halves height and width: a 3x3 convolution with stride 2, padded on the right and at the bottom only."""
 
     def __init__(self, channels: int, compute: Compute, *, rngs: nnx.Rngs):
-        self.conv = _conv(channels, channels, 3, compute, rngs, strides=2, padding=((0, 1), (0, 1)))
+        self.conv = nnx.Conv(
+            channels, channels, (3, 3), strides=2, padding=((0, 1), (0, 1)), dtype=compute.dtype,
+            param_dtype=compute.param_dtype, rngs=rngs,
+        )  # fmt: skip
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """[B, H, W, C] -> [B, H/2, W/2, C]."""
@@ -197,13 +202,8 @@ class Upsample(nnx.Module):
         ).astype(self.dtype)
 
         def quarter(row: int, column: int) -> jax.Array:
-            return jax.lax.conv_general_dilated(
-                x.astype(self.dtype),
-                kernels[row, column],
-                window_strides=(1, 1),
-                padding=((1 - row, row), (1 - column, column)),
-                dimension_numbers=("NHWC", "HWIO", "NHWC"),
-            )
+            around = ((1 - row, row), (1 - column, column))
+            return convolution.convolve(x.astype(self.dtype), kernels[row, column], around)
 
         rows = [jnp.stack([quarter(row, column) for column in (0, 1)], axis=3) for row in (0, 1)]
         doubled = jnp.stack(rows, axis=2).reshape(batch, 2 * height, 2 * width, channels)

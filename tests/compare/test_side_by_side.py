@@ -17,10 +17,8 @@ def test_both_compute_the_same(tmp_path):
     architecture = Architecture(FLUX, tiny.FLUX, tiny.VAE, {}, rewards)
     built = program.build(config, sharding.make_mesh(config.mesh), architecture)
     params = side_by_side.random_params("flux", tiny.FLUX, 1)
-    frozen = Frozen(
-        side_by_side.random_params("autoencoder", tiny.VAE, 2),
-        {"clip": side_by_side.random_params("clip", rewards["clip"], 3)},
-    )
+    autoencoder = side_by_side.without_borders(side_by_side.random_params("autoencoder", tiny.VAE, 2))
+    frozen = Frozen(autoencoder, {"clip": side_by_side.random_params("clip", rewards["clip"], 3)})
     batch, draws = side_by_side.same_inputs(architecture, built, 2, tiny.LENGTH)
     theirs = torch_baseline.Update(
         built.settings, *torch_baseline.build(architecture, params, frozen), "clip", config.optim
