@@ -21,7 +21,6 @@ def get_config() -> ConfigDict:
     c.model.path = "demo/models/pipeline"
     c.model.dtype = "float32"
     c.model.attention = "xla"  # heads are 32 wide: kernels are made for 64 and more
-    c.remat.transformer = c.remat.autoencoder = c.remat.reward = "none"  # small enough to keep everything
 
     c.data.prompts = "demo/prompts/train.txt"
     c.data.batch_size = 32
@@ -38,7 +37,6 @@ def get_config() -> ConfigDict:
     c.reward.positive = ("3D",)
     c.reward.negative = ("Flat", "Mono")
 
-    c.optim.merge_terms = True  # a third of the time: a CPU's gradients of convolutions are slow inside of a loop
     c.optim.learning_rate = 3e-5
     c.optim.clip_norm = 1.0
 

@@ -88,9 +88,10 @@ def computes(config: ConfigDict, mesh: Mesh) -> Computes:
 # On NVIDIA GPUs, cuBLAS's matrix products are faster than XLA's own at FLUX's sizes, and need no tuning when they are
 # compiled (docs/performance.md).
 GPU_OPTIONS = {"xla_gpu_enable_triton_gemm": False}
-# On CPUs, YNNPACK's convolutions, the default, run on one core; without them XLA takes Eigen's, which run on all. This
-# names what YNNPACK may still do: sums. Both are for an update and its parts, not for sampling.
-CPU_OPTIONS = {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_REDUCE"}
+# On CPUs, YNNPACK's convolutions, the default, run on one core; without them XLA takes Eigen's, which run on all. What
+# it makes of attention, a sum and the product before it in one, is slower than the two. This names what YNNPACK may do:
+# nothing. Both are for an update and its parts, not for sampling.
+CPU_OPTIONS = {"xla_cpu_experimental_ynn_fusion_type": ""}
 
 
 # On TPUs, weights that are split are gathered whole, beside the work before they are needed. Left to itself, XLA

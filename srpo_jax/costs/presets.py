@@ -23,16 +23,12 @@ class Preset(NamedTuple):
 
 
 def _small() -> Preset:
-    """The recipe and the sizes of the embedded world (configs/emoji.py, srpo_jax/emoji), without loops over blocks,
-    which take a small model longer and compile faster."""
+    """The recipe and the sizes of the embedded world (configs/emoji.py, srpo_jax/emoji)."""
     c = config_lib.default()
     c.model.dtype = "float32"
-    c.remat.transformer = c.remat.autoencoder = c.remat.reward = "none"
     c.data.text_length, c.data.height, c.data.width = 16, 64, 64
     c.rollout.steps, c.rollout.guidance, c.rollout.noise = 10, 2.5, "per_sample"
     c.reward.models.hps.weight, c.reward.models.clip.weight = 0.0, 1.0
-    c.optim.merge_terms = True
-    c.model.scan_unroll, c.rollout.unroll = 4, True
     return Preset(
         c,
         Architecture(

@@ -112,10 +112,8 @@ def changed(config: ConfigDict, changes: dict[str, Any]) -> ConfigDict:
 
 
 def method(name: str) -> dict[str, Any]:
-    """The keys that choose a method, at SRPO's relative reward. Passes of a chain run one after the other."""
-    return {"method": name, "reward.target": "relative"} | (
-        {} if METHODS[name].passes is None else {"optim.merge_terms": False}
-    )
+    """The keys that choose a method, at SRPO's relative reward."""
+    return {"method": name, "reward.target": "relative"}
 
 
 def discounted(k: float) -> dict[str, Any]:

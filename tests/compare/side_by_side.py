@@ -253,13 +253,9 @@ def run(config, architecture, values) -> dict:
         theirs["compile"] = torch_parts(compiled, inputs, count)
     report = {"threads": threads, "torch": torch.__version__, "jax": jax.__version__, "difference": difference}
     report["config"], report["parts"] = config_lib.flatten(config), {}
-    # Parts are timed on the same samples, whatever passes at once in our update.
-    in_turn = config.copy_and_resolve_references()
-    in_turn.optim.merge_terms = False
-    apart = program.build(in_turn, built.mesh, architecture)
-    ours = {part.name: part for part in parts.take_apart(in_turn, apart)}
+    ours = {part.name: part for part in parts.take_apart(config, built)}
     ours["update"] = parts.Part("update", built.update, (built.state, built.frozen, built.batch), 1)
-    counted = work.update(in_turn, architecture)
+    counted = work.update(config, architecture)
     print(f"{threads} threads; batch {count}; seconds a call, and how many times faster ours is")
     print(f"{'part':<12} {'GFLOP':>8} {'ours':>8} {'compile':>8}" + "".join(f" {kind:>9} {'':>6}" for kind in theirs))
     for part in PARTS:
