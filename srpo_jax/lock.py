@@ -37,10 +37,11 @@ UNTRUE = b""  # the generation that a conditional write gives back whose conditi
 class Lock:
     """The lock of a workdir, given back when the block ends that it is used for (``with Lock(workdir) as held``).
 
-    Processes of a job other than the first do nothing.
+    Processes of a job other than the first do nothing. ``flag`` is what names the workdir, for messages.
     """
 
-    def __init__(self, workdir: str | os.PathLike):
+    def __init__(self, workdir: str | os.PathLike, flag: str = "--workdir"):
+        self._flag = flag
         self._place = storage.absolute(storage.path(workdir)) / NAME
         self._active = distributed.place()[0] == 0
         self._me = _introduction()
@@ -79,7 +80,7 @@ class Lock:
                     break
         except (ValueError, OSError) as error:  # tensorstore's are ValueErrors
             words = " ".join(str(error).split())[:300]
-            raise StorageError(f"{self._place} cannot be written ({words}); check the rights of --workdir") from error
+            raise StorageError(f"{self._place} cannot be written ({words}); check the rights of {self._flag}") from error
         self._generation = made
         self._beating = threading.Thread(target=self._beat, name="lock", daemon=True)
         self._beating.start()
@@ -160,7 +161,7 @@ class Lock:
     def _refusal(self, content: dict[str, Any]) -> UserError:
         return UserError(
             f"{self._place.parent} is in use by {_who(content)}; wait until that run ends, stop it, or choose another "
-            "--workdir"
+            f"{self._flag}"
         )
 
 

@@ -12,7 +12,8 @@ methods   all methods at equal compute, under the honest reward and the one that
           rate; then five times as long
 
 Three runs of each case. A run that is done is a file in OUT/cells and is never made again: the same command, broken off
-or not, goes on, also with another --only. OUT gets report.html and study.md every five minutes and in the end, of all
+or not, goes on, also with another --only. Two commands at once need two folders; what is in ``cells`` of one may then
+be copied into the other's. OUT gets report.html and study.md every five minutes and in the end, of all
 that is there by then. Runs go through a part with the first seed, then with the next: a part half done
 is whole with fewer seeds.
 """
@@ -26,7 +27,7 @@ import time
 from absl import logging
 from ml_collections import ConfigDict
 
-from srpo_jax import architectures, command, errors, report, storage
+from srpo_jax import architectures, command, errors, lock, report, storage
 from srpo_jax.emoji import recovery, study_plan, study_results
 from srpo_jax.emoji.study_plan import PARTS, PRESETS, RECOVERY, Part, Preset
 from srpo_jax.emoji.study_run import Cell, Workshop
@@ -123,10 +124,12 @@ def main(arguments: list[str] | None = None) -> None:
         if name not in PARTS:
             raise UserError(f"--only={name}: must be of {', '.join(PARTS)}")
     logging.set_verbosity(logging.ERROR)  # Orbax tells every step of every save
-    check_size(args.out, preset)
-    workshop = Workshop(args.out, preset)
-    parts = study_plan.parts(preset, workshop.config, architectures.read(workshop.config))
-    study(args.out, workshop, parts, only, seeds)
+    with lock.Lock(args.out, "--out") as held:  # two at once would train in one folder
+        held.acquire()
+        check_size(args.out, preset)
+        workshop = Workshop(args.out, preset)
+        parts = study_plan.parts(preset, workshop.config, architectures.read(workshop.config))
+        study(args.out, workshop, parts, only, seeds)
     print(f"open {args.out / 'report.html'}")
 
 

@@ -129,6 +129,8 @@ def tables(found: Findings) -> Iterator[report.PageTable]:
             yield report.PageTable(
                 part.title, HEADER, (*before, *(row(found, case, -1) for case in cases)), f"{part.text} {INTERVALS}"
             )
+            if part.name == "images" and (differences := _against_first(found, part)):
+                yield differences
             continue
         for reward in (HONEST, BIASED):
             of_reward = [case for case in cases if case.reward == reward]
@@ -137,6 +139,22 @@ def tables(found: Findings) -> Iterator[report.PageTable]:
                     rows = tuple(row(found, case, place) for case in of_reward)
                     title = f"Methods, {'honest' if reward == HONEST else 'biased'} reward, {when}"
                     yield report.PageTable(title, HEADER, (*before, *rows), f"{part.text} {INTERVALS}")
+
+
+def _against_first(found: Findings, part: Part) -> report.PageTable | None:
+    """Every case of a part less its first one; None if there is nothing to compare."""
+    first, *rest = part.cases
+    figures = ("wanted", "right", "chroma", "diversity")
+    pairs = [(case, [paired(found, case, first, figure) for figure in figures]) for case in rest]
+    rows = []
+    for case, of in pairs:
+        if None not in of:
+            means = [statistics.mean(*pair) for pair in of]
+            texts = [shown(mean, (), name in ("wanted", "right")) for name, mean in zip(figures, means, strict=True)]
+            rows.append((case.name, *texts))
+    header = ("case", "judged as wanted", "concept right", "chroma", "diversity")
+    words = f"Mean paired differences to “{first.name}”: the same concept from the same noise, runs of the same seed."
+    return report.PageTable(f"{part.title}: differences", header, tuple(rows), words) if rows else None
 
 
 def _recovery_table(found: Findings, part: Part) -> report.PageTable:
@@ -172,23 +190,21 @@ class Claim:
     sign: int
 
 
+def paired(found: Findings, one: Case, other: Case, figure: str) -> tuple[np.ndarray, np.ndarray] | None:
+    """A figure's differences ``[N]`` at the end of two cases, by runs of the same seed, and the pictures' concepts
+    ``[N]``; "wanted" is what the first case wants. None if there is no such pair of runs."""
+    runs, others = ({cell.seed: cell.moments[-1] for cell in found.cells[case.folder]} for case in (one, other))
+    seeds = sorted(runs.keys() & others.keys())
+    if not seeds:
+        return None
+    parts = [values(runs[seed], figure, one.wanted) - values(others[seed], figure, one.wanted) for seed in seeds]
+    return np.concatenate(parts), np.tile(places(len(parts[0]), len(found.concepts)), len(seeds))
+
+
 def claims(found: Findings) -> Iterator[Claim]:
     """Those that can be held to what there is."""
     by_name = {(part.name, case.name): case for part in found.parts for case in part.cases}
     count = len(found.concepts)
-
-    def pair(part: str, first: str, second: str, figure: str) -> tuple[np.ndarray, np.ndarray] | None:
-        cases = [by_name.get((part, name)) for name in (first, second)]
-        if None in cases:
-            return None
-        one, other = ({cell.seed: cell.moments[-1] for cell in found.cells[case.folder]} for case in cases)
-        seeds = sorted(one.keys() & other.keys())
-        if not seeds:
-            return None
-        wanted = cases[0].wanted
-        parts = [values(one[seed], figure, wanted) - values(other[seed], figure, wanted) for seed in seeds]
-        return np.concatenate(parts), np.tile(places(len(parts[0]), count), len(seeds))
-
     wanted: list[tuple[str, str, str, str, str, int]] = []
     for name in dict.fromkeys(case.name for part in found.parts if part.name == "guard" for case in part.cases):
         if name.startswith("SRPO, k"):
@@ -203,7 +219,8 @@ def claims(found: Findings) -> Iterator[Claim]:
         first = next((name for part, name in by_name if part == "words" and name.startswith(f"{word} against")), "")
         wanted.append((f"words steer: “{word}” gives more of its style", "words", first, other, "wanted", 1))
     for text, part, first, second, figure, sign in wanted:
-        if (pairs := pair(part, first, second, figure)) is not None:
+        cases = [by_name.get((part, name)) for name in (first, second)]
+        if None not in cases and (pairs := paired(found, *cases, figure)) is not None:
             yield Claim(f"{text}: {first} minus {second}", figure, *pairs, sign)
     for level in recovery.LEVELS:
         ways = {one.way: np.asarray(one.error) for one in found.recovered if one.level == level}

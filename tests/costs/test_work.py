@@ -47,6 +47,7 @@ def test_a_whole_update(monkeypatch):
     config.method, config.rollout.steps = "direct_align", 1
     config.data.batch_size, config.data.height, config.data.width, config.data.text_length = 1, 96, 192, 24
     config.model.scan_unroll = 100
+    config.remat.transformer = config.remat.autoencoder = config.remat.reward = "full"
     few = Architecture(FAMILY, FLUX, VAE, {}, {"hps": CLIP})
     built = program.build(config, sharding.make_mesh(config.mesh), few)
     parts = work.update(config, few)

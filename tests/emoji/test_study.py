@@ -7,7 +7,7 @@ import pathlib
 import numpy as np
 import pytest
 
-from srpo_jax import architectures, report, train, validation
+from srpo_jax import architectures, lock, report, train, validation
 from srpo_jax.emoji import demo, recovery, study, study_plan, study_results, study_run, world
 from srpo_jax.emoji.recovery import DIRECT_ALIGN, ONE_STEP, Recovered
 from srpo_jax.emoji.study_plan import BIASED, HONEST, PRESETS, Case
@@ -141,6 +141,22 @@ def test_claims_agree_where_the_figures_do(findings):
     assert len(recovered) == 3 and {row[-1] for row in recovered} == {"agrees"}
 
 
+def test_rollouts_are_compared_with_the_recipe(findings):
+    """Every source of images less the recipe's, pair by pair: here 12 pictures of which a case gets one less right."""
+    part = next(part for part in findings.parts if part.name == "images")
+    for case in part.cases[1:]:
+        for cell in findings.cells[case.folder]:
+            cell.moments[-1].right[0] = 1 - cell.moments[-1].right[0]
+    (table,) = (table for table in study_results.tables(findings) if table.title.endswith("differences"))
+    assert [row[0] for row in table.rows] == [case.name for case in part.cases[1:]]
+    for row in table.rows:
+        assert row[1].startswith("0.0 % [") and row[3].startswith("0.000 [")
+        assert row[2].startswith(("8.3 % [", "-8.3 % ["))
+    alone = findings.cells | {part.cases[0].folder: []}
+    tables = study_results.tables(dataclasses.replace(findings, cells=alone))
+    assert not any(table.title.endswith("differences") for table in tables)
+
+
 def test_what_is_not_there_yet_is_left_out(findings):
     nothing = dataclasses.replace(findings, cells=dict.fromkeys(findings.cells, []), recovered=[])
     assert study_results.claim_table(nothing) is None and study_results.markdown(nothing) == ""
@@ -194,6 +210,14 @@ def test_shrunk_study(tmp_path, monkeypatch, capsys):
     assert (tmp_path / "study.md").read_text() == table
     with pytest.raises(UserError, match="has a study of another size"):
         study.main([f"--out={tmp_path}"])
+
+
+def test_a_second_one_in_the_folder_is_refused(tmp_path):
+    with lock.Lock(tmp_path) as held:
+        held.acquire()
+        with pytest.raises(UserError, match=r"is in use by process .*, or choose another --out"):
+            study.main([f"--out={tmp_path}"])
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(
