@@ -80,7 +80,8 @@ class Lock:
                     break
         except (ValueError, OSError) as error:  # tensorstore's are ValueErrors
             words = " ".join(str(error).split())[:300]
-            raise StorageError(f"{self._place} cannot be written ({words}); check the rights of {self._flag}") from error
+            remedy = f"check the rights of {self._flag}"
+            raise StorageError(f"{self._place} cannot be written ({words}); {remedy}") from error
         self._generation = made
         self._beating = threading.Thread(target=self._beat, name="lock", daemon=True)
         self._beating.start()
