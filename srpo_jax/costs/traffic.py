@@ -18,6 +18,7 @@ from srpo_jax.costs.hlo import Computation, Instruction, Module
 
 PRODUCTS = ("dot", "convolution")
 SLICES = ("dynamic-slice", "slice", "gather")
+VIEWS = ("bitcast", "copy")
 # Where nothing is read or written: names, views, and the ends of what was counted where it started.
 FREE = (
     *("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "partition-id", "replica-id"),
@@ -109,13 +110,15 @@ def _read(module: Module, fused: Computation, place: int) -> float:
 
 
 def _used(module: Module, fused: Computation, name: str) -> float:
+    if fused[name].root:
+        return float("inf")
     total = 0.0
     for user in fused.values():
         if name not in user.operands or user.opcode == "parameter":
             continue
         if user.opcode in SLICES:
             total += hlo.size(user)
-        elif user.opcode == "bitcast":
+        elif _is_view(module, user):  # made no further than it is used
             total += _used(module, fused, user.name)
         elif user.opcode == "fusion":
             inner = module.computations[user.called("calls")]
@@ -123,6 +126,14 @@ def _used(module: Module, fused: Computation, name: str) -> float:
         elif user.opcode != "dynamic-update-slice" or user.operands[0] != name:
             return float("inf")
     return total
+
+
+def _is_view(module: Module, instruction: Instruction) -> bool:
+    """Whether it is its operand in another shape or layout, or a fusion that makes nothing but that of it."""
+    if instruction.opcode != "fusion":
+        return instruction.opcode in VIEWS
+    inside = _inside(module, instruction)
+    return len(instruction.operands) == 1 and all(inner.opcode in (*VIEWS, "parameter") for inner in inside)
 
 
 def _written(fused: Computation, name: str) -> float:

@@ -93,3 +93,21 @@ def test_what_libtpu_writes():
     # The slice is read and written, with its number; the row is read and written in its place, with its number; and e
     # is read.
     assert found.between == 5 * (2 * 8 * 128 * 2 + 4 + 2 * 128 * 4 + 4) + 128 * 4
+
+
+def test_a_slice_of_a_view_is_a_slice():
+    """8-bit kernels: libtpu writes a fusion that gives the whole stack another layout, in the fusion that slices it."""
+    view = """%viewed (s: bf16[5,8,128]) -> bf16[5,8,128] {
+  %s = bf16[5,8,128]{2,1,0:T(8,128)(2,1)} parameter(0)
+  ROOT %copy.1 = bf16[5,8,128]{2,1,0:T(16,128)(2,1)} copy(%s)
+}
+
+%sliced (stack"""
+    inside = "%view = bf16[5,8,128]{2,1,0:T(16,128)(2,1)} fusion(%stack), kind=kLoop, calls=%viewed\n  %i = s32[]"
+    text = TPU.replace("%sliced (stack", view).replace("%i = s32[]", inside, 1)
+    text = text.replace("dynamic-slice(%stack,", "dynamic-slice(%view,")
+    assert text.count("%viewed") == 2 and text.count("%view,") == 1
+    assert traffic.of(text) == traffic.of(TPU)
+    # What is given on as it is, is read whole.
+    whole = text.replace("ROOT %dynamic-slice.1", "%dynamic-slice.1").replace("%view = ", "ROOT %view = ", 1)
+    assert traffic.of(whole).between > traffic.of(TPU).between
