@@ -17,9 +17,10 @@ from jax.sharding import PartitionSpec
 CUDNN_MULTIPLE = 64
 SPLASH_MULTIPLE = 128
 # Blocks of splash: (tokens of a block, keys that are computed at a time). Keys and values are read again for every
-# block of queries: 1,120 tokens do for each byte what a TPU v6e computes while it reads one. From 2 MB of logits at a
-# time on, a kernel runs out of the chip's vector memory.
-SPLASH_BLOCKS = ((1536, 512), (1280, 640), (1152, 384), (1024, 512), (896, 896), (768, 768), (640, 640), (512, 512))
+# block of queries: 1,120 tokens do for each byte what a TPU v6e computes while it reads one. All of them compile with
+# two samples on a chip of v4, v5e, v5p, v6e and tpu7x; with more keys, or 1536 tokens, kernels with a gradient run out
+# of the 16 MB of vector memory that a program has on the first three, from the second sample on.
+SPLASH_BLOCKS = ((1280, 256), (1152, 384), (1024, 512), (896, 896), (768, 768), (640, 640), (512, 512))
 # The one mesh axis that divides heads; every other axis of a mesh divides the batch.
 HEAD_AXIS = "tensor"
 CUDNN_LEAST = 8.0  # compute capability: Ampere's

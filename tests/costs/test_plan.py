@@ -4,6 +4,7 @@ import json
 import re
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers import plans, tiny
@@ -11,6 +12,7 @@ from helpers import plans, tiny
 from srpo_jax import config as config_lib
 from srpo_jax import errors, program, sharding
 from srpo_jax.costs import advice, plan, topologies
+from srpo_jax.models import attention
 
 # Of tiny.FLUX (width 64, heads of 16): two streams of a double block with 74,720 each, two single blocks with 62,176,
 # embedders of time and guidance with 20,608, of the pooled text with 5,248, img_in 4,160, txt_in 2,112, the final
@@ -151,6 +153,25 @@ class FakeMesh:
     def __init__(self, count):
         self.shape = {"data": 1, "fsdp": count, "tensor": 1}
         self.devices = np.array(jax.devices() * count)
+
+
+@pytest.mark.parametrize("name", ["v4:2x2x1", "v5e:2x2", "v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1"])
+def test_attention_of_several_samples_compiles(name, monkeypatch):
+    """Forward and backward of two samples of FLUX's heads on one chip, with every block that lengths may choose: with
+    one sample, kernels that are too large for the chip's vector memory compile too."""
+    target = topologies.parse(name)
+    if not topologies.installed(target.platform):
+        pytest.skip(f"the compiler is missing: {topologies.INSTALL[target.platform]}")
+    topologies.prepare()
+    where = jax.sharding.SingleDeviceSharding(topologies.devices(target)[0])
+
+    def total(query, key, value):
+        return attention.attention(query, key, value, backend="splash").astype(jnp.float32).sum()
+
+    for block, keys in attention.SPLASH_BLOCKS:
+        monkeypatch.setattr(attention, "splash_blocks", lambda length: (length, block, keys))  # noqa: B023
+        array = jax.ShapeDtypeStruct((2, 3 * block, 24, 128), jnp.bfloat16, sharding=where)
+        jax.jit(jax.grad(total, (0, 1, 2))).lower(array, array, array).compile()
 
 
 @pytest.mark.parametrize("name, data", [("v5e:2x2", 1), ("v5e:2x2*2", 2), ("h100:2", 1)])
