@@ -94,8 +94,10 @@ def collectives(text: str, devices: int) -> Collectives:
                 start = len(found)
                 walk(instruction.called("calls"), runs)
                 found[start:] = [_scattered(item, instruction) for item in found[start:]]
-            elif instruction.opcode in ("call", "async-start"):
-                walk(instruction.called("to_apply" if instruction.opcode == "call" else "calls"), runs)
+            elif instruction.opcode in ("call", "call-start"):  # the latter on TPU v7's cores for collectives
+                walk(instruction.called("to_apply"), runs)
+            elif instruction.opcode == "async-start":
+                walk(instruction.called("calls"), runs)
         return len(found) > before
 
     walk(module.entry, 1)

@@ -22,7 +22,17 @@ VIEWS = ("bitcast", "copy")
 # Where nothing is read or written: names, views, and the ends of what was counted where it started.
 FREE = (
     *("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "partition-id", "replica-id"),
-    *("opt-barrier", "add-dependency", "domain", "iota", "copy-done", "async-done", "async-update", "slice-done"),
+    *(
+        "opt-barrier",
+        "add-dependency",
+        "domain",
+        "iota",
+        "copy-done",
+        "call-done",
+        "async-done",
+        "async-update",
+        "slice-done",
+    ),
     *("send", "send-done", "recv", "recv-done", *(f"{kind}-done" for kind in hlo.KINDS)),
 )
 
@@ -49,7 +59,7 @@ def of(text: str) -> Traffic:
                 turns = 1 if turns is None else turns
             elif instruction.opcode == "conditional":
                 inner = max(map(run, instruction.branches()), key=sum)
-            elif instruction.opcode == "call":
+            elif instruction.opcode in ("call", "call-start"):
                 inner = run(instruction.called("to_apply"))
             elif instruction.opcode not in FREE and not _gathers(module, instruction):
                 moved = _bytes(module, body, instruction)

@@ -9,7 +9,7 @@ from helpers import children
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
-from srpo_jax.costs import hlo
+from srpo_jax.costs import hlo, traffic
 
 TURNS, INNER = 5, 3
 
@@ -219,6 +219,28 @@ ENTRY %main (x: bf16[4,8], n: s32[]) -> bf16[32,8] {
   ROOT %fusion.3 = bf16[32,8]{1,0} fusion(%gathered), kind=kCustom, calls=%end
 }
 """  # noqa: E501
+
+
+# What libtpu 0.0.42 writes for TPU v7, whose collectives a core of their own makes.
+SPARSE_CORE = """HloModule jit_f, is_scheduled=true
+
+%called (p: bf16[4,8]) -> bf16[32,8] {
+  %p = bf16[4,8]{1,0} parameter(0)
+  ROOT %all-gather.1 = bf16[32,8]{1,0} all-gather(%p), channel_id=7, replica_groups=[1,8]<=[8], dimensions={0}
+}
+
+ENTRY %main (x: bf16[4,8]) -> bf16[32,8] {
+  %x = bf16[4,8]{1,0} parameter(0)
+  %call-start.1 = ((bf16[4,8]{1,0}), bf16[32,8]{1,0}) call-start(%x), async_execution_thread="sparsecore", to_apply=%called
+  ROOT %call-done.1 = bf16[32,8]{1,0} call-done(%call-start.1)
+}
+"""  # noqa: E501
+
+
+def test_a_gather_on_a_core_of_its_own():
+    (found,) = hlo.collectives(SPARSE_CORE, 8).found
+    assert found == hlo.Collective("all-gather", "all-gather.1", 4 * 8 * 2, (tuple(range(8)),), 1)
+    assert traffic.of(SPARSE_CORE) == traffic.Traffic(0.0, 0.0)
 
 
 def test_a_gather_beside_other_work_counts_once():
