@@ -75,17 +75,19 @@ def prepare(
 def settle(candidate: Candidate) -> tuple[Candidate, dict[str, Any]]:
     """As ``check``, with the candidate that was checked: of ``remat.transformer=auto``, one that keeps as much as
     fits."""
-    report = check(candidate)
+    plain = check(candidate)
     if candidate.config.remat.transformer != "auto":
-        return candidate, report
+        return candidate, plain
     config, built = candidate.config, candidate.built
-    remat = keeping.choose(config, candidate.architecture, built.mesh, report["memory"]["headroom"])
+    remat = keeping.choose(config, candidate.architecture, built.mesh, plain["memory"]["headroom"])
     while True:
         config = config.copy_and_resolve_references()
         config.remat.transformer = remat
+        if remat == "full":  # what was checked
+            return candidate._replace(config=config), plain | {"config": config_lib.flatten(config)}
         chosen = candidate._replace(config=config, built=program.build(config, built.mesh, candidate.architecture))
         report = check(chosen)
-        if report["fits"] or remat == "full":
+        if report["fits"]:
             return chosen, report
         remat = keeping.fewer(remat)
 

@@ -69,6 +69,20 @@ def test_a_plan_settles_it(tmp_path, monkeypatch):
     assert candidate.config.remat.transformer == "out" and report["fits"]
 
 
+def test_a_plan_without_room_is_checked_once(tmp_path, monkeypatch):
+    checked = []
+
+    def check(candidate):
+        checked.append(candidate.config.remat.transformer)
+        return {"fits": False, "memory": {"headroom": 0}, "config": {"remat.transformer": "auto"}}
+
+    monkeypatch.setattr(plan, "check", check)
+    on_an_accelerator(monkeypatch)
+    candidate, report = plan.settle(plans.candidate(tmp_path, remat__transformer="auto"))
+    assert checked == ["auto"] and candidate.config.remat.transformer == "full"
+    assert report["config"]["remat.transformer"] == "full" and not report["fits"]
+
+
 def test_a_run_settles_it(tmp_path, monkeypatch):
     """By the memory that its devices say they have; a CPU says none."""
     config = tiny.config(tmp_path, remat__transformer="auto")
