@@ -89,10 +89,9 @@ def build(config: ConfigDict, mesh: Mesh, architecture: Architecture) -> tuple[P
 
     Raises UserError as ``program.build`` does.
     """
-    settled = config.copy_and_resolve_references()
+    built, settled = program.build(config, mesh, architecture), config.copy_and_resolve_references()
     for part in settled.remat:
         settled.remat[part] = program.remat_of(config, part, mesh)
-    built = program.build(settled, mesh, architecture)
     limit = _memory(mesh)
     if config.remat.transformer != "auto" or settled.remat.transformer == "none" or limit is None:
         return built, settled
