@@ -385,9 +385,12 @@ class Checkpoints:
     def _give_up(self, clean: bool) -> None:
         """Forgets Orbax's idea of what is there, and removes half of a checkpoint, unless it is still being written: it
         may be what keeps a disk full."""
-        self._manager = None
+        manager, self._manager = self._manager, None
         self._end_seal()
         if clean and jax.process_count() == 1:
+            with contextlib.suppress(Exception):  # one of its threads has failed; others still write into the folder
+                if manager is not None:
+                    manager.close()
             with contextlib.suppress(Exception):  # the folder may be gone: the next save tries again
                 self._manager = self._open()
 

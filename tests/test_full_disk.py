@@ -79,8 +79,7 @@ def test_training_stops_and_goes_on_when_there_is_room(recipe, tmp_path, monkeyp
     last = capsys.readouterr().err.splitlines()[-1]
     assert last.startswith(f"error: checkpoint 2 cannot be written into {workdir}/checkpoints: File too large; ")
     assert last.endswith("large; the newest that is there is of update 1")
-    # What the failed save has left, if it could not be removed, the next start removes.
-    assert {path.name for path in (workdir / "checkpoints").iterdir()} <= {"1", "2.orbax-checkpoint-tmp"}
+    assert [path.name for path in (workdir / "checkpoints").iterdir() if path.name != "1"] == []
     monkeypatch.undo()
     train.train(config, workdir)
     assert {path.name for path in (workdir / "checkpoints").iterdir()} == {"1", "2", "3"}

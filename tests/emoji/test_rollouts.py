@@ -54,7 +54,7 @@ def test_cases_are_cheaper_rollouts(case, monkeypatch, tmp_path):
     """What is trained is the recipe but for the rollout, and takes fewer FLOPs, or FLOPs of fewer bits."""
     recipe = demo.load_recipe()
     demo.prepare(tmp_path, recipe)
-    monkeypatch.setattr("srpo_jax.train.train", lambda config, workdir: None)
+    monkeypatch.setattr("srpo_jax.train.train", lambda config, workdir, recipe: None)
     own, workdir = rollouts.run(tmp_path, recipe, case)
     validation.validate(own)
     there, here = config.flatten(recipe), config.flatten(own)
