@@ -57,8 +57,8 @@ def validate(config: ConfigDict, paths: bool = True) -> None:
         ("data.encode", ENCODE),
         ("data.images", IMAGES),
         ("model.attention", ATTENTION),
-        ("remat.autoencoder", (*REMAT, "auto")),
-        ("remat.reward", (*REMAT, "auto")),
+        ("remat.autoencoder", REMAT),
+        ("remat.reward", REMAT),
         ("lora.quantize", QUANTIZE),
         ("rollout.noise", ("shared", "per_sample")),
         ("rollout.draws", ("shared", "per_sample")),
@@ -74,8 +74,8 @@ def validate(config: ConfigDict, paths: bool = True) -> None:
         require(key, flat[key] in choices, f"choose one of {', '.join(choices)}")
     remat = flat["remat.transformer"]
     names = f"names of {', '.join(KEPT)} joined by +, as out+attention"
-    require("remat.transformer", remat in (*REMAT, "auto") or kept(remat),
-            f"choose one of {', '.join(REMAT)}, auto, or {names}")  # fmt: skip
+    require("remat.transformer", remat in REMAT or kept(remat),
+            f"choose one of {', '.join(REMAT)}, or {names}")  # fmt: skip
     if paths:
         _check_paths(flat)
     require("optim.weights", DTYPES.index(flat["optim.weights"]) >= DTYPES.index(flat["model.dtype"]),

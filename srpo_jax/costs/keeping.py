@@ -5,6 +5,7 @@ block has names for (``models.compute.KEPT``) as many are kept as fit, first tho
 """
 
 import math
+from collections.abc import Iterator
 from typing import Any
 
 from jax.sharding import Mesh
@@ -17,13 +18,13 @@ from srpo_jax.architectures import Architecture
 from srpo_jax.costs import work
 from srpo_jax.costs.hardware import GIB
 from srpo_jax.costs.roofline import shard_bytes
+from srpo_jax.costs.topologies import MIB
 from srpo_jax.models.compute import KEPT
 from srpo_jax.program import Program
 from srpo_jax.weights import folder
 
 # Left free of what the plan leaves: the compiler keeps some values twice, and plans anew around those that are kept.
 MARGIN = 1.0 * GIB
-UNIT = 2**20  # bytes in which processes tell each other what they have left
 
 
 def sizes(config: ConfigDict, architecture: Architecture, mesh: Mesh) -> dict[str, int]:
@@ -47,9 +48,15 @@ def choose(config: ConfigDict, architecture: Architecture, mesh: Mesh, room: flo
     return "+".join(names) or "full"
 
 
-def fewer(remat: str) -> str:
-    """The next smaller option, where a choice turned out not to fit."""
-    return remat.rpartition("+")[0] or "full"
+def options(config: ConfigDict, architecture: Architecture, mesh: Mesh, room: float) -> Iterator[ConfigDict]:
+    """The configuration with the option that ``choose`` names, then with ever smaller ones, where one turns out not to
+    fit; none where all is to be "full"."""
+    remat = choose(config, architecture, mesh, room)
+    while remat != "full":
+        chosen = config.copy_and_resolve_references()
+        chosen.remat.transformer = remat
+        yield chosen
+        remat = remat.rpartition("+")[0] or "full"
 
 
 def encoders(config: ConfigDict, architecture: Architecture, built: Program) -> dict[str, Any]:
@@ -100,14 +107,10 @@ def build(config: ConfigDict, mesh: Mesh, architecture: Architecture) -> tuple[P
     def room(built: Program) -> int:
         """Bytes that the update leaves of the device that has least, of all processes: all choose the same."""
         taken = planned(built.lower().compile(), shard_bytes((built.state, built.frozen, built.batch)))
-        return -distributed.largest(-((limit - taken - beside) // UNIT)) * UNIT
+        return -distributed.largest(-((limit - taken - beside) // MIB)) * MIB
 
-    remat = choose(config, architecture, mesh, room(built))
-    while remat != "full":
-        kept = settled.copy_and_resolve_references()
-        kept.remat.transformer = remat
-        candidate = program.build(kept, mesh, architecture)
+    for chosen in options(settled, architecture, mesh, room(built)):
+        candidate = program.build(chosen, mesh, architecture)
         if room(candidate) >= 0:
-            return candidate, kept
-        remat = fewer(remat)
+            return candidate, chosen
     return built, settled

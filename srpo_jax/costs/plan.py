@@ -78,18 +78,15 @@ def settle(candidate: Candidate) -> tuple[Candidate, dict[str, Any]]:
     plain = check(candidate)
     if candidate.config.remat.transformer != "auto":
         return candidate, plain
-    config, built = candidate.config, candidate.built
-    remat = keeping.choose(config, candidate.architecture, built.mesh, plain["memory"]["headroom"])
-    while True:
-        config = config.copy_and_resolve_references()
-        config.remat.transformer = remat
-        if remat == "full":  # what was checked
-            return candidate._replace(config=config), plain | {"config": config_lib.flatten(config)}
-        chosen = candidate._replace(config=config, built=program.build(config, built.mesh, candidate.architecture))
+    architecture, mesh = candidate.architecture, candidate.built.mesh
+    for config in keeping.options(candidate.config, architecture, mesh, plain["memory"]["headroom"]):
+        chosen = candidate._replace(config=config, built=program.build(config, mesh, architecture))
         report = check(chosen)
         if report["fits"]:
             return chosen, report
-        remat = keeping.fewer(remat)
+    config = candidate.config.copy_and_resolve_references()
+    config.remat.transformer = "full"  # what was checked
+    return candidate._replace(config=config), plain | {"config": config_lib.flatten(config)}
 
 
 def check(candidate: Candidate) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """Recipes with sizes that need no files: what ``benchmark`` measures unless it is given a recipe."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -53,29 +54,17 @@ def _small() -> Preset:
 
 def _medium() -> Preset:
     """Twice the blocks, wider, and pictures of 256x256, where the decoder has most of the work of a CPU."""
-    c = _small().config
+    c, small = _small()
     c.data.text_length, c.data.height, c.data.width = 64, 256, 256
     c.rollout.steps = 8
-    return Preset(
-        c,
-        Architecture(
-            FLUX,
-            FluxConfig(
-                in_channels=64, out_channels=64, num_layers=4, num_single_layers=8, attention_head_dim=32,
-                num_attention_heads=8, joint_attention_dim=256, pooled_projection_dim=128, guidance_embeds=True,
-                axes_dims_rope=(8, 12, 12),
-            ),
-            AutoencoderConfig(block_out_channels=(32, 64, 128, 128), layers_per_block=2, norm_num_groups=8),
-            {},
-            {
-                "clip": ClipConfig(
-                    ClipTextConfig(3240, 128, 512, 2, 4, 77, eos_token_id=3239),
-                    ClipVisionConfig(256, 1024, 8, 8, 224, 14),
-                    projection_dim=64,
-                )
-            },
-        ),
-    )  # fmt: skip
+    clip = small.rewards["clip"]
+    text = dataclasses.replace(clip.text_config, max_position_embeddings=77)
+    reward = dataclasses.replace(clip, text_config=text, vision_config=ClipVisionConfig(256, 1024, 8, 8, 224, 14))
+    transformer = dataclasses.replace(
+        small.transformer, num_layers=4, num_single_layers=8, num_attention_heads=8, joint_attention_dim=256
+    )
+    autoencoder = AutoencoderConfig(block_out_channels=(32, 64, 128, 128), layers_per_block=2, norm_num_groups=8)
+    return Preset(c, small._replace(transformer=transformer, autoencoder=autoencoder, rewards={"clip": reward}))
 
 
 def _full() -> Preset:

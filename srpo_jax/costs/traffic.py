@@ -22,18 +22,8 @@ VIEWS = ("bitcast", "copy")
 # Where nothing is read or written: names, views, and the ends of what was counted where it started.
 FREE = (
     *("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "partition-id", "replica-id"),
-    *(
-        "opt-barrier",
-        "add-dependency",
-        "domain",
-        "iota",
-        "copy-done",
-        "call-done",
-        "async-done",
-        "async-update",
-        "slice-done",
-    ),
-    *("send", "send-done", "recv", "recv-done", *(f"{kind}-done" for kind in hlo.KINDS)),
+    *("opt-barrier", "add-dependency", "domain", "iota", "copy-done", "async-done", "async-update", "slice-done"),
+    *("call-done", "send", "send-done", "recv", "recv-done", *(f"{kind}-done" for kind in hlo.KINDS)),
 )
 
 

@@ -194,11 +194,12 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--json", type=command.local, metavar="FILE", help="for everything measured, by size")
     config, values = command.parse_recipe(parser, arguments, lambda values: recipe(values.sizes[0]))
     changed = changes(config, recipe(values.sizes[0]))
-    reports = {}
-    for size in values.sizes:
-        config = recipe(size)
+    recipes = {size: recipe(size) for size in values.sizes}
+    for config in recipes.values():
         config.update_from_flattened_dict(changed)
         validation.validate(config, paths=False)
+    reports = {}
+    for size, config in recipes.items():
         print(f"--- {size} ---")
         reports[size] = run(config, presets.PRESETS[SIZES[size][0]]().architecture, values)
     if values.json:
