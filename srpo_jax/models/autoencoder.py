@@ -20,9 +20,8 @@ from jax.sharding import PartitionSpec as P
 from srpo_jax import schema
 from srpo_jax.models import convolution
 from srpo_jax.models.compute import Compute
+from srpo_jax.models.group_norm import GroupNorm
 from srpo_jax.schema import Range, Size
-
-_EPSILON = 1e-6
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,35 +86,6 @@ class AutoencoderConfig:
             if not isinstance(types, list | tuple) or any(entry != kind for entry in types):
                 raise ValueError(f"autoencoder config has {name}={config[name]!r}; only {kind!r} is supported")
         return cls(**values)
-
-
-class GroupNorm(nnx.Module):
-    """Group normalisation over height, width and the channels of a group, with affine parameters, in float32.
-
-    The statistics are folded into one multiply and one add per channel, so that each pass over the picture is a plain
-    reduction or an elementwise operation, which compilers fuse with what surrounds it.
-    """
-
-    def __init__(self, channels: int, groups: int, compute: Compute):
-        self.groups = groups
-        self.dtype = compute.dtype
-        self.scale = nnx.Param(jnp.ones((channels,), jnp.float32))
-        self.bias = nnx.Param(jnp.zeros((channels,), jnp.float32))
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """[B, H, W, C] -> the same shape in ``compute.dtype``."""
-        channels = x.shape[-1]
-        x = x.astype(jnp.float32)
-
-        def group_mean(values: jax.Array) -> jax.Array:
-            """[B, H, W, C] -> [B, C]: the mean over the picture and the channel's group."""
-            grouped = values.mean((1, 2)).reshape(-1, self.groups, channels // self.groups).mean(-1)
-            return jnp.repeat(grouped, channels // self.groups, axis=-1)
-
-        # Centred squares: the difference of moments would lose digits where the mean is large beside the deviation.
-        centred = x - group_mean(x)[:, None, None, :]
-        scale = jax.lax.rsqrt(group_mean(jnp.square(centred)) + _EPSILON) * self.scale[...].astype(jnp.float32)
-        return (centred * scale[:, None, None, :] + self.bias[...].astype(jnp.float32)).astype(self.dtype)
 
 
 def _conv(inputs: int, outputs: int, size: int, compute: Compute, rngs: nnx.Rngs) -> nnx.Conv:

@@ -11,13 +11,15 @@ same losses and gradients; then each part is timed, a call of ours and one of th
 median of the pairs'. Threads are the cores that the process may use. The last line names the worst ratio.
 """
 
+import argparse
 import json
 import os
 import pathlib
 import statistics
 import sys
 import time
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))  # the helpers
 import helpers.torchvision_operators  # noqa: F401  (diffusers wants torchvision)
@@ -32,7 +34,7 @@ from ml_collections import ConfigDict
 from srpo_jax import command, errors, program, sharding, validation
 from srpo_jax import config as config_lib
 from srpo_jax.algorithm import preference, step
-from srpo_jax.algorithm.batch import Batch
+from srpo_jax.algorithm.batch import Batch, Draws
 from srpo_jax.algorithm.methods import METHODS
 from srpo_jax.algorithm.networks import Frozen
 from srpo_jax.algorithm.preference import VARIANTS
@@ -187,26 +189,40 @@ def main(arguments: list[str] | None = None) -> None:
     parser = command.parser("side_by_side", __doc__)
     parser.prog = "python tests/compare/side_by_side.py"
     parser.add_argument("--compile", action="store_true", help="time torch.compile too, which needs a C++ compiler")
-    words = "of those above (default: all)"
-    parser.add_argument("--sizes", type=command.words, default=list(SIZES), metavar="SIZE,...", help=words)
     words = "timed calls of each part (default: 5)"
     parser.add_argument("--runs", type=command.at_least(1), default=5, metavar="N", help=words)
     parser.add_argument("--json", type=command.local, metavar="FILE", help="for everything measured, by size")
+    recipes, values = parse(parser, arguments)
+    reports = {}
+    for size, config in recipes.items():
+        print(f"--- {size} ---")
+        reports[size] = run(config, architecture(size), values)
+    if values.json:
+        values.json.write_text(json.dumps(reports, indent=2) + "\n", encoding="utf-8")
+    ratios = {size: report["parts"]["update"]["eager_ratio"] for size, report in reports.items()}
+    worst = min(ratios, key=ratios.get)
+    print(", ".join(f"{size} {ratio:.2f}x" for size, ratio in ratios.items()) + f"; worst: {worst}")
+
+
+def parse(
+    parser: argparse.ArgumentParser, arguments: list[str] | None
+) -> tuple[dict[str, ConfigDict], argparse.Namespace]:
+    """Adds --sizes and the keys of recipes, and reads the flags. Returns a validated recipe a size, and what else was
+    given. Raises UserError."""
+    words = f"of {', '.join(SIZES)} (default: all)"
+    parser.add_argument("--sizes", type=command.words, default=list(SIZES), metavar="SIZE,...", help=words)
     config, values = command.parse_recipe(parser, arguments, lambda values: recipe(values.sizes[0]))
     changed = changes(config, recipe(values.sizes[0]))
     recipes = {size: recipe(size) for size in values.sizes}
     for config in recipes.values():
         config.update_from_flattened_dict(changed)
         validation.validate(config, paths=False)
-    reports = {}
-    for size, config in recipes.items():
-        print(f"--- {size} ---")
-        reports[size] = run(config, presets.PRESETS[SIZES[size][0]]().architecture, values)
-    if values.json:
-        values.json.write_text(json.dumps(reports, indent=2) + "\n", encoding="utf-8")
-    ratios = {size: report["parts"]["update"]["eager_ratio"] for size, report in reports.items()}
-    worst = min(ratios, key=ratios.get)
-    print(", ".join(f"{size} {ratio:.2f}x" for size, ratio in ratios.items()) + f"; worst: {worst}")
+    return recipes, values
+
+
+def architecture(size: str) -> Architecture:
+    """The networks' sizes."""
+    return presets.PRESETS[SIZES[size][0]]().architecture
 
 
 def recipe(size: str) -> ConfigDict:
@@ -225,23 +241,51 @@ def changes(config: ConfigDict, plain: ConfigDict) -> dict[str, Any]:
     return {key: value for key, value in config_lib.flatten(config).items() if value != before[key]}
 
 
-def run(config, architecture, values) -> dict:
-    """Compares, times and prints; returns all that was measured."""
-    count, runs = config.data.batch_size, values.runs
-    threads = len(os.sched_getaffinity(0))
-    torch.set_num_threads(threads)
+class Sides(NamedTuple):
+    """One recipe's update, with the same numbers on both sides.
+
+    Attributes:
+      built: ours.
+      params, frozen, batch, draws: what it is given.
+      inputs: the same for PyTorch's.
+      baseline: makes PyTorch's update.
+    """
+
+    built: program.Program
+    params: Any
+    frozen: Frozen
+    batch: Batch
+    draws: Draws
+    inputs: torch_baseline.Inputs
+    baseline: Callable[[], torch_baseline.Update]
+
+
+def sides(config: ConfigDict, architecture: Architecture) -> Sides:
+    """Both, on as many threads as the process may use cores."""
+    torch.set_num_threads(threads())
     built = program.build(config, sharding.make_mesh(config.mesh), architecture)
     params = random_params("flux", architecture.transformer, 1)
     ((name, towers),) = architecture.rewards.items()
     autoencoder = without_borders(random_params("autoencoder", architecture.autoencoder, 2))
     frozen = Frozen(autoencoder, {name: random_params("clip", towers, 3)})
-    batch, draws = same_inputs(architecture, built, count, config.data.text_length)
-    inputs = torch_baseline.inputs_of(batch, draws)
+    batch, draws = same_inputs(architecture, built, config.data.batch_size, config.data.text_length)
 
     def baseline():
         models = torch_baseline.build(architecture, params, frozen)
         return torch_baseline.Update(built.settings, *models, name, config.optim)
 
+    return Sides(built, params, frozen, batch, draws, torch_baseline.inputs_of(batch, draws), baseline)
+
+
+def threads() -> int:
+    """Cores that the process may use."""
+    return len(os.sched_getaffinity(0))
+
+
+def run(config, architecture, values) -> dict:
+    """Compares, times and prints; returns all that was measured."""
+    count, runs = config.data.batch_size, values.runs
+    built, params, frozen, batch, draws, inputs, baseline = sides(config, architecture)
     difference = compare(built, architecture, params, frozen, batch, draws, baseline())
     print(f"same losses within {difference['losses']:.1g}, same gradient within {difference['gradient']:.1g}")
 
@@ -252,12 +296,12 @@ def run(config, architecture, values) -> dict:
         compiled.vae.decode = torch.compile(compiled.vae.decode)
         compiled.reward.get_image_features = torch.compile(compiled.reward.get_image_features)
         theirs["compile"] = torch_parts(compiled, inputs, count)
-    report = {"threads": threads, "torch": torch.__version__, "jax": jax.__version__, "difference": difference}
+    report = {"threads": threads(), "torch": torch.__version__, "jax": jax.__version__, "difference": difference}
     report["config"], report["parts"] = config_lib.flatten(config), {}
     ours = {part.name: part for part in parts.take_apart(config, built)}
     ours["update"] = parts.Part("update", built.update, (built.state, built.frozen, built.batch), 1)
     counted = work.update(config, architecture)
-    print(f"{threads} threads; batch {count}; seconds a call, and how many times faster ours is")
+    print(f"{threads()} threads; batch {count}; seconds a call, and how many times faster ours is")
     print(f"{'part':<12} {'GFLOP':>8} {'ours':>8} {'compile':>8}" + "".join(f" {kind:>9} {'':>6}" for kind in theirs))
     for part in PARTS:
         compile_seconds, call = ours_prepared(ours[part])
