@@ -28,7 +28,7 @@ from absl import logging
 from ml_collections import ConfigDict
 
 from srpo_jax import architectures, command, errors, lock, report, storage
-from srpo_jax.emoji import recovery, study_plan, study_results
+from srpo_jax.emoji import recovery, study_page, study_plan, study_results
 from srpo_jax.emoji.study_plan import PARTS, PRESETS, RECOVERY, Part, Preset
 from srpo_jax.emoji.study_run import Cell, Workshop
 from srpo_jax.errors import UserError
@@ -103,7 +103,7 @@ def write(out: pathlib.Path, workshop: Workshop, parts: tuple[Part, ...]) -> Non
     recovered = recovery.read(out / "recovery.json") if (out / "recovery.json").exists() else []
     found = study_results.Findings(workshop.config, workshop.concepts, parts, workshop.before(), cells, recovered, out)
     storage.write(storage.path(out / "study.md"), study_results.markdown(found).encode())
-    storage.write(storage.path(out / "report.html"), report.render(study_results.page(found)).encode())
+    storage.write(storage.path(out / "report.html"), report.render(study_page.page(found)).encode())
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -1,4 +1,4 @@
-"""The study's findings: tables with intervals, claims of the paper held to them, curves and pictures on a page."""
+"""The study's findings: tables with intervals, and claims of the paper held to them."""
 
 import dataclasses
 import pathlib
@@ -8,7 +8,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from srpo_jax import report
-from srpo_jax.emoji import pictures, recovery, results, study_run, world
+from srpo_jax.emoji import pictures, recovery, study_run, world
 from srpo_jax.emoji.colour import chroma
 from srpo_jax.emoji.recovery import DIRECT_ALIGN, ONE_STEP, Recovered
 from srpo_jax.emoji.study_plan import BIASED, HONEST, RECOVERY, Case, Part
@@ -22,7 +22,6 @@ INTERVALS = (
     "Means over the pictures of all runs, with 95 % intervals that draw the concepts again, all runs' pictures of a "
     "concept together; in brackets the lowest and the highest run."
 )
-COLUMNS = 7  # cases of a gallery
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,32 +128,33 @@ def tables(found: Findings) -> Iterator[report.PageTable]:
             yield report.PageTable(
                 part.title, HEADER, (*before, *(row(found, case, -1) for case in cases)), f"{part.text} {INTERVALS}"
             )
-            if part.name == "images" and (differences := _against_first(found, part)):
-                yield differences
+            if part.name == "images":
+                yield from _against_first(found, part.title, part.cases, -1)
             continue
         for reward in (HONEST, BIASED):
-            of_reward = [case for case in cases if case.reward == reward]
+            of_reward = [case for case in part.cases if case.reward == reward]
             for place, when in ((0, "at equal compute"), (-1, "longer")):
-                if of_reward:
-                    rows = tuple(row(found, case, place) for case in of_reward)
+                if rows := tuple(row(found, case, place) for case in of_reward if case in cases):
                     title = f"Methods, {'honest' if reward == HONEST else 'biased'} reward, {when}"
                     yield report.PageTable(title, HEADER, (*before, *rows), f"{part.text} {INTERVALS}")
+                    yield from _against_first(found, title, of_reward, place)
 
 
-def _against_first(found: Findings, part: Part) -> report.PageTable | None:
-    """Every case of a part less its first one; None if there is nothing to compare."""
-    first, *rest = part.cases
+def _against_first(found: Findings, title: str, cases: Sequence[Case], place: int) -> Iterator[report.PageTable]:
+    """Every case less the first one at their moments number ``place``, if there is anything to compare."""
+    first, *rest = cases
     figures = ("wanted", "right", "chroma", "diversity")
-    pairs = [(case, [paired(found, case, first, figure) for figure in figures]) for case in rest]
     rows = []
-    for case, of in pairs:
-        if None not in of:
-            means = [statistics.mean(*pair) for pair in of]
+    for case in rest:
+        pairs = [paired(found, case, first, figure, place) for figure in figures]
+        if None not in pairs:
+            means = [statistics.mean(*pair) for pair in pairs]
             texts = [shown(mean, (), name in ("wanted", "right")) for name, mean in zip(figures, means, strict=True)]
             rows.append((case.name, *texts))
-    header = ("case", "judged as wanted", "concept right", "chroma", "diversity")
-    words = f"Mean paired differences to “{first.name}”: the same concept from the same noise, runs of the same seed."
-    return report.PageTable(f"{part.title}: differences", header, tuple(rows), words) if rows else None
+    if rows:
+        header = ("case", "judged as wanted", "concept right", "chroma", "diversity")
+        words = f"Mean paired differences to “{first.name}”: the same concept and noise, runs of the same seed."
+        yield report.PageTable(f"{title}: differences", header, tuple(rows), words)
 
 
 def _recovery_table(found: Findings, part: Part) -> report.PageTable:
@@ -190,10 +190,12 @@ class Claim:
     sign: int
 
 
-def paired(found: Findings, one: Case, other: Case, figure: str) -> tuple[np.ndarray, np.ndarray] | None:
-    """A figure's differences ``[N]`` at the end of two cases, by runs of the same seed, and the pictures' concepts
-    ``[N]``; "wanted" is what the first case wants. None if there is no such pair of runs."""
-    runs, others = ({cell.seed: cell.moments[-1] for cell in found.cells[case.folder]} for case in (one, other))
+def paired(
+    found: Findings, one: Case, other: Case, figure: str, place: int = -1
+) -> tuple[np.ndarray, np.ndarray] | None:
+    """A figure's differences ``[N]`` at moment number ``place`` of two cases, by runs of the same seed, and the
+    pictures' concepts ``[N]``; "wanted" is what the first case wants. None if there is no such pair of runs."""
+    runs, others = ({cell.seed: cell.moments[place] for cell in found.cells[case.folder]} for case in (one, other))
     seeds = sorted(runs.keys() & others.keys())
     if not seeds:
         return None
@@ -204,6 +206,8 @@ def paired(found: Findings, one: Case, other: Case, figure: str) -> tuple[np.nda
 def claims(found: Findings) -> Iterator[Claim]:
     """Those that can be held to what there is."""
     by_name = {(part.name, case.name): case for part in found.parts for case in part.cases}
+    methods = next((part.cases for part in found.parts if part.name == "methods"), ())
+    by_name |= {(f"methods, {case.reward}", case.name): case for case in methods}
     count = len(found.concepts)
     wanted: list[tuple[str, str, str, str, str, int]] = []
     for name in dict.fromkeys(case.name for part in found.parts if part.name == "guard" for case in part.cases):
@@ -215,6 +219,9 @@ def claims(found: Findings) -> Iterator[Claim]:
                 wanted.append((f"SRPO is hacked less than {other}", "guard", name, f"{other}, {k}", "chroma", -1))
     late = "late steps (low noise) hack colour, early ones do not"
     wanted.append((late, "levels", "Direct-Align, steps 1 to 10", "Direct-Align, steps 40 to 49", "chroma", -1))
+    for other in ("direct_align", "refl"):
+        text = "SRPO is hacked less, each at its best learning rate, five times as long"
+        wanted.append((text, f"methods, {BIASED}", "srpo", other, "chroma", -1))
     for word, other in (("Flat", "3D against Flat, Mono"), ("Mono", "3D against Flat, Mono")):
         first = next((name for part, name in by_name if part == "words" and name.startswith(f"{word} against")), "")
         wanted.append((f"words steer: “{word}” gives more of its style", "words", first, other, "wanted", 1))
@@ -252,121 +259,6 @@ def claim_table(found: Findings) -> report.PageTable | None:
     return report.PageTable(
         "What the paper says, held to this world", ("claim", "figure", "difference", ""), tuple(rows), text
     )
-
-
-# --- the page ---------------------------------------------------------------------------------------------------------
-
-
-def page(found: Findings) -> report.Report:
-    """The report of all that is there."""
-    done = sum(map(len, found.cells.values()))
-    verdicts = claim_table(found)
-    curves = tuple(charts(found))
-    return report.Report(
-        title="Direct-gradient methods on a small FLUX",
-        lead=(
-            f"{done} runs, judged on pictures of {len(found.concepts)} held-out concepts from the same noise, by a "
-            "judge that nothing was trained against. Chroma is how colourful pictures are, which one of the two "
-            "rewards likes under every caption: what a run has of it beyond the artists' pictures is a hack."
-        ),
-        parts=(
-            *([verdicts] if verdicts else []),
-            *([report.Charts(curves)] if curves else []),
-            *tables(found),
-            *galleries(found),
-            report.PageTable("Environment", ("part", "version"), tuple(results.environment().items()), folded=True),
-        ),
-    )
-
-
-def charts(found: Findings) -> Iterator[report.Chart]:
-    """Recovery over noise levels, the guard over discounts, methods over updates' compute."""
-    count = len(found.concepts)
-    if found.recovered:
-        for title, figure in (("Recovery: error", "error"), ("Recovery: concept right", "right")):
-            series, bars = {}, {}
-            for way in (ONE_STEP, DIRECT_ALIGN):
-                of_way = [one for one in found.recovered if one.way == way]
-                place = places(len(of_way[0].error), count)
-                means = [statistics.mean(np.asarray(getattr(one, figure)), place) for one in of_way]
-                series[way] = [(100 * one.level, mean.value) for one, mean in zip(of_way, means, strict=True)]
-                bars[way] = [(mean.low, mean.high) for mean in means]
-            yield report.Chart(
-                title, "95 % intervals.", series, "noise level, %", percent=figure == "right", intervals=bars
-            )
-    for part in found.parts:
-        if part.name == "guard":
-            yield from _over_discounts(found, part)
-        if part.name == "methods":
-            for reward in (HONEST, BIASED):
-                cases = [case for case in part.cases if case.reward == reward]
-                for start in range(0, len(cases), len(report.COLOURS)):
-                    yield from _over_compute(
-                        found, cases[start : start + len(report.COLOURS)], part.cases[0].moments[0]
-                    )
-
-
-def _over_discounts(found: Findings, part: Part) -> Iterator[report.Chart]:
-    count = len(found.concepts)
-    lines: dict[str, list[tuple[float, Case]]] = {}
-    for case in part.cases:
-        name, _, k = case.name.partition(", k = ")
-        if k and found.cells[case.folder]:
-            lines.setdefault(name, []).append((100 * float(k), case))
-    for figure, words in (("chroma", "chroma"), ("wanted", "judged 3D"), ("right", "concept right")):
-        series, bars = {}, {}
-        for name, members in lines.items():
-            members = sorted(members, key=lambda member: member[0])
-            moments = [[cell.moments[-1] for cell in found.cells[case.folder]] for _, case in members]
-            means = [estimate(several, figure, ("3D",), count) for several in moments]
-            series[name] = [(k, mean.value) for (k, _), mean in zip(members, means, strict=True)]
-            bars[name] = [(mean.low, mean.high) for mean in means]
-        if series:
-            text = "Under the reward that likes colour, 95 % intervals."
-            yield report.Chart(
-                f"Guard: {words}", text, series, "discount k, %", percent=figure != "chroma", intervals=bars
-            )
-
-
-def _over_compute(found: Findings, cases: Sequence[Case], unit: int) -> Iterator[report.Chart]:
-    """The figures along runs, in updates of SRPO, of which ``unit`` cost as much as a case's first moment."""
-    count, cases = len(found.concepts), [case for case in cases if found.cells[case.folder]]
-    for figure, words in (("right", "concept right"), ("chroma", "chroma"), ("wanted", "judged 3D")):
-        series, bars = {}, {}
-        for case in cases:
-            along = [[cell.moments[place] for cell in found.cells[case.folder]] for place in range(len(case.moments))]
-            means = [estimate(several, figure, case.wanted, count) for several in ([found.before], *along)]
-            steps = [step * unit / case.moments[0] for step in (0, *case.moments)]
-            series[case.name] = [(step, mean.value) for step, mean in zip(steps, means, strict=True)]
-            bars[case.name] = [(mean.low, mean.high) for mean in means]
-        if series:
-            name = "honest" if cases[0].reward == HONEST else "biased"
-            yield report.Chart(
-                f"{words}, {name} reward", "Over compute, in updates of SRPO.", series,
-                percent=figure != "chroma", intervals=bars,
-            )  # fmt: skip
-
-
-def galleries(found: Findings) -> Iterator[report.Gallery]:
-    """A picture of some concepts from the same noise by each case of a part, with the first seed."""
-    names = [found.concepts[place].caption for place in study_run.shown(len(found.concepts))]
-    first = found.out / "cells" / "before.npy"
-    for part in found.parts:
-        files = {case.name: found.out / "cells" / case.folder / "0.npy" for case in part.cases}
-        here = {f"{name}": file for name, file in files.items() if file.exists()}
-        for start in range(0, len(here), COLUMNS):
-            chosen = dict(list(here.items())[start : start + COLUMNS])
-            columns = {"before": np.load(first)[-1]} | {name: np.load(file)[-1] for name, file in chosen.items()}
-            yield report.Gallery(
-                f"Pictures: {part.title.lower()}",
-                "Held-out concepts, bare names, the same noise in every column, after the last update.",
-                tuple(columns),
-                tuple(
-                    report.Comparison(name, tuple((report.Shown(column[row]),) for column in columns.values()))
-                    for row, name in enumerate(names)
-                ),
-                folded=True,
-            )
 
 
 # --- markdown ---------------------------------------------------------------------------------------------------------

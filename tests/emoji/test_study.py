@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from srpo_jax import architectures, lock, report, train, validation
-from srpo_jax.emoji import demo, recovery, study, study_plan, study_results, study_run, world
+from srpo_jax.emoji import demo, recovery, study, study_page, study_plan, study_results, study_run, world
 from srpo_jax.emoji.recovery import DIRECT_ALIGN, ONE_STEP, Recovered
 from srpo_jax.emoji.study_plan import BIASED, HONEST, PRESETS, Case
 from srpo_jax.emoji.study_run import Cell, Moment
@@ -112,6 +112,8 @@ def findings(planned, tmp_path):
     cells = {}
     for case in (case for part in parts for case in part.cases):
         hacked = 0.2 if case.folder.startswith("guard/srpo_0") or case.folder == "guard/srpo_2.0" else 0.3
+        if case.folder == "methods/biased/srpo":
+            hacked = 0.2
         if case.folder.startswith("levels/"):
             hacked = 0.2 if case.folder.endswith("_40_49") else 0.3  # against what the paper says
         cells[case.folder] = [
@@ -137,6 +139,8 @@ def test_claims_agree_where_the_figures_do(findings):
     assert levels[-1] == "disagrees"
     words = [row for text, row in rows.items() if text.startswith("words steer")]
     assert len(words) == 2 and {row[-1] for row in words} <= {"disagrees", "agrees", "no difference seen"}
+    (longer,) = (row for text, row in rows.items() if text.endswith("five times as long: srpo minus refl"))
+    assert longer[-1] == "agrees" and -0.11 < float(longer[2].split()[0]) < -0.09
     recovered = [row for text, row in rows.items() if text.startswith("Direct-Align recovers")]
     assert len(recovered) == 3 and {row[-1] for row in recovered} == {"agrees"}
 
@@ -147,20 +151,21 @@ def test_rollouts_are_compared_with_the_recipe(findings):
     for case in part.cases[1:]:
         for cell in findings.cells[case.folder]:
             cell.moments[-1].right[0] = 1 - cell.moments[-1].right[0]
-    (table,) = (table for table in study_results.tables(findings) if table.title.endswith("differences"))
+    title = f"{part.title}: differences"
+    (table,) = (table for table in study_results.tables(findings) if table.title == title)
     assert [row[0] for row in table.rows] == [case.name for case in part.cases[1:]]
     for row in table.rows:
         assert row[1].startswith("0.0 % [") and row[3].startswith("0.000 [")
         assert row[2].startswith(("8.3 % [", "-8.3 % ["))
     alone = findings.cells | {part.cases[0].folder: []}
     tables = study_results.tables(dataclasses.replace(findings, cells=alone))
-    assert not any(table.title.endswith("differences") for table in tables)
+    assert title not in [table.title for table in tables]
 
 
 def test_what_is_not_there_yet_is_left_out(findings):
     nothing = dataclasses.replace(findings, cells=dict.fromkeys(findings.cells, []), recovered=[])
     assert study_results.claim_table(nothing) is None and study_results.markdown(nothing) == ""
-    assert "0 runs" in report.render(study_results.page(nothing))
+    assert "0 runs" in report.render(study_page.page(nothing))
 
 
 def test_tables_and_page(findings):
@@ -168,10 +173,17 @@ def test_tables_and_page(findings):
     parts = [part for part in findings.parts if part.name != "methods"]
     assert all(f"## {part.title}\n" in text for part in parts)
     assert all(f"| {case.name} |" in text for part in findings.parts for case in part.cases)
-    for reward in ("honest", "biased"):
-        assert f"## Methods, {reward} reward, at equal compute" in text
+    for reward in (HONEST, BIASED):
+        cases = [case for case in findings.parts[-1].cases if case.reward == reward]
+        for when in ("at equal compute", "longer"):
+            title = f"Methods, {reward if reward == BIASED else 'honest'} reward, {when}"
+            assert f"## {title}\n" in text
+            (table,) = (table for table in study_results.tables(findings) if table.title == f"{title}: differences")
+            assert [row[0] for row in table.rows] == [case.name for case in cases[1:]]
+            expected = 0.1 if reward == BIASED else 0.0  # pictures vary by 0.005
+            assert all(abs(float(row[3].split()[0]) - expected) < 0.01 for row in table.rows)
     assert "| 0.5 | one step | 0.15" in text
-    page = report.render(study_results.page(findings))
+    page = report.render(study_page.page(findings))
     groups = -(-len(findings.parts[-1].cases) // 2 // len(report.COLOURS))
     assert page.count("<svg") == 2 + 3 + 2 * 3 * groups and "What the paper says" in page
 
