@@ -82,6 +82,34 @@ def read(kind: type, content: Any, where: Any) -> Any:
     return kind(**found)
 
 
+def rebuild(kind: type, content: Any, where: Any) -> Any:
+    """A dataclass, with those that it holds, from the JSON that ``dataclasses.asdict`` gives. Raises ValueError for
+    what it never gives: an entry too few or too many, or a value of another kind."""
+    try:
+        found = _rebuilt(kind, content)
+    except (TypeError, AttributeError) as error:
+        raise ValueError(f"{where}: {error}") from error
+    if words := wrong(found):
+        raise ValueError(f"{where}: {words}")
+    return found
+
+
+def _rebuilt(kind: Any, value: Any) -> Any:
+    origin, parts = typing.get_origin(kind), typing.get_args(kind)
+    if dataclasses.is_dataclass(kind):
+        hints = _hints(kind)
+        return kind(**{name: _rebuilt(hints.get(name, Any), item) for name, item in value.items()})
+    if origin is Annotated:
+        return _rebuilt(parts[0], value)
+    if origin is tuple and isinstance(value, list):
+        return tuple(value)
+    if origin is list and isinstance(value, list):
+        return [_rebuilt(parts[0], item) for item in value]
+    if origin is dict and isinstance(value, dict):
+        return {name: _rebuilt(parts[1], item) for name, item in value.items()}
+    return value
+
+
 def wrong(found: Any) -> str:
     """What of a dataclass made from a file is not as its annotations say, in words; "" if nothing is."""
     for name, declared in _hints(type(found)).items():

@@ -35,6 +35,31 @@ class Outer:
 GOOD = Outer(1, 2, {"a": "b"}, (1, 2), (1, "x"), Inner(0))
 
 
+@dataclasses.dataclass(frozen=True)
+class Outermost:
+    rows: list[Outer]
+    by_name: dict[str, Inner]
+
+
+def test_what_was_written_is_rebuilt():
+    whole = Outermost([GOOD, GOOD], {"a": Inner(3)})
+    content = json.loads(json.dumps(dataclasses.asdict(whole)))
+    assert schema.rebuild(Outermost, content, "it") == whole
+    assert schema.rebuild(Outermost, {"rows": [], "by_name": {}}, "it") == Outermost([], {})
+    for wrong in (
+        content | {"more": 1},
+        {"rows": []},
+        content | {"by_name": {"a": {"count": "3"}}},
+        content | {"by_name": {"a": {"count": 3, "more": 1}}},
+        content | {"rows": [content["rows"][0] | {"inner": {}}]},
+        *({"rows": strange, "by_name": {}} for strange in STRANGE if strange != []),
+        *({"rows": [], "by_name": strange} for strange in STRANGE if strange != {}),
+        *STRANGE,
+    ):
+        with pytest.raises(ValueError, match=r"^it: "):
+            schema.rebuild(Outermost, wrong, "it")
+
+
 def test_what_fits_and_what_does_not():
     assert schema.wrong(GOOD) == ""
     for name, value, words in (

@@ -9,7 +9,6 @@ import dataclasses
 import json
 import pathlib
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -112,11 +111,7 @@ def read(file: pathlib.Path) -> list[Recovered]:
     """What was found. Raises UserError for a file that is damaged."""
     remedy = f"{file} is no file of a study; delete it, and the same command makes it again"
     try:
-        content: list[dict[str, Any]] = json.loads(file.read_text(encoding="utf-8"))
-        found = [Recovered(**one) for one in content]
+        content = schema.parse(file.read_text(encoding="utf-8"))
+        return [schema.rebuild(Recovered, one, "it") for one in content]
     except (ValueError, TypeError) as error:
-        raise UserError(remedy) from error
-    for one in found:
-        if words := schema.wrong(one):
-            raise UserError(f"{remedy} ({words})")
-    return found
+        raise UserError(f"{remedy} ({error})") from error

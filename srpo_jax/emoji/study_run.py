@@ -221,10 +221,6 @@ def _skipped(records: list[dict[str, float]]) -> int:
 def _read(file: pathlib.Path) -> Cell:
     remedy = f"{file} is no cell of a study; delete it, and the same command makes it again"
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-        cell = Cell(**content | {"moments": [Moment(**moment) for moment in content["moments"]]})
-    except (ValueError, TypeError, KeyError) as error:
-        raise UserError(remedy) from error
-    if words := schema.wrong(cell):
-        raise UserError(f"{remedy} ({words})")
-    return cell
+        return schema.rebuild(Cell, schema.parse(file.read_text(encoding="utf-8")), "it")
+    except ValueError as error:
+        raise UserError(f"{remedy} ({error})") from error

@@ -12,7 +12,6 @@ interrupted run wrote of later updates than its newest checkpoint is dropped whe
 import dataclasses
 import json
 import os
-from typing import Any
 
 from etils import epath
 
@@ -66,10 +65,10 @@ def read(workdir: str | os.PathLike) -> list[Entry]:
     found: list[Entry] = []
     for line in file.read_bytes().decode(errors="replace").splitlines() if file.exists() else ():
         try:
-            entry = _entry(schema.parse(line))
-        except (ValueError, TypeError, KeyError, AttributeError):
+            entry = schema.rebuild(Entry, schema.parse(line), JSONL)
+        except ValueError:
             break
-        if schema.wrong(entry) or (found and entry.step <= found[-1].step):
+        if found and entry.step <= found[-1].step:
             break
         found.append(entry)
     return found
@@ -117,7 +116,3 @@ def prompts(workdir: str | os.PathLike) -> list[str]:
     except (ValueError, OSError):
         return []
     return found if isinstance(found, list) and all(isinstance(text, str) for text in found) else []
-
-
-def _entry(content: dict[str, Any]) -> Entry:
-    return Entry(**content | {"scores": {name: Figure(**value) for name, value in content["scores"].items()}})
