@@ -113,7 +113,7 @@ def galleries(found: Findings) -> Iterator[report.Gallery]:
     first = found.out / "cells" / "before.npy"
     for part in found.parts:
         files = {case.name: found.out / "cells" / case.folder / "0.npy" for case in part.cases}
-        here = {f"{name}": file for name, file in files.items() if file.exists()}
+        here = {name: file for name, file in files.items() if file.exists()}
         for start in range(0, len(here), COLUMNS):
             chosen = dict(list(here.items())[start : start + COLUMNS])
             columns = {"before": np.load(first)[-1]} | {name: np.load(file)[-1] for name, file in chosen.items()}

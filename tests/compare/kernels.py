@@ -3,15 +3,15 @@ r"""How much of an update on the CPU is in XLA's own matrix products and convolu
     python tests/compare/kernels.py [--sizes=small] [--config.KEY=VALUE]
 
 Every product and convolution of an update is run alone, with nothing before or behind it, as often as the update has
-it: no program of XLA's on these cores does the update in less. Beside it stands what PyTorch's profiler counts for the
-same operations of its update, and for all others. Sizes, threads and weights are those of side_by_side.py.
+it. XLA's programs on these cores do the update in hardly less, where products are large: of small ones, as those of
+--sizes=small, the start of each takes longer than in the update. Beside it stands what PyTorch's profiler counts for
+the same operations of its update. Sizes, threads and weights are those of side_by_side.py.
 """
 
 import dataclasses
 import math
 import statistics
 import sys
-import time
 from collections import Counter
 from collections.abc import Iterator
 from typing import Any
@@ -26,7 +26,6 @@ from ml_collections import ConfigDict
 
 from srpo_jax import command, errors, program
 from srpo_jax.architectures import Architecture
-from srpo_jax.costs import parts
 
 PRODUCT, CONVOLUTION, WHOLE = "matrix products", "convolutions", "whole update"
 KINDS = {"dot_general": PRODUCT, "conv_general_dilated": CONVOLUTION}
@@ -36,7 +35,7 @@ THEIRS = {
               "_scaled_dot_product_flash_attention_for_cpu_backward"),
     CONVOLUTION: ("mkldnn_convolution", "convolution_backward"),
 }  # fmt: skip
-TURNS = 5  # calls of which the fastest counts
+TURNS = 5  # timed calls: the fastest of an operation counts, the median of an update
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,17 +104,8 @@ def seconds(operation: Operation) -> float:
     operands = [jnp.asarray(generator.standard_normal(shape, np.float32)) for shape in operation.shapes]
     compiled = jax.jit(lambda *operands: equation.primitive.bind(*operands, **equation.params)).lower(*operands)
     call = compiled.compile(program.CPU_OPTIONS)
-    return _fastest(lambda: jax.block_until_ready(call(*operands)))
-
-
-def _fastest(call: Any) -> float:
-    call()
-    taken = []
-    for _ in range(TURNS):
-        started = time.perf_counter()
-        call()
-        taken.append(time.perf_counter() - started)
-    return min(taken)
+    taken = side_by_side.timed_in_turn({"alone": lambda: jax.block_until_ready(call(*operands))}, TURNS)
+    return min(taken["alone"])
 
 
 def torch_seconds(call: Any) -> dict[str, float]:
@@ -129,14 +119,14 @@ def torch_seconds(call: Any) -> dict[str, float]:
 def measure(config: ConfigDict, architecture: Architecture) -> dict[str, dict[str, float]]:
     """Seconds of both, "ours" and "theirs", and "gflop": of each kind, and of the "whole update"."""
     sides = side_by_side.sides(config, architecture)
-    built, baseline = sides.built, sides.baseline()
-    arguments = built.state, built.frozen, built.batch
+    baseline = sides.baseline()
+    update = side_by_side.whole(sides.built)
     rows = {kind: {"gflop": 0.0, "ours": 0.0} for kind in THEIRS}
-    for operation, count in operations(live(built.update.trace(*arguments))).items():
+    for operation, count in operations(live(update.function.trace(*update.arguments))).items():
         rows[operation.kind]["gflop"] += count * operation.flops / 1e9
         rows[operation.kind]["ours"] += count * seconds(operation)
-    _, update = side_by_side.ours_prepared(parts.Part("update", built.update, arguments, 1))
-    calls = {"ours": update, "theirs": lambda: baseline(sides.inputs)}
+    _, call = side_by_side.ours_prepared(update)
+    calls = {"ours": call, "theirs": lambda: baseline(sides.inputs)}
     taken = side_by_side.timed_in_turn(calls, TURNS)
     for kind, spent in torch_seconds(calls["theirs"]).items():
         rows[kind]["theirs"] = spent

@@ -124,6 +124,11 @@ def compare(built, architecture, params, frozen, batch, draws, theirs) -> dict[s
     return difference
 
 
+def whole(built: program.Program) -> parts.Part:
+    """Our whole update, as a part of itself."""
+    return parts.Part("update", built.update, (built.state, built.frozen, built.batch), 1)
+
+
 def torch_parts(update: torch_baseline.Update, inputs: torch_baseline.Inputs, count: int):
     """What is timed in PyTorch, by part: a call each."""
     settings = update.settings
@@ -299,7 +304,7 @@ def run(config, architecture, values) -> dict:
     report = {"threads": threads(), "torch": torch.__version__, "jax": jax.__version__, "difference": difference}
     report["config"], report["parts"] = config_lib.flatten(config), {}
     ours = {part.name: part for part in parts.take_apart(config, built)}
-    ours["update"] = parts.Part("update", built.update, (built.state, built.frozen, built.batch), 1)
+    ours["update"] = whole(built)
     counted = work.update(config, architecture)
     print(f"{threads()} threads; batch {count}; seconds a call, and how many times faster ours is")
     print(f"{'part':<12} {'GFLOP':>8} {'ours':>8} {'compile':>8}" + "".join(f" {kind:>9} {'':>6}" for kind in theirs))
