@@ -10,6 +10,7 @@ levels    which noise levels to train
 images    rollouts, used once or twice, of shared noise; artists' pictures in their place
 methods   all methods at equal compute, under the honest reward and the one that likes colour, each at its best learning
           rate; then five times as long
+discounts SRPO as long, with the discount of its denoising branch above that of its inversion branch
 
 Three runs of each case. A run that is done is a file in OUT/cells and is never made again: the same command, broken off
 or not, goes on, also with another --only. Two commands at once need two folders; what is in ``cells`` of one may then

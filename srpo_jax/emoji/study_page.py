@@ -7,8 +7,8 @@ import numpy as np
 from srpo_jax import report
 from srpo_jax.emoji import results, study_run
 from srpo_jax.emoji.recovery import DIRECT_ALIGN, ONE_STEP
-from srpo_jax.emoji.study_plan import BIASED, HONEST, Case, Part
-from srpo_jax.emoji.study_results import Findings, claim_table, estimate, places, tables
+from srpo_jax.emoji.study_plan import Case, Part
+from srpo_jax.emoji.study_results import Findings, claim_table, estimate, places, tables, titled
 from srpo_jax.evaluation import statistics
 from srpo_jax.evaluation.statistics import Estimate
 
@@ -44,13 +44,11 @@ def charts(found: Findings) -> Iterator[report.Chart]:
     for part in found.parts:
         if part.name == "guard":
             yield from _over_discounts(found, part)
-        if part.name == "methods":
-            for reward in (HONEST, BIASED):
-                cases = [case for case in part.cases if case.reward == reward]
+        if part.name in ("methods", "discounts"):
+            for title, cases in titled(part):
                 for start in range(0, len(cases), len(report.COLOURS)):
-                    yield from _over_compute(
-                        found, cases[start : start + len(report.COLOURS)], part.cases[0].moments[0]
-                    )
+                    chosen = cases[start : start + len(report.COLOURS)]
+                    yield from _over_compute(found, title, chosen, part.cases[0].moments[0])
 
 
 def _chart(
@@ -91,7 +89,7 @@ def _over_discounts(found: Findings, part: Part) -> Iterator[report.Chart]:
             yield _chart(f"Guard: {words}", text, lines, "discount k, %", figure != "chroma")
 
 
-def _over_compute(found: Findings, cases: Sequence[Case], unit: int) -> Iterator[report.Chart]:
+def _over_compute(found: Findings, title: str, cases: Sequence[Case], unit: int) -> Iterator[report.Chart]:
     """The figures along runs, in updates of SRPO, of which ``unit`` cost as much as a case's first moment."""
     count, cases = len(found.concepts), [case for case in cases if found.cells[case.folder]]
     for figure, words in (("right", "concept right"), ("chroma", "chroma"), ("wanted", "judged 3D")):
@@ -102,23 +100,22 @@ def _over_compute(found: Findings, cases: Sequence[Case], unit: int) -> Iterator
             steps = [step * unit / case.moments[0] for step in (0, *case.moments)]
             lines[case.name] = list(zip(steps, means, strict=True))
         if lines:
-            name = "honest" if cases[0].reward == HONEST else "biased"
             text = "Over compute, in updates of SRPO."
-            yield _chart(f"{words}, {name} reward", text, lines, "update", figure != "chroma")
+            yield _chart(f"{title}: {words}", text, lines, "update", figure != "chroma")
 
 
 def galleries(found: Findings) -> Iterator[report.Gallery]:
     """A picture of some concepts from the same noise by each case of a part, with the first seed."""
     names = [found.concepts[place].caption for place in study_run.shown(len(found.concepts))]
     first = found.out / "cells" / "before.npy"
-    for part in found.parts:
-        files = {case.name: found.out / "cells" / case.folder / "0.npy" for case in part.cases}
-        here = {name: file for name, file in files.items() if file.exists()}
+    for title, cases in (group for part in found.parts for group in titled(part)):
+        files = [(case.name, found.out / "cells" / case.folder / "0.npy") for case in cases]
+        here = [(name, file) for name, file in files if file.exists()]
         for start in range(0, len(here), COLUMNS):
-            chosen = dict(list(here.items())[start : start + COLUMNS])
-            columns = {"before": np.load(first)[-1]} | {name: np.load(file)[-1] for name, file in chosen.items()}
+            columns = {"before": np.load(first)[-1]}
+            columns |= {name: np.load(file)[-1] for name, file in here[start : start + COLUMNS]}
             yield report.Gallery(
-                f"Pictures: {part.title.lower()}",
+                f"Pictures: {title.lower()}",
                 "Held-out concepts, bare names, the same noise in every column, after the last update.",
                 tuple(columns),
                 tuple(

@@ -13,7 +13,7 @@ from srpo_jax.emoji import measure, world
 
 HONEST, BIASED = "reward", "biased"  # folders of the two rewards
 RECOVERY = "recovery"  # the part that trains nothing, see recovery
-PARTS = (RECOVERY, "guard", "words", "levels", "images", "methods")
+PARTS = (RECOVERY, "guard", "words", "levels", "images", "methods", "discounts")
 UNKNOWN = ("Qux", "Zyx")  # words that no caption has
 NO_HINGE = {"reward.margin": 10.0}  # the reward is followed as far as a run goes
 
@@ -24,7 +24,7 @@ class Preset:
 
     Attributes:
       updates: of SRPO in a run; other methods take as many as cost the same.
-      longer: how many times as long the long runs of ``methods`` are.
+      longer: how many times as long the long runs of ``methods`` and ``discounts`` are.
       seeds: runs of each case.
       concepts, pictures: held-out concepts that are drawn, and pictures of each.
       tuning: concepts of the train split, a picture each, by which a learning rate is chosen.
@@ -93,6 +93,14 @@ class Part:
     title: str
     text: str
     cases: tuple[Case, ...]
+
+
+def by_reward(part: Part) -> Iterator[tuple[str, tuple[Case, ...]]]:
+    """A part's cases under the honest reward and those under the biased one, each with its word, where there are any.
+    The names of such cases are their own; those of a part's need not be."""
+    for reward, word in ((HONEST, "honest"), (BIASED, "biased")):
+        if cases := tuple(case for case in part.cases if case.reward == reward):
+            yield word, cases
 
 
 # --- compute ----------------------------------------------------------------------------------------------------------
@@ -173,6 +181,14 @@ def parts(preset: Preset, config: ConfigDict, architecture: Architecture) -> tup
             f"right); and {preset.longer} times as long.",
             tuple(_methods(preset, afford)),
         ),
+        Part(
+            "discounts",
+            "What keeps the concept in a long run",
+            f"SRPO of the part before, {preset.longer} times as long, with other discounts k+ of the denoising and k- "
+            "of the inversion branch: together they follow (2 + k+) r+ - (2 + k-) r-, so that k+ - k- is how much of "
+            "the caption's own reward, and with it of its taste, is left.",
+            tuple(_discounts(preset)),
+        ),
     )
 
 
@@ -235,7 +251,24 @@ def _images(moments: tuple[int, ...]) -> Iterator[Case]:
 def _methods(preset: Preset, afford: Callable[[dict[str, Any]], int]) -> Iterator[Case]:
     for reward in (HONEST, BIASED):
         for name in preset.methods:
-            changes = method(name) | NO_HINGE | discounted(1.0)
-            updates = afford(changes)
-            moments = tuple(sorted({updates, updates * ((1 + preset.longer) // 2), updates * preset.longer}))
-            yield Case(f"methods/{reward}/{name}", name, changes, moments, reward, preset.rates)
+            yield _method_case(preset, reward, name, afford(_long_changes(name)))
+
+
+def _long_changes(name: str) -> dict[str, Any]:
+    return method(name) | NO_HINGE | discounted(1.0)
+
+
+def _method_case(preset: Preset, reward: str, name: str, updates: int) -> Case:
+    moments = tuple(sorted({updates, updates * ((1 + preset.longer) // 2), updates * preset.longer}))
+    return Case(f"methods/{reward}/{name}", name, _long_changes(name), moments, reward, preset.rates)
+
+
+def _discounts(preset: Preset) -> Iterator[Case]:
+    """At the recipe's learning rate, which is the one that ``methods`` finds for SRPO."""
+    for reward in (HONEST, BIASED):
+        equal = _method_case(preset, reward, "srpo", preset.updates)
+        yield equal
+        for plus, minus in ((1.5, 0.5), (2.0, 0.0)):
+            changes = {"align.discount_positive": (plus, plus), "align.discount_negative": (minus, minus)}
+            folder, name = f"discounts/{reward}/{plus:g}_{minus:g}", f"srpo, k+ = {plus:g}, k- = {minus:g}"
+            yield Case(folder, name, equal.changes | changes, equal.moments, reward)

@@ -11,13 +11,14 @@ from srpo_jax import report
 from srpo_jax.emoji import pictures, recovery, study_run, world
 from srpo_jax.emoji.colour import chroma
 from srpo_jax.emoji.recovery import DIRECT_ALIGN, ONE_STEP, Recovered
-from srpo_jax.emoji.study_plan import BIASED, HONEST, RECOVERY, Case, Part
+from srpo_jax.emoji.study_plan import BIASED, HONEST, RECOVERY, Case, Part, by_reward
 from srpo_jax.emoji.study_run import Cell, Moment
 from srpo_jax.evaluation import statistics
 from srpo_jax.evaluation.statistics import Estimate
 
 HEADER = ("case", "updates", "learning rate", "judged as wanted", "concept right", "chroma", "saturation", "diversity",
           "s an update", "runs")  # fmt: skip
+COMPARED = ("images", "discounts")  # parts whose cases are set beside their first
 INTERVALS = (
     "Means over the pictures of all runs, with 95 % intervals that draw the concepts again, all runs' pictures of a "
     "concept together; in brackets the lowest and the highest run."
@@ -109,7 +110,7 @@ def row(found: Findings, case: Case, place: int) -> tuple[str, ...]:
 
 
 def tables(found: Findings) -> Iterator[report.PageTable]:
-    """A table for each part that has a run, and for ``methods`` one for each reward and moment."""
+    """A table for each part that has a run and each of its rewards, and for ``methods`` one for each moment too."""
     count = len(found.concepts)
     artists = chroma(pictures.load(found.concepts, ["3D"])[0] / np.float32(255))
     before = (
@@ -121,23 +122,28 @@ def tables(found: Findings) -> Iterator[report.PageTable]:
             if found.recovered:
                 yield _recovery_table(found, part)
             continue
-        cases = [case for case in part.cases if found.cells[case.folder]]
-        if not cases:
-            continue
-        if part.name != "methods":
-            yield report.PageTable(
-                part.title, HEADER, (*before, *(row(found, case, -1) for case in cases)), f"{part.text} {INTERVALS}"
-            )
-            if part.name == "images":
-                yield from _against_first(found, part.title, part.cases, -1)
-            continue
-        for reward in (HONEST, BIASED):
-            of_reward = [case for case in part.cases if case.reward == reward]
-            for place, when in ((0, "at equal compute"), (-1, "longer")):
-                if rows := tuple(row(found, case, place) for case in of_reward if case in cases):
-                    title = f"Methods, {'honest' if reward == HONEST else 'biased'} reward, {when}"
-                    yield report.PageTable(title, HEADER, (*before, *rows), f"{part.text} {INTERVALS}")
-                    yield from _against_first(found, title, of_reward, place)
+        for title, cases, place in _tabled(part):
+            if rows := tuple(row(found, case, place) for case in cases if found.cells[case.folder]):
+                yield report.PageTable(title, HEADER, (*before, *rows), f"{part.text} {INTERVALS}")
+                if part.name in ("methods", *COMPARED):
+                    yield from _against_first(found, title, cases, place)
+
+
+def titled(part: Part) -> Iterator[tuple[str, tuple[Case, ...]]]:
+    """A part's cases by their reward, with the part's title, which names the reward where there are two."""
+    groups = list(by_reward(part))
+    for word, cases in groups:
+        yield part.title if len(groups) == 1 else f"{part.title}, {word} reward", cases
+
+
+def _tabled(part: Part) -> Iterator[tuple[str, tuple[Case, ...], int]]:
+    """Titles of a part's tables, their cases, and the number of the moment that they show."""
+    if part.name != "methods":
+        yield from ((title, cases, -1) for title, cases in titled(part))
+        return
+    for word, cases in by_reward(part):
+        for place, when in ((0, "at equal compute"), (-1, "longer")):
+            yield f"Methods, {word} reward, {when}", cases, place
 
 
 def _against_first(found: Findings, title: str, cases: Sequence[Case], place: int) -> Iterator[report.PageTable]:
@@ -205,36 +211,46 @@ def paired(
 
 def claims(found: Findings) -> Iterator[Claim]:
     """Those that can be held to what there is."""
-    by_name = {(part.name, case.name): case for part in found.parts for case in part.cases}
-    methods = next((part.cases for part in found.parts if part.name == "methods"), ())
-    by_name |= {(f"methods, {case.reward}", case.name): case for case in methods}
-    count = len(found.concepts)
-    wanted: list[tuple[str, str, str, str, str, int]] = []
-    for name in dict.fromkeys(case.name for part in found.parts if part.name == "guard" for case in part.cases):
-        if name.startswith("SRPO, k"):
-            k = name.partition(", ")[2]
-            words = "the inversion branch cancels what a reward likes whatever the words"
-            wanted.append((words, "guard", name, f"SRPO without inversion, {k}", "chroma", -1))
-            for other in ("Direct-Align", "ReFL"):
-                wanted.append((f"SRPO is hacked less than {other}", "guard", name, f"{other}, {k}", "chroma", -1))
-    late = "late steps (low noise) hack colour, early ones do not"
-    wanted.append((late, "levels", "Direct-Align, steps 1 to 10", "Direct-Align, steps 40 to 49", "chroma", -1))
-    for other in ("direct_align", "refl"):
-        text = "SRPO is hacked less, each at its best learning rate, five times as long"
-        wanted.append((text, f"methods, {BIASED}", "srpo", other, "chroma", -1))
-    for word, other in (("Flat", "3D against Flat, Mono"), ("Mono", "3D against Flat, Mono")):
-        first = next((name for part, name in by_name if part == "words" and name.startswith(f"{word} against")), "")
-        wanted.append((f"words steer: “{word}” gives more of its style", "words", first, other, "wanted", 1))
-    for text, part, first, second, figure, sign in wanted:
-        cases = [by_name.get((part, name)) for name in (first, second)]
-        if None not in cases and (pairs := paired(found, *cases, figure)) is not None:
-            yield Claim(f"{text}: {first} minus {second}", figure, *pairs, sign)
+    for text, pair, figure, sign in _compared(found):
+        if None not in pair and (pairs := paired(found, *pair, figure)) is not None:
+            yield Claim(f"{text}: {pair[0].name} minus {pair[1].name}", figure, *pairs, sign)
     for level in recovery.LEVELS:
         ways = {one.way: np.asarray(one.error) for one in found.recovered if one.level == level}
         if ways and level >= 0.9:
             text = f"Direct-Align recovers pictures where one step does not: error at {level:g}, Direct-Align minus it"
             difference = ways[DIRECT_ALIGN] - ways[ONE_STEP]
-            yield Claim(text, "error", difference, places(len(difference), count), -1)
+            yield Claim(text, "error", difference, places(len(difference), len(found.concepts)), -1)
+
+
+def _compared(found: Findings) -> Iterator[tuple[str, tuple[Case | None, Case | None], str, int]]:
+    """What is said of two cases, None for one that is not in the study; of which figure; and its sign."""
+    cases = {(part.name, case.reward, case.name): case for part in found.parts for case in part.cases}
+
+    def pair(part: str, reward: str, one: str, other: str) -> tuple[Case | None, Case | None]:
+        return cases.get((part, reward, one)), cases.get((part, reward, other))
+
+    for part, reward, name in cases:
+        if part == "guard" and name.startswith("SRPO, k"):
+            k = name.partition(", ")[2]
+            words = "the inversion branch cancels what a reward likes whatever the words"
+            yield words, pair(part, reward, name, f"SRPO without inversion, {k}"), "chroma", -1
+            for other in ("Direct-Align", "ReFL"):
+                yield f"SRPO is hacked less than {other}", pair(part, reward, name, f"{other}, {k}"), "chroma", -1
+    steps = pair("levels", BIASED, "Direct-Align, steps 1 to 10", "Direct-Align, steps 40 to 49")
+    yield "late steps (low noise) hack colour, early ones do not", steps, "chroma", -1
+    for other in ("direct_align", "refl"):
+        srpo = pair("methods", BIASED, "srpo", other)
+        times = srpo[0].moments[-1] // srpo[0].moments[0] if srpo[0] else 0
+        text = f"SRPO is hacked less, each at its best learning rate, {times} times as long"
+        yield text, srpo, "chroma", -1
+    for word in ("Flat", "Mono"):
+        first = next((name for part, _, name in cases if part == "words" and name.startswith(f"{word} against")), "")
+        words = pair("words", HONEST, first, "3D against Flat, Mono")
+        yield f"words steer: “{word}” gives more of its style", words, "wanted", 1
+    for reward in (HONEST, BIASED):
+        for name in (name for part, of, name in cases if (part, of) == ("discounts", reward) and name != "srpo"):
+            text = "a larger discount of the denoising branch keeps what is drawn"
+            yield text, pair("discounts", reward, name, "srpo"), "right", 1
 
 
 def claim_table(found: Findings) -> report.PageTable | None:

@@ -33,6 +33,11 @@ def planned(request, emoji_recipe):
     return preset, config, study_plan.parts(preset, config, architectures.read(config))
 
 
+def named(parts, name):
+    """The part of that name."""
+    return next(part for part in parts if part.name == name)
+
+
 def test_every_case_is_a_run_that_is_allowed(planned):
     _, config, parts = planned
     assert tuple(part.name for part in parts) == study_plan.PARTS
@@ -47,6 +52,9 @@ def test_a_folder_is_one_case_and_says_what_is_in_it(planned):
     for case in (case for part in planned[2] for case in part.cases):
         assert cases.setdefault(case.folder, case) == case
     assert cases["words/3D"].changes == {}
+    for part in planned[2]:
+        for _, own in study_plan.by_reward(part):
+            assert len({case.name for case in own}) == len(own)
     told = {(json.dumps(case.changes), case.reward, case.moments, case.rates, case.styles) for case in cases.values()}
     assert len(told) == len(cases)
 
@@ -54,7 +62,7 @@ def test_a_folder_is_one_case_and_says_what_is_in_it(planned):
 def test_methods_cost_the_same(emoji_recipe):
     config = study_plan.changed(emoji_recipe, FULL.changes)
     architecture = architectures.read(config)
-    methods = study_plan.parts(FULL, config, architecture)[-1]
+    methods = named(study_plan.parts(FULL, config, architecture), "methods")
     budget = FULL.updates * study_plan.flops(config, architecture)
     for case in methods.cases:
         one = study_plan.flops(study_plan.changed(config, case.changes), architecture)
@@ -116,8 +124,9 @@ def findings(planned, tmp_path):
             hacked = 0.2
         if case.folder.startswith("levels/"):
             hacked = 0.2 if case.folder.endswith("_40_49") else 0.3  # against what the paper says
+        figures = {"chroma": hacked, "right": 0.0 if case.name == "srpo" else 1.0, "count": count}
         cells[case.folder] = [
-            Cell(seed, 3e-5, 0.5, 9.0, 0, [moment(update, chroma=hacked, count=count) for update in case.moments])
+            Cell(seed, 3e-5, 0.5, 9.0, 0, [moment(update, **figures) for update in case.moments])
             for seed in range(preset.seeds)
         ]
     noise = np.random.default_rng(0).uniform(0, 0.01, count)
@@ -139,15 +148,19 @@ def test_claims_agree_where_the_figures_do(findings):
     assert levels[-1] == "disagrees"
     words = [row for text, row in rows.items() if text.startswith("words steer")]
     assert len(words) == 2 and {row[-1] for row in words} <= {"disagrees", "agrees", "no difference seen"}
-    (longer,) = (row for text, row in rows.items() if text.endswith("five times as long: srpo minus refl"))
+    methods = [case for case in named(findings.parts, "methods").cases if case.name == "srpo"]
+    times = methods[0].moments[-1] // methods[0].moments[0]  # 5 in full, 2 of the small preset
+    (longer,) = (row for text, row in rows.items() if text.endswith(f"{times} times as long: srpo minus refl"))
     assert longer[-1] == "agrees" and -0.11 < float(longer[2].split()[0]) < -0.09
+    kept = [row for text, row in rows.items() if text.startswith("a larger discount of the denoising branch")]
+    assert len(kept) == 2 and all(row[2].startswith("1.000 [") and row[-1] == "agrees" for row in kept)
     recovered = [row for text, row in rows.items() if text.startswith("Direct-Align recovers")]
     assert len(recovered) == 3 and {row[-1] for row in recovered} == {"agrees"}
 
 
 def test_rollouts_are_compared_with_the_recipe(findings):
     """Every source of images less the recipe's, pair by pair: here 12 pictures of which a case gets one less right."""
-    part = next(part for part in findings.parts if part.name == "images")
+    part = named(findings.parts, "images")
     for case in part.cases[1:]:
         for cell in findings.cells[case.folder]:
             cell.moments[-1].right[0] = 1 - cell.moments[-1].right[0]
@@ -171,10 +184,10 @@ def test_what_is_not_there_yet_is_left_out(findings):
 def test_tables_and_page(findings):
     text = study_results.markdown(findings)
     parts = [part for part in findings.parts if part.name != "methods"]
-    assert all(f"## {part.title}\n" in text for part in parts)
+    assert all(f"## {title}\n" in text for part in parts for title, _ in study_results.titled(part))
     assert all(f"| {case.name} |" in text for part in findings.parts for case in part.cases)
     for reward in (HONEST, BIASED):
-        cases = [case for case in findings.parts[-1].cases if case.reward == reward]
+        cases = [case for case in named(findings.parts, "methods").cases if case.reward == reward]
         for when in ("at equal compute", "longer"):
             title = f"Methods, {reward if reward == BIASED else 'honest'} reward, {when}"
             assert f"## {title}\n" in text
@@ -184,8 +197,23 @@ def test_tables_and_page(findings):
             assert all(abs(float(row[3].split()[0]) - expected) < 0.01 for row in table.rows)
     assert "| 0.5 | one step | 0.15" in text
     page = report.render(study_page.page(findings))
-    groups = -(-len(findings.parts[-1].cases) // 2 // len(report.COLOURS))
-    assert page.count("<svg") == 2 + 3 + 2 * 3 * groups and "What the paper says" in page
+    groups = -(-len(named(findings.parts, "methods").cases) // 2 // len(report.COLOURS))
+    assert page.count("<svg") == 2 + 3 + 2 * 3 * (groups + 1) and "What the paper says" in page
+
+
+def test_pictures_of_cases_of_one_name_are_those_of_their_own_reward(findings):
+    """In ``methods`` both rewards have a case of every method."""
+    colours = {"before.npy": 0, "methods/reward/srpo/0.npy": 80, "methods/biased/srpo/0.npy": 160}
+    for name, colour in colours.items():
+        file = findings.out / "cells" / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        np.save(file, np.full((2, 4, 8, 8, 3), colour, np.uint8))
+    found = {gallery.title: gallery for gallery in study_page.galleries(findings)}
+    for word, colour in (("honest", 80), ("biased", 160)):
+        gallery = found[f"Pictures: all methods at equal compute, {word} reward"]
+        assert gallery.stages == ("before", "srpo")
+        for compared in gallery.comparisons:
+            assert [int(shown.pixels.max()) for (shown,) in compared.columns] == [0, colour]
 
 
 # --- the command ------------------------------------------------------------------------------------------------------
