@@ -7,6 +7,7 @@
 | splash | TPUs (a Pallas kernel) | no | any |
 """
 
+import functools
 import re
 from typing import Any
 
@@ -84,10 +85,7 @@ def attention(
     if scale is None:
         scale = query.shape[-1] ** -0.5
     if backend == "xla":
-        mask = None if key_mask is None else key_mask[:, None, None, :]
-        return jax.nn.dot_product_attention(
-            query, key, value, bias, mask, scale=scale, is_causal=causal, implementation="xla"
-        )
+        return _plain(query, key, value, scale, bias, causal, key_mask)
     if backend == "cudnn":
         return _padded(query, key, value, scale, bias, causal, key_mask, implementation="cudnn")
     if backend == "splash":
@@ -95,6 +93,70 @@ def attention(
             raise ValueError("attention backend 'splash' takes no bias; use 'xla' for this network")
         return _splash(query, key, value, scale, causal, mesh, key_mask)
     raise ValueError(f"attention backend {backend!r} is unknown; choose one of xla, cudnn, splash")
+
+
+# --- XLA ---
+
+
+def _plain(query, key, value, scale, bias, causal, key_mask):
+    """Attention with its matrix, in products whose leading axes are samples and heads: XLA's CPU compiler takes twice
+    as long for those that ``jax.nn.dot_product_attention`` asks for (docs/performance.md)."""
+    mask = None if key_mask is None else key_mask[:, None, None, :]
+    if causal:
+        seen = jnp.tril(jnp.ones((query.shape[1], key.shape[1]), bool))
+        mask = seen if mask is None else mask & seen
+    query, key, value = (x.swapaxes(1, 2) for x in (query, key, value))
+    return _attend(query, key, value, bias, mask, scale).swapaxes(1, 2)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
+def _attend(query, key, value, bias, mask, scale):
+    """[B, H, T, D], [B, H, S, D] -> [B, H, T, D]; ``mask`` is broadcastable to [B, H, T, S], as the bias."""
+    return _attend_forward(query, key, value, bias, mask, scale)[0]
+
+
+def _attend_forward(query, key, value, bias, mask, scale):
+    logits = scale * _product("bhtd,bhsd->bhts", query, key)
+    if bias is not None:
+        logits = logits + bias
+    if mask is not None:
+        logits = jnp.where(mask, logits, 0.7 * jnp.finfo(logits.dtype).min)
+    weights = jnp.exp(logits - _largest(logits)[..., None])
+    weights = weights / weights.sum(-1, keepdims=True)
+    out = _product("bhts,bhsd->bhtd", weights.astype(value.dtype), value)
+    return out.astype(query.dtype), (query, key, value, bias, weights)
+
+
+def _attend_backward(scale, kept, cotangent):
+    query, key, value, bias, weights = kept
+    cotangent = cotangent.astype(value.dtype)
+    of_value = _product("bhts,bhtd->bhsd", weights.astype(value.dtype), cotangent)
+    of_weights = _product("bhtd,bhsd->bhts", cotangent, value)
+    of_logits = weights * (of_weights - (weights * of_weights).sum(-1, keepdims=True))
+    of_bias = None if bias is None else jax.vjp(lambda bias: jnp.add(of_logits, bias), bias)[1](of_logits)[0]
+    of_product = (scale * of_logits).astype(query.dtype)
+    of_query = _product("bhts,bhsd->bhtd", of_product, key)
+    of_key = _product("bhts,bhtd->bhsd", of_product, query)
+    return of_query.astype(query.dtype), of_key.astype(key.dtype), of_value.astype(value.dtype), of_bias, None
+
+
+_attend.defvjp(_attend_forward, _attend_backward)
+
+
+def _product(axes, left, right):
+    """Summed in float32 or wider."""
+    return jnp.einsum(axes, left, right, preferred_element_type=jnp.promote_types(left.dtype, jnp.float32))
+
+
+def _largest(logits):
+    """Of every row, [..., S] -> [...]. On a CPU a maximum that heeds NaN is computed number by number, which takes as
+    long as the product; this one may pass over a NaN, whose exponential is one still."""
+
+    def without_nan(logits):
+        lowest = jnp.asarray(-jnp.inf, logits.dtype)
+        return jax.lax.reduce(logits, lowest, lambda a, b: jnp.where(a > b, a, b), (logits.ndim - 1,))
+
+    return jax.lax.platform_dependent(logits, cpu=without_nan, default=lambda logits: logits.max(-1))
 
 
 # --- cuDNN ---

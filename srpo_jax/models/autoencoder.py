@@ -18,7 +18,8 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 from srpo_jax import schema
-from srpo_jax.models import convolution
+from srpo_jax.models import activation, convolution
+from srpo_jax.models.attention import attention
 from srpo_jax.models.compute import Compute
 from srpo_jax.models.group_norm import GroupNorm
 from srpo_jax.schema import Range, Size
@@ -107,8 +108,8 @@ class ResnetBlock(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """[B, H, W, inputs] -> [B, H, W, outputs]."""
-        hidden = self.conv1(jax.nn.silu(self.norm1(x)))
-        hidden = self.conv2(jax.nn.silu(self.norm2(hidden)))
+        hidden = self.conv1(activation.silu(self.norm1(x)))
+        hidden = self.conv2(activation.silu(self.norm2(hidden)))
         return hidden + (x if self.conv_shortcut is None else self.conv_shortcut(x))
 
 
@@ -127,7 +128,7 @@ class AttentionBlock(nnx.Module):
         batch, height, width, channels = x.shape
         tokens = self.norm(x).reshape(batch, height * width, 1, channels)
         # Heads are as wide as the network (512 in FLUX), wider than fused attention kernels take: always plain XLA.
-        mixed = jax.nn.dot_product_attention(self.q(tokens), self.k(tokens), self.v(tokens), implementation="xla")
+        mixed = attention(self.q(tokens), self.k(tokens), self.v(tokens), backend="xla")
         return x + self.proj(mixed).reshape(x.shape)
 
 
@@ -261,7 +262,7 @@ class Encoder(nnx.Module):
         for level in self.down_blocks:
             x = _run_level(level, x, self.compute)
         x = _run_mid(self.mid, x, self.compute)
-        return self.conv_out(jax.nn.silu(self.norm_out(x)))
+        return self.conv_out(activation.silu(self.norm_out(x)))
 
 
 class Decoder(nnx.Module):
@@ -294,7 +295,7 @@ class Decoder(nnx.Module):
         x = _run_mid(self.mid, self.conv_in(latents.astype(self.compute.dtype)), self.compute)
         for level in self.up_blocks:
             x = _run_level(level, x, self.compute)
-        return self.conv_out(jax.nn.silu(self.norm_out(x)))
+        return self.conv_out(activation.silu(self.norm_out(x)))
 
 
 class Autoencoder(nnx.Module):

@@ -50,6 +50,47 @@ def test_xla_is_the_formula(causal, scale):
     np.testing.assert_allclose(ours, formula(*arrays, scale or 8**-0.5, bias, causal), atol=2e-6)
 
 
+@pytest.mark.parametrize("dtype, tolerance", [(jnp.float32, 2e-6), (jnp.bfloat16, 2e-2)])
+@pytest.mark.parametrize("bias", [None, (1, 3, 21, 21), (2, 1, 1, 21)])
+def test_xla_and_its_gradients_are_those_of_jax(bias, dtype, tolerance):
+    """Of queries, keys and values, and of a bias that samples, heads or queries share."""
+    mask = np.stack([np.arange(21) < 9, np.arange(21) > 0])
+    arrays = [x.astype(dtype) for x in inputs()]
+    if bias is not None:
+        arrays.append(jax.random.normal(jax.random.key(1), bias))
+
+    def ours(query, key, value, bias=None):
+        return attention(query, key, value, backend="xla", scale=0.5, bias=bias, causal=True, key_mask=mask)
+
+    def theirs(query, key, value, bias=None):
+        seen = mask[:, None, None, :]
+        return jax.nn.dot_product_attention(query, key, value, bias, seen, scale=0.5, is_causal=True)
+
+    # Of the second sample, the first query sees nothing: what comes of it is not compared.
+    cotangent = jax.random.normal(jax.random.key(2), arrays[0].shape).at[1, 0].set(0).astype(dtype)
+    (found, back), (wanted, wanted_back) = (jax.vjp(function, *arrays) for function in (ours, theirs))
+    gradients = zip(back(cotangent), wanted_back(cotangent), strict=True)
+    for one, other in ((found.at[1, 0].set(0), wanted.at[1, 0].set(0)), *gradients):
+        assert one.dtype == other.dtype
+        one, other = (np.asarray(array, np.float32) for array in (one, other))
+        np.testing.assert_allclose(one, other, atol=tolerance * np.abs(other).max(), rtol=0)
+
+
+@pytest.mark.parametrize("place", [0, 7, 20])
+def test_xla_passes_on_what_is_not_a_number(place):
+    """The maximum of logits that a CPU takes may overlook it."""
+    query, key, value = inputs()
+    out = attention(query, key.at[0, place, 1, 0].set(jnp.nan), value, backend="xla")
+    assert np.isnan(out[0, :, 1]).all() and np.isfinite(out[0, :, [0, 2]]).all() and np.isfinite(out[1]).all()
+
+
+@pytest.mark.parametrize("platform, reductions", [("cpu", 1), ("cuda", 0), ("tpu", 0)])
+def test_only_cpus_take_the_maximum_that_overlooks_nan(platform, reductions):
+    lowered = jax.jit(lambda *arrays: attention(*arrays, backend="xla")).trace(*inputs())
+    text = lowered.lower(lowering_platforms=(platform,)).as_text()
+    assert text.count("stablehlo.compare GT") == reductions and text.count("stablehlo.maximum") == 1 - reductions
+
+
 @pytest.mark.parametrize("backend", ["xla", "cudnn", "splash"])
 def test_keys_that_are_not_seen(backend):
     """As if they were not there: of two samples, one sees the first 9 keys and one all but the first."""
