@@ -31,7 +31,6 @@ from orbax.checkpoint.checkpoint_managers import preservation_policy as preserva
 from srpo_jax import distributed, integrity, leftovers, opening, pulse, storage, terminal
 from srpo_jax.algorithm.step import TrainState
 from srpo_jax.errors import StorageError, UserError, brief
-from srpo_jax.models.compute import Params
 
 CHECKPOINTS = "checkpoints"  # of a workdir: a local folder or gs://BUCKET/PATH
 COMMITTED = "_CHECKPOINT_METADATA"  # the file that Orbax puts into a checkpoint
@@ -93,7 +92,7 @@ NOT_ITS_FAULT = (
 )
 
 
-def _misread(path: epath.Path, error: Exception) -> Exception:
+def misread(path: epath.Path, error: Exception) -> Exception:
     """What to raise for an error in reading a checkpoint."""
     if isinstance(error, UserError | MemoryError | jax.errors.JaxRuntimeError):
         return error
@@ -248,7 +247,7 @@ class Checkpoints:
             with pulse.bounded(self._deadline + distributed.PATIENCE, f"reading {path}"):
                 found = self._manager.restore(step, args=ocp.args.Composite(**args, run=ocp.args.JsonRestore()))
         except Exception as error:  # of several libraries, which take a broken file for many things
-            raise _misread(path, error) from error
+            raise misread(path, error) from error
         counter = jax.device_put(np.int32(step), like.step.sharding)
         return TrainState(counter, **{name: found[name] if name in wanted else None for name in ARRAYS}), found["run"]
 
@@ -427,76 +426,3 @@ def _leaves(tree: Any) -> dict[str, tuple[tuple[int, ...], str]]:
 
 def _words(leaves: dict[str, tuple[tuple[int, ...], str]], name: str) -> str:
     return "not" if name not in leaves else f"{leaves[name][1]}{list(leaves[name][0])}"
-
-
-# --- sampling and export ----------------------------------------------------------------------------------------------
-
-
-class StoredArray:
-    """An array of a checkpoint, read when ``numpy.asarray`` asks for it; ``shape`` and ``dtype`` are known before."""
-
-    def __init__(self, folder: epath.Path, path: tuple[str, ...], shape: tuple[int, ...], dtype: Any):
-        self._folder, self._path = folder, path
-        self.shape, self.dtype = tuple(shape), np.dtype(dtype)
-
-    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
-        array = self.read(ocp.RestoreArgs(restore_type=np.ndarray))
-        return array if dtype is None else array.astype(dtype, copy=False)
-
-    def read(self, how: ocp.RestoreArgs) -> Any:
-        """The array as ``how`` asks: on the host, or as a jax array on a sharding."""
-        item, restore = jax.ShapeDtypeStruct(self.shape, self.dtype), how
-        for key in reversed(self._path):
-            item, restore = {key: item}, {key: restore}
-        args = ocp.args.PyTreeRestore(item=item, restore_args=restore, partial_restore=True)
-        try:
-            found = ocp.PyTreeCheckpointer().restore(self._folder, args=args)
-        except Exception as error:  # as in ``Checkpoints.restore``
-            raise _misread(self._folder, error) from error
-        for key in self._path:
-            found = found[key]
-        return found
-
-
-def load_params(workdir: str | os.PathLike, step: int | None = None, ema: bool = False) -> Params:
-    """What was trained of the transformer (see ``lora``), nested, as ``StoredArray`` leaves: nothing is read yet.
-
-    Args:
-      workdir: of the run.
-      step: of the checkpoint; None takes the newest.
-      ema: the moving average instead of the weights themselves.
-
-    Raises UserError if there is no such checkpoint.
-    """
-    workdir = storage.path(workdir)
-    storage.check(workdir)
-    if not workdir.is_dir():
-        raise UserError(f"{workdir} is not a folder; expected the --workdir of a training run")
-    found = steps(workdir)
-    if not found:
-        raise UserError(f"{workdir} holds no complete checkpoint; expected the --workdir of a training run")
-    if step is not None and step not in found:
-        raise UserError(f"{workdir} holds no checkpoint of step {step}; there are {', '.join(map(str, found))}")
-    checkpoint = storage.absolute(workdir) / CHECKPOINTS / str(found[-1] if step is None else step)
-    left_out = [int(path.name) for path in checkpoint.parent.iterdir() if path.name.isdecimal()]
-    if step is None and max(left_out) > found[-1]:
-        terminal.warn(f"{checkpoint.parent / str(max(left_out))} is not complete; update {found[-1]} is used")
-    folder = checkpoint / ("ema" if ema else "params")
-    if not folder.is_dir():
-        raise UserError(f"{folder.parent} holds no moving average; it was trained with optim.ema_decay=0")
-    before = [number for number in found if number < int(checkpoint.name)]
-    other = f"; --step={before[-1]} is the checkpoint before it" if before else ""
-    if words := integrity.damage(checkpoint, [folder.name]):
-        raise UserError(words + other)
-    try:
-        tree = ocp.StandardCheckpointer().metadata(folder).item_metadata.tree
-        shapes = jax.tree.map(lambda meta: (tuple(meta.shape), np.dtype(meta.dtype)), tree)
-    except Exception as error:  # as in ``Checkpoints.restore``
-        raise UserError(f"{_misread(folder, error)}{other}") from error
-    if not shapes:
-        raise UserError(f"{folder} cannot be read: it names no array{other}")
-
-    def leaf(path: tuple, meta: Any) -> StoredArray:
-        return StoredArray(folder, tuple(entry.key for entry in path), meta.shape, meta.dtype)
-
-    return jax.tree_util.tree_map_with_path(leaf, tree)

@@ -159,13 +159,14 @@ def main(arguments: list[str] | None = None) -> None:
             import jax
             from absl import logging
 
-            from srpo_jax import checkpoint
+            from srpo_jax import stored_weights
             from srpo_jax.evaluation import history
 
             # On a worker of a TPU slice, JAX would wait for the others to use chips that nothing here needs.
             jax.config.update("jax_platforms", "cpu")
             logging.set_verbosity(logging.ERROR)  # Orbax warns of a file that one item of a checkpoint never has
-            transformer = checkpoint.load_params(args.checkpoint, history.best(args.checkpoint, args.step), args.ema)
+            step = history.best(args.checkpoint, args.step)
+            transformer = stored_weights.load_params(args.checkpoint, step, args.ema)
             lora = record.lora(args.checkpoint)
         dtype = EXPORT_DTYPES[args.dtype]
         if args.format in weights_lora.FORMATS:

@@ -139,7 +139,7 @@ def export_lora(
       source: the pipeline or transformer that they adapt, a folder that ``import_folder`` made.
       target: the folder to make.
       format: of ``weights.lora.FORMATS``.
-      factors, lora: from ``checkpoint.load_params`` and ``record.lora``.
+      factors, lora: from ``stored_weights.load_params`` and ``record.lora``.
       dtype: to store in; None is float32, as alphas always are.
 
     Returns:

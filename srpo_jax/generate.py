@@ -25,7 +25,6 @@ from PIL import Image
 
 from srpo_jax import (
     architectures,
-    checkpoint,
     command,
     distributed,
     errors,
@@ -35,6 +34,7 @@ from srpo_jax import (
     sampling,
     sharding,
     storage,
+    stored_weights,
     terminal,
     text,
 )
@@ -69,7 +69,7 @@ def read_transformer(
         return folder.load(path, network, compute, place)[1:]
     config = folder.read_config(path, network)[1]
 
-    def read(key: tuple, array: checkpoint.StoredArray) -> jax.Array:
+    def read(key: tuple, array: stored_weights.StoredArray) -> jax.Array:
         how = ocp.ArrayRestoreArgs(sharding=place(path_name(key), array.shape), dtype=compute.param_dtype)
         return array.read(how)
 
@@ -122,7 +122,7 @@ def generate(
       guidance: scale; not used by a transformer without that input.
       seed: of the initial noise; image i has its own whatever the batch.
       latents: initial noise [len(prompts), N, C], packed, instead.
-      trained: the transformer's parameters from ``checkpoint.load_params`` instead of the folder's.
+      trained: the transformer's parameters from ``stored_weights.load_params`` instead of the folder's.
       lora: from ``record.lora``: that ``trained`` are factors beside the folder's, and how that is stored.
       dtype: of all weights and matrix products.
       attention: backend of the transformer, see ``models.attention.choose``.
@@ -259,7 +259,7 @@ def _run(args: argparse.Namespace) -> None:
         guidance=args.guidance,
         seed=args.seed,
         latents=None if args.latents is None else _read_latents(args.latents),
-        trained=None if args.checkpoint is None else checkpoint.load_params(args.checkpoint, step, args.ema),
+        trained=None if args.checkpoint is None else stored_weights.load_params(args.checkpoint, step, args.ema),
         lora=lora,
         dtype=args.dtype or sampling.default_dtype(),
         attention=args.attention,

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from helpers.states import abstract, make_state
 
-from srpo_jax import checkpoint, record
+from srpo_jax import checkpoint, record, stored_weights
 from srpo_jax.config import default
 from srpo_jax.errors import UserError
 
@@ -71,7 +71,7 @@ def test_half_written_checkpoints_do_not_count(workdir):
 
 @pytest.mark.parametrize(("step", "ema"), [(None, False), (2, False), (3, True)])
 def test_parameters_are_read_one_by_one(workdir, step, ema):
-    params = checkpoint.load_params(workdir, step, ema)
+    params = stored_weights.load_params(workdir, step, ema)
     state = make_state(step or 3)
     expected = state.ema if ema else state.params
     assert jax.tree.structure(params) == jax.tree.structure(expected)
@@ -82,17 +82,17 @@ def test_parameters_are_read_one_by_one(workdir, step, ema):
 
 def test_parameters_that_are_not_there(workdir, tmp_path_factory):
     with pytest.raises(UserError, match="no checkpoint of step 1; there are 2, 3"):
-        checkpoint.load_params(workdir, 1)
+        stored_weights.load_params(workdir, 1)
     empty = tmp_path_factory.mktemp("empty")
     with pytest.raises(UserError, match="no complete checkpoint"):
-        checkpoint.load_params(empty)
+        stored_weights.load_params(empty)
     with pytest.raises(UserError, match="not a folder"):
-        checkpoint.load_params(empty / "none")
+        stored_weights.load_params(empty / "none")
     checkpoints = checkpoint.Checkpoints(empty, keep=1)
     checkpoints.save(1, make_state(1, ema=False), {})
     checkpoints.close()
     with pytest.raises(UserError, match="no moving average"):
-        checkpoint.load_params(empty, ema=True)
+        stored_weights.load_params(empty, ema=True)
 
 
 # --- the workdir ------------------------------------------------------------------------------------------------------

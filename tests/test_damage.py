@@ -15,7 +15,7 @@ from helpers import bucket, tiny
 from helpers.runs import arrays, assert_same, numbers
 from helpers.states import abstract, make_state
 
-from srpo_jax import checkpoint, config, integrity, leftovers, record, storage, train
+from srpo_jax import checkpoint, config, integrity, leftovers, record, storage, stored_weights, train
 from srpo_jax.errors import UserError
 from srpo_jax.weights import folder
 from srpo_jax.weights.files import new_folder
@@ -162,17 +162,17 @@ def test_storage_that_does_not_answer_is_no_damage(workdir, monkeypatch, message
 def test_weights_for_sampling_and_export_are_refused(workdir, capsys, kind):
     DAMAGES[kind][0](workdir / "checkpoints" / "3")
     if kind == "deleted metadata":
-        assert np.asarray(checkpoint.load_params(workdir)["bias"]).shape == (3,)
+        assert np.asarray(stored_weights.load_params(workdir)["bias"]).shape == (3,)
         assert "checkpoints/3 is not complete; update 2 is used" in capsys.readouterr().err
     elif "position" in kind or "optimiser" in kind:  # what is not read is not looked at
-        assert np.asarray(checkpoint.load_params(workdir)["bias"]).shape == (3,)
+        assert np.asarray(stored_weights.load_params(workdir)["bias"]).shape == (3,)
     else:
         with pytest.raises(UserError, match=r"checkpoints/3/params/.*; --step=2 is the checkpoint before it"):
-            checkpoint.load_params(workdir)
+            stored_weights.load_params(workdir)
         (workdir / "checkpoints" / "3" / "checksums-0-of-1.json").unlink()
         if "flipped" not in kind:
             with pytest.raises(UserError, match="checkpoints/3/params"):
-                jax.tree.map(np.asarray, checkpoint.load_params(workdir))
+                jax.tree.map(np.asarray, stored_weights.load_params(workdir))
 
 
 def test_a_list_of_checksums_that_is_broken_itself_accuses_nobody(workdir, capsys):
@@ -296,13 +296,13 @@ def test_a_checkpoint_is_read_once_for_its_checksums(workdir, monkeypatch):
     monkeypatch.setattr(
         integrity, "_crc", lambda file, start, real=integrity._crc: read.append(file) or real(file, start)
     )
-    checkpoint.load_params(workdir)
+    stored_weights.load_params(workdir)
     assert read and len(set(read)) == len(read)
-    checkpoint.load_params(workdir)
+    stored_weights.load_params(workdir)
     assert len(set(read)) == len(read)
     flip(data_file(workdir / "checkpoints" / "3" / "params"))
     with pytest.raises(UserError, match="is damaged"):
-        checkpoint.load_params(workdir)
+        stored_weights.load_params(workdir)
 
 
 # --- a run ------------------------------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from helpers import children, tiny
 
-from srpo_jax import architectures, checkpoint, conditions, program, sharding
+from srpo_jax import architectures, checkpoint, conditions, program, sharding, stored_weights
 from srpo_jax.algorithm import step
 from srpo_jax.algorithm.rollout import rollout
 from srpo_jax.costs import hlo
@@ -106,7 +106,7 @@ def move_between_meshes(models, out):
         state, _ = checkpoints.restore(1, built.state)
         checkpoints.close()
         for kind, tree in (("params", state.params), ("ema", state.ema)):
-            stored = checkpoint.load_params(pathlib.Path(out) / name, 1, ema=kind == "ema")
+            stored = stored_weights.load_params(pathlib.Path(out) / name, 1, ema=kind == "ema")
             for path, leaf in engine.flatten(stored).items():
                 if np.asarray(leaf).tobytes() != np.asarray(engine.flatten(tree)[path]).tobytes():
                     different.append(f"{name} -> {other}: {kind} {path}")

@@ -12,7 +12,7 @@ from helpers import tiny
 from helpers.runs import arrays
 from helpers.states import abstract, make_state
 
-from srpo_jax import checkpoint, space, train
+from srpo_jax import checkpoint, space, stored_weights, train
 from srpo_jax.config import default
 from srpo_jax.errors import UserError
 
@@ -39,7 +39,7 @@ def test_older_checkpoints_keep_the_weights_alone(tmp_path):
     assert checkpoint.steps(tmp_path) == [1, 2, 3] and checkpoint.newest(tmp_path) == 3
     assert [(folder / str(step) / "opt_state").exists() for step in (1, 2, 3)] == [False, False, True]
     for ema in (False, True):
-        found, wanted = checkpoint.load_params(tmp_path, 1, ema), make_state(1).ema if ema else make_state(1).params
+        found, wanted = stored_weights.load_params(tmp_path, 1, ema), make_state(1).ema if ema else make_state(1).params
         jax.tree.map(lambda x, y: np.testing.assert_array_equal(np.asarray(x), y), found, wanted)
     checkpoints = checkpoint.Checkpoints(tmp_path, keep=3)
     state, _ = checkpoints.restore(3, abstract(make_state(0)))

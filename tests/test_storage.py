@@ -11,7 +11,19 @@ from helpers.runs import numbers, scalars
 from helpers.states import abstract, make_state
 from PIL import Image
 
-from srpo_jax import checkpoint, config, errands, generate, metrics, record, run_page, sampling, storage, train
+from srpo_jax import (
+    checkpoint,
+    config,
+    errands,
+    generate,
+    metrics,
+    record,
+    run_page,
+    sampling,
+    storage,
+    stored_weights,
+    train,
+)
 from srpo_jax.errors import UserError
 
 
@@ -121,7 +133,7 @@ def test_a_run_in_a_bucket_goes_on_with_the_numbers_of_a_local_one(server, model
     train.train(tiny.config(models, steps=2, **changes), local)
     assert numbers(workdir) == numbers(local) and len(numbers(local)) == 2
     assert (workdir / "config.json").read_text() == (local / "config.json").read_text()
-    ours, others = (jax.tree.leaves(checkpoint.load_params(place, 2)) for place in (workdir, local))
+    ours, others = (jax.tree.leaves(stored_weights.load_params(place, 2)) for place in (workdir, local))
     for mine, other in zip(ours, others, strict=True):
         assert np.asarray(mine).tobytes() == np.asarray(other).tobytes()
 

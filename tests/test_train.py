@@ -27,6 +27,7 @@ from srpo_jax import (
     program,
     run_page,
     sharding,
+    stored_weights,
     train,
     validation,
     wandb_board,
@@ -99,7 +100,7 @@ def test_sample_grids_show_the_held_out_prompts_with_the_same_noise(whole):
 
 
 def test_the_weights_move_and_the_average_follows(whole, models):
-    trained, average = (checkpoint.load_params(whole, 4, ema=ema) for ema in (False, True))
+    trained, average = (stored_weights.load_params(whole, 4, ema=ema) for ema in (False, True))
     start = folder.load(models / "pipeline" / "transformer")[2]
     start, kernel, mean = (np.asarray(tree["double_blocks"]["img_mod"]["kernel"]) for tree in (start, trained, average))
     assert 0 < np.abs(mean - start).max() < np.abs(kernel - start).max() < 4.1e-3  # four updates of 1e-3

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from srpo_jax import architectures, checkpoint, record, schema, storage
+from srpo_jax import architectures, checkpoint, record, schema, storage, stored_weights
 from srpo_jax.config import reward_of
 from srpo_jax.data import images
 from srpo_jax.errors import UserError
@@ -165,7 +165,7 @@ def _checkpoints(
     found = re.fullmatch(rf"(.+?)(?:@(\d+|{ALL}|{history.BEST}))?", text, re.DOTALL)
     workdir, which = found[1], found[2] or step
     chosen = history.best(workdir, int(which) if str(which).isdecimal() else which)
-    checkpoint.load_params(workdir, None if chosen == ALL else chosen, ema)  # what is wrong is told here
+    stored_weights.load_params(workdir, None if chosen == ALL else chosen, ema)  # what is wrong is told here
     there = checkpoint.steps(workdir)
     steps = there if chosen == ALL else [chosen or there[-1]]
     lora, rewards = record.lora(workdir), _rewards(workdir)

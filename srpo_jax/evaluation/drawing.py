@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 from jax.sharding import Mesh
 
-from srpo_jax import architectures, checkpoint, generate, sampling
+from srpo_jax import architectures, generate, sampling, stored_weights
 from srpo_jax.data import images
 from srpo_jax.errors import UserError
 from srpo_jax.evaluation.candidates import Candidate
@@ -93,7 +93,7 @@ class Studio:
         family, tools = self._pipeline(candidate.pipeline)
         trained = None
         if candidate.workdir is not None:
-            trained = checkpoint.load_params(candidate.workdir, candidate.step, candidate.ema)
+            trained = stored_weights.load_params(candidate.workdir, candidate.step, candidate.ema)
         graphdef, params = generate.read_transformer(
             pathlib.Path(candidate.pipeline) / TRANSFORMER,
             family.network,

@@ -10,7 +10,7 @@ import pytest
 from helpers.runs import arrays, assert_same, scalars
 from safetensors.numpy import load_file
 
-from srpo_jax import checkpoint, convert, evaluate, generate, train, validation
+from srpo_jax import checkpoint, convert, evaluate, generate, stored_weights, train, validation
 from srpo_jax.errors import UserError
 from srpo_jax.evaluation import drift, history, in_training
 from srpo_jax.evaluation.in_training import Evaluator
@@ -112,7 +112,7 @@ def test_the_commands_take_the_best(whole, models, model, tmp_path):
     convert.main(["export", f"--source={model}", f"--target={tmp_path / 'e'}", f"--checkpoint={whole}", "--step=best",
                   "--format=diffusers", "--dtype=float32"])  # fmt: skip
     exported = load_file(tmp_path / "e" / "transformer" / "diffusion_pytorch_model.safetensors")
-    expected = np.asarray(checkpoint.load_params(whole, 1)["img_in"]["bias"])
+    expected = np.asarray(stored_weights.load_params(whole, 1)["img_in"]["bias"])
     np.testing.assert_array_equal(exported["x_embedder.bias"], expected)
 
 

@@ -15,7 +15,7 @@ from helpers import references, tiny
 from helpers.factors import EVERYTHING, random_factors
 from PIL import Image
 
-from srpo_jax import checkpoint, convert, generate
+from srpo_jax import checkpoint, convert, generate, stored_weights
 from srpo_jax import config as config_lib
 from srpo_jax.algorithm.step import TrainState
 from srpo_jax.errors import UserError
@@ -177,7 +177,7 @@ def test_a_file_as_a_start(pipelines, run, tmp_path):
     config = folder.read_config(pipelines[1] / "transformer")[1]
     words = ["--source", str(pipelines[1]), "--target", str(tmp_path / "lora"), "--checkpoint", str(workdir)]
     convert.main(["export", *words, "--format", "lora-diffusers"])
-    expected = engine.flatten(jax.tree.map(np.asarray, checkpoint.load_params(workdir)))
+    expected = engine.flatten(jax.tree.map(np.asarray, stored_weights.load_params(workdir)))
     pipeline = diffusers.FluxPipeline.from_pretrained(pipelines[0])
     pipeline.load_lora_weights(tmp_path / "lora", weight_name="pytorch_lora_weights.safetensors")
     state = peft.get_peft_model_state_dict(pipeline.transformer, adapter_name="default_0")
