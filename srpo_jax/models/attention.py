@@ -116,36 +116,31 @@ def _attend(query, key, value, bias, mask, scale):
 
 
 def _attend_forward(query, key, value, bias, mask, scale):
-    logits = scale * _product("bhtd,bhsd->bhts", query, key)
+    wide = jnp.promote_types(query.dtype, jnp.float32)
+    logits = scale * jnp.einsum("bhtd,bhsd->bhts", query, key, preferred_element_type=wide)
     if bias is not None:
         logits = logits + bias
     if mask is not None:
         logits = jnp.where(mask, logits, 0.7 * jnp.finfo(logits.dtype).min)
     weights = jnp.exp(logits - _largest(logits)[..., None])
     weights = weights / weights.sum(-1, keepdims=True)
-    out = _product("bhts,bhsd->bhtd", weights.astype(value.dtype), value)
-    return out.astype(query.dtype), (query, key, value, bias, weights)
+    out = jnp.einsum("bhts,bhsd->bhtd", weights.astype(value.dtype), value)
+    return out, (query, key, value, bias, weights)
 
 
 def _attend_backward(scale, kept, cotangent):
     query, key, value, bias, weights = kept
-    cotangent = cotangent.astype(value.dtype)
-    of_value = _product("bhts,bhtd->bhsd", weights.astype(value.dtype), cotangent)
-    of_weights = _product("bhtd,bhsd->bhts", cotangent, value)
+    of_value = jnp.einsum("bhts,bhtd->bhsd", weights.astype(value.dtype), cotangent)
+    of_weights = jnp.einsum("bhtd,bhsd->bhts", cotangent, value).astype(weights.dtype)
     of_logits = weights * (of_weights - (weights * of_weights).sum(-1, keepdims=True))
     of_bias = None if bias is None else jax.vjp(lambda bias: jnp.add(of_logits, bias), bias)[1](of_logits)[0]
     of_product = (scale * of_logits).astype(query.dtype)
-    of_query = _product("bhts,bhsd->bhtd", of_product, key)
-    of_key = _product("bhts,bhtd->bhsd", of_product, query)
-    return of_query.astype(query.dtype), of_key.astype(key.dtype), of_value.astype(value.dtype), of_bias, None
+    of_query = jnp.einsum("bhts,bhsd->bhtd", of_product, key)
+    of_key = jnp.einsum("bhts,bhtd->bhsd", of_product, query)
+    return of_query, of_key, of_value, of_bias, None
 
 
 _attend.defvjp(_attend_forward, _attend_backward)
-
-
-def _product(axes, left, right):
-    """Summed in float32 or wider."""
-    return jnp.einsum(axes, left, right, preferred_element_type=jnp.promote_types(left.dtype, jnp.float32))
 
 
 def _largest(logits):

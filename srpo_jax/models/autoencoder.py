@@ -18,7 +18,7 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 from srpo_jax import schema
-from srpo_jax.models import activation, convolution
+from srpo_jax.models import convolution
 from srpo_jax.models.attention import attention
 from srpo_jax.models.compute import Compute
 from srpo_jax.models.group_norm import GroupNorm
@@ -108,8 +108,8 @@ class ResnetBlock(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """[B, H, W, inputs] -> [B, H, W, outputs]."""
-        hidden = self.conv1(activation.silu(self.norm1(x)))
-        hidden = self.conv2(activation.silu(self.norm2(hidden)))
+        hidden = self.conv1(jax.nn.silu(self.norm1(x)))
+        hidden = self.conv2(jax.nn.silu(self.norm2(hidden)))
         return hidden + (x if self.conv_shortcut is None else self.conv_shortcut(x))
 
 
@@ -262,7 +262,7 @@ class Encoder(nnx.Module):
         for level in self.down_blocks:
             x = _run_level(level, x, self.compute)
         x = _run_mid(self.mid, x, self.compute)
-        return self.conv_out(activation.silu(self.norm_out(x)))
+        return self.conv_out(jax.nn.silu(self.norm_out(x)))
 
 
 class Decoder(nnx.Module):
@@ -295,7 +295,7 @@ class Decoder(nnx.Module):
         x = _run_mid(self.mid, self.conv_in(latents.astype(self.compute.dtype)), self.compute)
         for level in self.up_blocks:
             x = _run_level(level, x, self.compute)
-        return self.conv_out(activation.silu(self.norm_out(x)))
+        return self.conv_out(jax.nn.silu(self.norm_out(x)))
 
 
 class Autoencoder(nnx.Module):
