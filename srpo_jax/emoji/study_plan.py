@@ -12,6 +12,7 @@ from srpo_jax.costs import work
 from srpo_jax.emoji import measure, world
 
 HONEST, BIASED = "reward", "biased"  # folders of the two rewards
+WORDS = {HONEST: "honest", BIASED: "biased"}
 RECOVERY = "recovery"  # the part that trains nothing, see recovery
 PARTS = (RECOVERY, "guard", "words", "levels", "images", "methods", "discounts")
 UNKNOWN = ("Qux", "Zyx")  # words that no caption has
@@ -98,7 +99,7 @@ class Part:
 def by_reward(part: Part) -> Iterator[tuple[str, tuple[Case, ...]]]:
     """A part's cases under the honest reward and those under the biased one, each with its word, where there are any.
     The names of such cases are their own; those of a part's need not be."""
-    for reward, word in ((HONEST, "honest"), (BIASED, "biased")):
+    for reward, word in WORDS.items():
         if cases := tuple(case for case in part.cases if case.reward == reward):
             yield word, cases
 

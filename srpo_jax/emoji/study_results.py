@@ -11,7 +11,7 @@ from srpo_jax import report
 from srpo_jax.emoji import pictures, recovery, study_run, world
 from srpo_jax.emoji.colour import chroma
 from srpo_jax.emoji.recovery import DIRECT_ALIGN, ONE_STEP, Recovered
-from srpo_jax.emoji.study_plan import BIASED, HONEST, RECOVERY, Case, Part, by_reward
+from srpo_jax.emoji.study_plan import BIASED, HONEST, RECOVERY, WORDS, Case, Part, by_reward
 from srpo_jax.emoji.study_run import Cell, Moment
 from srpo_jax.evaluation import statistics
 from srpo_jax.evaluation.statistics import Estimate
@@ -247,10 +247,10 @@ def _compared(found: Findings) -> Iterator[tuple[str, tuple[Case | None, Case | 
         first = next((name for part, _, name in cases if part == "words" and name.startswith(f"{word} against")), "")
         words = pair("words", HONEST, first, "3D against Flat, Mono")
         yield f"words steer: “{word}” gives more of its style", words, "wanted", 1
-    for reward in (HONEST, BIASED):
-        for name in (name for part, of, name in cases if (part, of) == ("discounts", reward) and name != "srpo"):
-            text = "a larger discount of the denoising branch keeps what is drawn"
-            yield text, pair("discounts", reward, name, "srpo"), "right", 1
+    for part, reward, name in cases:
+        if part == "discounts" and name != "srpo":
+            text = f"a larger discount of the denoising branch keeps what is drawn ({WORDS[reward]} reward)"
+            yield text, pair(part, reward, name, "srpo"), "right", 1
 
 
 def claim_table(found: Findings) -> report.PageTable | None:

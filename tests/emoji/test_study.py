@@ -153,7 +153,7 @@ def test_claims_agree_where_the_figures_do(findings):
     (longer,) = (row for text, row in rows.items() if text.endswith(f"{times} times as long: srpo minus refl"))
     assert longer[-1] == "agrees" and -0.11 < float(longer[2].split()[0]) < -0.09
     kept = [row for text, row in rows.items() if text.startswith("a larger discount of the denoising branch")]
-    assert len(kept) == 2 and all(row[2].startswith("1.000 [") and row[-1] == "agrees" for row in kept)
+    assert len(kept) == 4 and all(row[2].startswith("1.000 [") and row[-1] == "agrees" for row in kept)
     recovered = [row for text, row in rows.items() if text.startswith("Direct-Align recovers")]
     assert len(recovered) == 3 and {row[-1] for row in recovered} == {"agrees"}
 
