@@ -44,7 +44,7 @@ def charts(found: Findings) -> Iterator[report.Chart]:
     for part in found.parts:
         if part.name == "guard":
             yield from _over_discounts(found, part)
-        if part.name in ("methods", "discounts"):
+        if part.name in ("methods", "discounts"):  # runs that are judged on their way
             for title, cases in titled(part):
                 for start in range(0, len(cases), len(report.COLOURS)):
                     chosen = cases[start : start + len(report.COLOURS)]

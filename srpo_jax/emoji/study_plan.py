@@ -12,7 +12,7 @@ from srpo_jax.costs import work
 from srpo_jax.emoji import measure, world
 
 HONEST, BIASED = "reward", "biased"  # folders of the two rewards
-WORDS = {HONEST: "honest", BIASED: "biased"}
+REWARDS = {HONEST: "honest", BIASED: "biased"}  # what they are called
 RECOVERY = "recovery"  # the part that trains nothing, see recovery
 PARTS = (RECOVERY, "guard", "words", "levels", "images", "methods", "discounts")
 UNKNOWN = ("Qux", "Zyx")  # words that no caption has
@@ -99,7 +99,7 @@ class Part:
 def by_reward(part: Part) -> Iterator[tuple[str, tuple[Case, ...]]]:
     """A part's cases under the honest reward and those under the biased one, each with its word, where there are any.
     The names of such cases are their own; those of a part's need not be."""
-    for reward, word in WORDS.items():
+    for reward, word in REWARDS.items():
         if cases := tuple(case for case in part.cases if case.reward == reward):
             yield word, cases
 
@@ -140,7 +140,7 @@ def parts(preset: Preset, config: ConfigDict, architecture: Architecture) -> tup
     def afford(changes: dict[str, Any]) -> int:
         return max(1, round(budget / flops(changed(config, changes), architecture)))
 
-    once = (preset.updates,)
+    once, methods = (preset.updates,), tuple(_methods(preset, afford))
     return (
         Part(
             RECOVERY,
@@ -180,7 +180,7 @@ def parts(preset: Preset, config: ConfigDict, architecture: Architecture) -> tup
             "Equal FLOPs of transformer and decoder, SRPO's relative reward with k = 1 for all, no hinge, each at the "
             "learning rate that served best on concepts of the train split (share of pictures with style and concept "
             f"right); and {preset.longer} times as long.",
-            tuple(_methods(preset, afford)),
+            methods,
         ),
         Part(
             "discounts",
@@ -188,7 +188,7 @@ def parts(preset: Preset, config: ConfigDict, architecture: Architecture) -> tup
             f"SRPO of the part before, {preset.longer} times as long, with other discounts k+ of the denoising and k- "
             "of the inversion branch: together they follow (2 + k+) r+ - (2 + k-) r-, so that k+ - k- is how much of "
             "the caption's own reward, and with it of its taste, is left.",
-            tuple(_discounts(preset)),
+            tuple(_discounts(methods)),
         ),
     )
 
@@ -250,26 +250,20 @@ def _images(moments: tuple[int, ...]) -> Iterator[Case]:
 
 
 def _methods(preset: Preset, afford: Callable[[dict[str, Any]], int]) -> Iterator[Case]:
-    for reward in (HONEST, BIASED):
+    for reward in REWARDS:
         for name in preset.methods:
-            yield _method_case(preset, reward, name, afford(_long_changes(name)))
+            changes = method(name) | NO_HINGE | discounted(1.0)
+            updates = afford(changes)
+            moments = tuple(sorted({updates, updates * ((1 + preset.longer) // 2), updates * preset.longer}))
+            yield Case(f"methods/{reward}/{name}", name, changes, moments, reward, preset.rates)
 
 
-def _long_changes(name: str) -> dict[str, Any]:
-    return method(name) | NO_HINGE | discounted(1.0)
-
-
-def _method_case(preset: Preset, reward: str, name: str, updates: int) -> Case:
-    moments = tuple(sorted({updates, updates * ((1 + preset.longer) // 2), updates * preset.longer}))
-    return Case(f"methods/{reward}/{name}", name, _long_changes(name), moments, reward, preset.rates)
-
-
-def _discounts(preset: Preset) -> Iterator[Case]:
-    """At the recipe's learning rate, which is the one that ``methods`` finds for SRPO."""
-    for reward in (HONEST, BIASED):
-        equal = _method_case(preset, reward, "srpo", preset.updates)
+def _discounts(methods: tuple[Case, ...]) -> Iterator[Case]:
+    """SRPO's cases of ``methods``, each with others of the same length: at the recipe's learning rate, which is the one
+    that ``methods`` finds for SRPO."""
+    for equal in (case for case in methods if case.name == "srpo"):
         yield equal
         for plus, minus in ((1.5, 0.5), (2.0, 0.0)):
             changes = {"align.discount_positive": (plus, plus), "align.discount_negative": (minus, minus)}
-            folder, name = f"discounts/{reward}/{plus:g}_{minus:g}", f"srpo, k+ = {plus:g}, k- = {minus:g}"
-            yield Case(folder, name, equal.changes | changes, equal.moments, reward)
+            folder, name = f"discounts/{equal.reward}/{plus:g}_{minus:g}", f"srpo, k+ = {plus:g}, k- = {minus:g}"
+            yield Case(folder, name, equal.changes | changes, equal.moments, equal.reward)

@@ -11,14 +11,14 @@ from srpo_jax import report
 from srpo_jax.emoji import pictures, recovery, study_run, world
 from srpo_jax.emoji.colour import chroma
 from srpo_jax.emoji.recovery import DIRECT_ALIGN, ONE_STEP, Recovered
-from srpo_jax.emoji.study_plan import BIASED, HONEST, RECOVERY, WORDS, Case, Part, by_reward
+from srpo_jax.emoji.study_plan import BIASED, HONEST, RECOVERY, REWARDS, Case, Part, by_reward
 from srpo_jax.emoji.study_run import Cell, Moment
 from srpo_jax.evaluation import statistics
 from srpo_jax.evaluation.statistics import Estimate
 
 HEADER = ("case", "updates", "learning rate", "judged as wanted", "concept right", "chroma", "saturation", "diversity",
           "s an update", "runs")  # fmt: skip
-COMPARED = ("images", "discounts")  # parts whose cases are set beside their first
+COMPARED = ("images", "methods", "discounts")  # parts whose cases are set beside their first
 INTERVALS = (
     "Means over the pictures of all runs, with 95 % intervals that draw the concepts again, all runs' pictures of a "
     "concept together; in brackets the lowest and the highest run."
@@ -125,7 +125,7 @@ def tables(found: Findings) -> Iterator[report.PageTable]:
         for title, cases, place in _tabled(part):
             if rows := tuple(row(found, case, place) for case in cases if found.cells[case.folder]):
                 yield report.PageTable(title, HEADER, (*before, *rows), f"{part.text} {INTERVALS}")
-                if part.name in ("methods", *COMPARED):
+                if part.name in COMPARED:
                     yield from _against_first(found, title, cases, place)
 
 
@@ -238,18 +238,18 @@ def _compared(found: Findings) -> Iterator[tuple[str, tuple[Case | None, Case | 
                 yield f"SRPO is hacked less than {other}", pair(part, reward, name, f"{other}, {k}"), "chroma", -1
     steps = pair("levels", BIASED, "Direct-Align, steps 1 to 10", "Direct-Align, steps 40 to 49")
     yield "late steps (low noise) hack colour, early ones do not", steps, "chroma", -1
-    for other in ("direct_align", "refl"):
-        srpo = pair("methods", BIASED, "srpo", other)
-        times = srpo[0].moments[-1] // srpo[0].moments[0] if srpo[0] else 0
-        text = f"SRPO is hacked less, each at its best learning rate, {times} times as long"
-        yield text, srpo, "chroma", -1
+    if srpo := cases.get(("methods", BIASED, "srpo")):
+        times = srpo.moments[-1] // srpo.moments[0]
+        for other in ("direct_align", "refl"):
+            text = f"SRPO is hacked less, each at its best learning rate, {times} times as long"
+            yield text, pair("methods", BIASED, "srpo", other), "chroma", -1
     for word in ("Flat", "Mono"):
         first = next((name for part, _, name in cases if part == "words" and name.startswith(f"{word} against")), "")
-        words = pair("words", HONEST, first, "3D against Flat, Mono")
-        yield f"words steer: “{word}” gives more of its style", words, "wanted", 1
+        steered = pair("words", HONEST, first, "3D against Flat, Mono")
+        yield f"words steer: “{word}” gives more of its style", steered, "wanted", 1
     for part, reward, name in cases:
         if part == "discounts" and name != "srpo":
-            text = f"a larger discount of the denoising branch keeps what is drawn ({WORDS[reward]} reward)"
+            text = f"a larger discount of the denoising branch keeps what is drawn ({REWARDS[reward]} reward)"
             yield text, pair(part, reward, name, "srpo"), "right", 1
 
 

@@ -133,7 +133,9 @@ def _attend_backward(scale, kept, cotangent):
     of_value = jnp.einsum("bhts,bhtd->bhsd", weights.astype(value.dtype), cotangent)
     of_weights = jnp.einsum("bhtd,bhsd->bhts", cotangent, value).astype(weights.dtype)
     of_logits = weights * (of_weights - (weights * of_weights).sum(-1, keepdims=True))
-    of_bias = None if bias is None else jax.vjp(lambda bias: jnp.add(of_logits, bias), bias)[1](of_logits)[0]
+    of_bias = None
+    if bias is not None:  # summed over what shares it, as the sum's own gradient is
+        (of_bias,) = jax.vjp(lambda bias: of_logits + bias, bias)[1](of_logits)
     of_product = (scale * of_logits).astype(query.dtype)
     of_query = jnp.einsum("bhts,bhsd->bhtd", of_product, key)
     of_key = jnp.einsum("bhts,bhtd->bhsd", of_product, query)
